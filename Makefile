@@ -1,0 +1,71 @@
+# Every target runs in the environment that .ci/venv finds or makes; PY=/path/to/python names one instead.
+# ARGS= goes to pytest: `make test ARGS="-k affine -x"`.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint compile compile-oldest dist clean
+.NOTPARALLEL:
+
+ifdef PY
+export STN_PYTHON := $(PY)
+endif
+
+# Prints pytest's options for running in parallel: a worker for each core and 3 GiB of memory, 8 at most.
+define WORKERS
+import importlib.util, os
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+workers = min(cores, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (3 << 30), 8)
+if workers > 1 and importlib.util.find_spec("xdist"):
+    print("-n", workers, "--dist", "loadgroup")
+endef
+export WORKERS
+
+# The oldest Triton supported, and the NumPy that its interpreter can work with.
+OLDEST := build/triton-3.6
+OLDEST_REQUIREMENTS := triton==3.6.0 'numpy<2.4'
+OLDEST_TESTS := tests/test_compile.py tests/test_oldest_triton.py
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: ## run the demonstration
+	@py=$$(.ci/venv demo) && "$$py" -m examples.demo
+
+test: ## run all tests, those under the oldest Triton included
+	@py=$$(.ci/venv test) || exit 1; status=0; \
+	$(MAKE) --no-print-directory compile-oldest OPTIONAL=1 PY="$$py" || status=1; \
+	"$$py" -m pytest $$("$$py" -c "$$WORKERS") $(ARGS) || status=1; \
+	exit $$status
+
+lint: ## check style and types
+	@py=$$(.ci/venv lint) || exit 1; status=0; \
+	"$$py" -m ruff check . || status=1; \
+	"$$py" -m ruff format --check . || status=1; \
+	"$$py" -m mypy stn_triton || status=1; \
+	exit $$status
+
+compile: ## compile every kernel specialisation for GPUs that need not be there
+	@py=$$(.ci/venv test) && "$$py" -m stn_triton.kernels.specialisations --all
+
+# With OPTIONAL=1 a Triton that cannot be had is reported, but is no failure. The directory comes into being
+# complete or not at all.
+compile-oldest: ## run the compile tests under the oldest supported Triton
+	@py=$$(.ci/venv test) || exit 1; \
+	tests=$$(ls $(OLDEST_TESTS) 2>/dev/null); \
+	[ -n "$$tests" ] || { echo "oldest Triton: skipped, no $(OLDEST_TESTS)"; exit 0; }; \
+	case $$("$$py" -c 'import triton; print(triton.__version__)') in 3.6.*) \
+		echo "oldest Triton: skipped, the environment's is that already"; exit 0;; esac; \
+	if [ ! -d $(OLDEST) ]; then \
+		rm -rf $(OLDEST).part; \
+		"$$py" -m pip --disable-pip-version-check -qq --retries 1 install \
+			--no-deps --target $(OLDEST).part $(OLDEST_REQUIREMENTS) && mv $(OLDEST).part $(OLDEST) || { \
+			echo "oldest Triton: skipped, pip cannot get $(OLDEST_REQUIREMENTS)"; [ -n "$(OPTIONAL)" ]; exit; }; \
+	fi; \
+	echo "oldest Triton: running" $$tests; \
+	PYTHONPATH="$(CURDIR)/$(OLDEST):$(CURDIR)" "$$py" -m pytest $$("$$py" -c "$$WORKERS") $$tests
+
+dist: ## build the source distribution and the wheel into dist/
+	@py=$$(.ci/venv dev) && rm -rf build/lib && "$$py" -m build --outdir dist .
+
+clean: ## remove builds and caches, but not .venv
+	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

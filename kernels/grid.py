@@ -1,0 +1,179 @@
+"""The coordinates of a source written out: the one place where a grid is held in memory, on request.
+
+grid[b, o] = source(o) in normalised units; its transpose sums the gradient as the sampler does.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs, sources
+from .launch import INT32_MAX, compute_dtypes, image_span, launch
+from .modes import Interpolation, Source
+from .tiles import axes, output_pixels, pixel_offset
+
+UNSPECIALIZED = (
+    "grid_ptr",
+    "source_ptr",
+    "grad_source_ptr",
+    *(f"source_stride_{i}" for i in range(5)),
+    *(f"stride_{axis}" for axis in ("b", "k", "x", "y", "z")),
+    *(f"out_{size}" for size in ("width", "height", "depth")),
+    "batch",
+    "transforms",
+    "column_tiles",
+    "row_tiles",
+)
+
+
+@triton.jit
+def normalised_units(DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+    """(scale, center) of each axis that leave normalised coordinates as they are."""
+    one = tl.full([], 1.0, COMPUTE)
+    zero = tl.full([], 0.0, COMPUTE)
+    return (one, one, one), (zero, zero, zero)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def grid_kernel(
+    grid_ptr,
+    grad_source_ptr,
+    source_ptr,
+    source_stride_0,
+    source_stride_1,
+    source_stride_2,
+    source_stride_3,
+    source_stride_4,
+    stride_b,
+    stride_k,
+    stride_x,
+    stride_y,
+    stride_z,
+    out_width,
+    out_height,
+    out_depth,
+    batch,
+    transforms,
+    column_tiles,
+    row_tiles,
+    SOURCE: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    DIMS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    INDEX: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Writes the grid; or, BACKWARD, reads its gradient there and reduces it to that of the source.
+
+    grid_ptr: (batch, [D,] H, W, DIMS) with strides stride_b, _z, _y, _x, _k.
+    grad_source_ptr: the buffer of ``sources.gradient_buffer``, only for BACKWARD.
+    """
+    pid = tl.program_id(0)
+    tiles = column_tiles * row_tiles
+    tile = pid % tiles
+    b = pid // tiles
+    source = (source_ptr, source_stride_0, source_stride_1, source_stride_2, source_stride_3, source_stride_4)
+    out_size = (out_width, out_height, out_depth)
+    scale, center = normalised_units(DIMS, COMPUTE)
+    out, mask = output_pixels(tile, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
+    target = (
+        grid_ptr + b.to(tl.int64) * stride_b + pixel_offset(out, (stride_x, stride_y, stride_z), DIMS, INDEX)
+    )
+    if BACKWARD:
+        # a third entry is there in 2-D too, where no one reads it
+        g_x = tl.load(target, mask, other=0.0).to(COMPUTE)
+        g_y = tl.load(target + stride_k, mask, other=0.0).to(COMPUTE)
+        g_z = tl.load(target + (DIMS - 1) * stride_k, mask, other=0.0).to(COMPUTE)
+        sources.backward(
+            grad_source_ptr,
+            (g_x, g_y, g_z),
+            scale,
+            out,
+            out_size,
+            mask,
+            b,
+            batch,
+            0,
+            tile,
+            tiles,
+            SOURCE,
+            ALIGN_CORNERS,
+            DIMS,
+            INDEX,
+            COMPUTE,
+        )
+    else:
+        n = (b // transforms).to(tl.int64)
+        t = (b % transforms).to(tl.int64)
+        state = sources.prepare(
+            source, n, t, scale, center, out_size, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE
+        )
+        p = sources.coordinates(state, scale, center, out, out_size, mask, SOURCE, DIMS, INDEX, COMPUTE)
+        for k in tl.static_range(DIMS):
+            tl.store(target + k * stride_k, p[k].to(grid_ptr.dtype.element_ty), mask)
+
+
+def _launch(grid: torch.Tensor, params: torch.Tensor, source: Source, align_corners: bool, backward: bool):
+    dims = grid.shape[-1]
+    size = grid.shape[1:-1]
+    tile = configs.choose(
+        grid.device,
+        images=grid.shape[0],
+        channels=1,
+        rows=size[:-1].numel(),
+        columns=size[-1],
+        element_size=grid.element_size(),
+        channels_last=False,
+        interpolation=Interpolation.NEAREST,
+        dims=dims,
+        backward=backward,
+    )
+    column_tiles, row_tiles = triton.cdiv(size[-1], tile.columns), triton.cdiv(size[:-1].numel(), tile.rows)
+    tiles = column_tiles * row_tiles
+    compute = compute_dtypes(params)
+    buffer = None
+    if backward:
+        buffer = sources.gradient_buffer(source, params, grid.shape[0], 1, tiles, compute[1])
+    stride = grid.stride()
+    launch(
+        grid_kernel,
+        grid.shape[0] * tiles,
+        grid.device,
+        grid,
+        grid if buffer is None else buffer,
+        *sources.pack(source, params),
+        stride[0],
+        stride[-1],
+        *axes(stride[1:-1]),
+        *axes(size),
+        batch=grid.shape[0],
+        transforms=params.shape[1] if params.dim() == 4 else 1,
+        column_tiles=column_tiles,
+        row_tiles=row_tiles,
+        SOURCE=int(source),
+        ALIGN_CORNERS=int(align_corners),
+        DIMS=dims,
+        COMPUTE=compute[0],
+        INDEX=tl.int32 if image_span(grid) <= INT32_MAX else tl.int64,
+        BACKWARD=backward,
+        BLOCK_ROWS=tile.rows,
+        BLOCK_COLUMNS=tile.columns,
+        num_warps=tile.warps,
+    )
+    return buffer
+
+
+def grid_forward(params: torch.Tensor, grid: torch.Tensor, source: Source, align_corners: bool) -> None:
+    """Fills ``grid``, (N, [D,] H, W, dims), with normalised coordinates."""
+    _launch(grid, params, source, align_corners, backward=False)
+
+
+def grid_backward(
+    grad_grid: torch.Tensor, params: torch.Tensor, source: Source, align_corners: bool
+) -> torch.Tensor:
+    """d params, summed in a fixed order."""
+    return sources.reduce_gradient(
+        source, params, _launch(grad_grid, params, source, align_corners, backward=True)
+    )

@@ -1,0 +1,29 @@
+"""The integer codes that the operators, the launchers and the kernels share.
+
+Pure Python: importing this module imports neither torch nor triton.
+"""
+
+from enum import IntEnum
+
+
+class Interpolation(IntEnum):
+    """How a value between pixels is made. The codes are those of ATen's ``grid_sampler``."""
+
+    BILINEAR = 0
+    NEAREST = 1
+    BICUBIC = 2
+
+
+class Padding(IntEnum):
+    """What is read outside the image. The codes are those of ATen's ``grid_sampler``."""
+
+    ZEROS = 0
+    BORDER = 1
+    REFLECTION = 2
+
+
+class Source(IntEnum):
+    """Where the coordinates come from (see ``kernels/sources.py``)."""
+
+    GRID = 0
+    AFFINE = 1

@@ -1,0 +1,638 @@
+"""The sampler: one kernel forward, one backward, for every source, interpolation and padding.
+
+Forward, per output pixel o of transform t of image n, with p = source(o) in input pixels:
+
+    output[n, t, c, o] = sum over taps k of  weight_k(p) input[n, c, index_k(p)]
+
+Backward, from g = d loss / d output:
+
+    d input[n, c, index_k(p)] += weight_k(p) g[n, t, c, o]
+    d p                        = sum over c and k of  weight_k'(p) input[n, c, index_k(p)] g[n, t, c, o]
+
+and d p goes on to the source (``sources.backward``). Pixels are a column and channels a row of every
+block: shapes are [pixels, 1], [1, channels] and [pixels, channels].
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs, sources
+from .coordinates import NEAREST, pixel_center, pixel_scale
+from .interpolation import axis_tap_count, axis_taps, axis_taps_grad
+from .launch import channel_dim, compute_dtypes, index_dtype, launch, vector_width
+from .modes import Interpolation, Padding, Source
+from .tiles import axes, output_pixels, pixel_offset, strides
+
+# Sizes, strides and counts never make a new kernel: only the constexprs do, and whether the stride of the
+# channels is 1. (Tuples would be shorter, but Triton specialises what is in them.)
+UNSPECIALIZED = (
+    "source_ptr",
+    "grad_source_ptr",
+    *(f"source_stride_{i}" for i in range(5)),
+    *(f"stride_{tensor}_{axis}" for tensor in ("in", "out", "grad") for axis in "ntxyz"),
+    *(f"{tensor}_{size}" for tensor in ("in", "out") for size in ("width", "height", "depth")),
+    "batch",
+    "transforms",
+    "channels",
+    "column_tiles",
+    "row_tiles",
+    "splits",
+    "split_blocks",
+)
+CHANNEL_STRIDES = ("stride_in_c", "stride_out_c", "stride_grad_c")
+
+
+@triton.jit
+def input_units(in_size, ALIGN_CORNERS: tl.constexpr, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+    """(scale, center) of each axis: pixel = scale * normalised + center."""
+    sx = pixel_scale(in_size[0], ALIGN_CORNERS, COMPUTE)
+    sy = pixel_scale(in_size[1], ALIGN_CORNERS, COMPUTE)
+    cx = pixel_center(in_size[0], COMPUTE)
+    cy = pixel_center(in_size[1], COMPUTE)
+    if DIMS == 3:
+        sz = pixel_scale(in_size[2], ALIGN_CORNERS, COMPUTE)
+        cz = pixel_center(in_size[2], COMPUTE)
+        return (sx, sy, sz), (cx, cy, cz)
+    else:
+        return (sx, sy), (cx, cy)
+
+
+@triton.jit
+def tap_offset(ix, iy, iz, strides, VECTOR: tl.constexpr, DIMS: tl.constexpr, INDEX: tl.constexpr):
+    """The offset of one input pixel; a multiple of VECTOR, which lets channels be read in vectors."""
+    offset = ix.to(INDEX) * strides[0] + iy.to(INDEX) * strides[1]
+    if DIMS == 3:
+        offset += iz.to(INDEX) * strides[2]
+    return tl.multiple_of(offset, (VECTOR, VECTOR))
+
+
+@triton.jit
+def taps_ofaxes(
+    p,
+    in_size,
+    INTERPOLATION: tl.constexpr,
+    PADDING: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    DIMS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """``axis_taps`` of x, y and z; in 2-D z is one tap of weight 1."""
+    x = axis_taps(p[0], in_size[0], INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE)
+    y = axis_taps(p[1], in_size[1], INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE)
+    if DIMS == 3:
+        return x, y, axis_taps(p[2], in_size[2], INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE)
+    else:
+        return x, y, ((0,), (True,), (1.0,))
+
+
+@triton.jit
+def slopes_ofaxes(
+    p,
+    in_size,
+    INTERPOLATION: tl.constexpr,
+    PADDING: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    DIMS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """``axis_taps_grad`` of x, y and z; in 2-D nothing depends on z."""
+    x = axis_taps_grad(p[0], in_size[0], INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE)
+    y = axis_taps_grad(p[1], in_size[1], INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE)
+    if DIMS == 3:
+        return x, y, axis_taps_grad(p[2], in_size[2], INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE)
+    else:
+        return x, y, (0.0,)
+
+
+@triton.jit
+def channel_block(
+    block, channels, BLOCK_CHANNELS: tl.constexpr, EVEN_CHANNELS: tl.constexpr, INDEX: tl.constexpr
+):
+    """The channels of a block, [1, channels], and which of them exist."""
+    c = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
+    if EVEN_CHANNELS:
+        exists = tl.full([1, BLOCK_CHANNELS], True, tl.int1)
+    else:
+        exists = c < channels
+    return c.to(INDEX), exists
+
+
+@triton.jit
+def interpolate(
+    plane,
+    x,
+    y,
+    z,
+    strides,
+    exists,
+    INTERPOLATION: tl.constexpr,
+    VECTOR: tl.constexpr,
+    DIMS: tl.constexpr,
+    INDEX: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The samples of the channels that ``plane`` points to, [pixels, channels]."""
+    TAPS: tl.constexpr = axis_tap_count(INTERPOLATION)
+    TAPS_Z: tl.constexpr = TAPS if DIMS == 3 else 1
+    value = tl.zeros([x[0][0].shape[0], plane.shape[1]], COMPUTE)
+    for kz in tl.static_range(TAPS_Z):
+        for ky in tl.static_range(TAPS):
+            for kx in tl.static_range(TAPS):
+                offset = tap_offset(x[0][kx], y[0][ky], z[0][kz], strides, VECTOR, DIMS, INDEX)
+                inside = x[1][kx] & y[1][ky] & z[1][kz] & exists
+                pixel = tl.load(plane + offset, inside, other=0.0).to(COMPUTE)
+                if INTERPOLATION == NEAREST:
+                    value = pixel
+                else:
+                    value += (x[2][kx] * y[2][ky] * z[2][kz]) * pixel
+    return value
+
+
+@triton.jit
+def interpolate_grad(
+    plane,
+    x,
+    y,
+    z,
+    slopes_x,
+    slopes_y,
+    slopes_z,
+    strides,
+    exists,
+    INTERPOLATION: tl.constexpr,
+    VECTOR: tl.constexpr,
+    DIMS: tl.constexpr,
+    INDEX: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The derivatives of ``interpolate`` by x, y and z, built up axis by axis."""
+    TAPS: tl.constexpr = axis_tap_count(INTERPOLATION)
+    TAPS_Z: tl.constexpr = TAPS if DIMS == 3 else 1
+    zero = tl.zeros([x[0][0].shape[0], plane.shape[1]], COMPUTE)
+    by_x = zero
+    by_y = zero
+    by_z = zero
+    for kz in tl.static_range(TAPS_Z):
+        plane_by_x = zero
+        plane_by_y = zero
+        plane_value = zero
+        for ky in tl.static_range(TAPS):
+            row_by_x = zero
+            row_value = zero
+            for kx in tl.static_range(TAPS):
+                offset = tap_offset(x[0][kx], y[0][ky], z[0][kz], strides, VECTOR, DIMS, INDEX)
+                inside = x[1][kx] & y[1][ky] & z[1][kz] & exists
+                pixel = tl.load(plane + offset, inside, other=0.0).to(COMPUTE)
+                row_by_x += slopes_x[kx] * pixel
+                row_value += x[2][kx] * pixel
+            plane_by_x += y[2][ky] * row_by_x
+            plane_by_y += slopes_y[ky] * row_value
+            plane_value += y[2][ky] * row_value
+        by_x += z[2][kz] * plane_by_x
+        by_y += z[2][kz] * plane_by_y
+        by_z += slopes_z[kz] * plane_value
+    return by_x, by_y, by_z
+
+
+@triton.jit
+def scatter(
+    plane,
+    g,
+    x,
+    y,
+    z,
+    strides,
+    exists,
+    INTERPOLATION: tl.constexpr,
+    VECTOR: tl.constexpr,
+    DIMS: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """The transpose of ``interpolate``: adds ``g``, [pixels, channels], to the pixels it was read from."""
+    TAPS: tl.constexpr = axis_tap_count(INTERPOLATION)
+    TAPS_Z: tl.constexpr = TAPS if DIMS == 3 else 1
+    for kz in tl.static_range(TAPS_Z):
+        for ky in tl.static_range(TAPS):
+            for kx in tl.static_range(TAPS):
+                offset = tap_offset(x[0][kx], y[0][ky], z[0][kz], strides, VECTOR, DIMS, INDEX)
+                inside = x[1][kx] & y[1][ky] & z[1][kz] & exists
+                weight = x[2][kx] * y[2][ky] * z[2][kz]
+                # relaxed: the sums need no order between memory operations, and a fence each is slow
+                tl.atomic_add(plane + offset, weight * g, inside, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=CHANNEL_STRIDES)
+def sample_forward_kernel(
+    input_ptr,
+    output_ptr,
+    source_ptr,
+    source_stride_0,
+    source_stride_1,
+    source_stride_2,
+    source_stride_3,
+    source_stride_4,
+    stride_in_n,
+    stride_in_c,
+    stride_in_x,
+    stride_in_y,
+    stride_in_z,
+    stride_out_n,
+    stride_out_t,
+    stride_out_c,
+    stride_out_x,
+    stride_out_y,
+    stride_out_z,
+    in_width,
+    in_height,
+    in_depth,
+    out_width,
+    out_height,
+    out_depth,
+    transforms,
+    channels,
+    column_tiles,
+    row_tiles,
+    splits,
+    split_blocks,
+    SOURCE: tl.constexpr,
+    INTERPOLATION: tl.constexpr,
+    PADDING: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    DIMS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    INDEX: tl.constexpr,
+    VECTOR_IN: tl.constexpr,
+    VECTOR_OUT: tl.constexpr,
+    EVEN_CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """output = sample(input, source).
+
+    input_ptr, output_ptr: one image is addressed in INDEX, the images in int64.
+    source_*: the pointer and strides that ``sources.pack`` gave.
+    stride_in_*: strides of the input by image, channel, x, y and z.
+    stride_out_*: those of the output, by image, transform, channel, x, y and z.
+    in_*, out_*: sizes. In 2-D whatever belongs to z is 0 and unused.
+    transforms: outputs per image.
+    column_tiles, row_tiles: pixel tiles of one output.
+    splits, split_blocks: programs per pixel tile, and how many blocks of channels each of them does.
+    VECTOR_IN, VECTOR_OUT: every offset of a pixel is a multiple of this many elements.
+    EVEN_CHANNELS: channels is a multiple of BLOCK_CHANNELS * UNROLL, a block.
+    """
+    pid = tl.program_id(0)
+    tiles = column_tiles * row_tiles
+    split = (pid // tiles) % splits
+    b = pid // (tiles * splits)
+    n = (b // transforms).to(tl.int64)
+    t = (b % transforms).to(tl.int64)
+
+    source = (source_ptr, source_stride_0, source_stride_1, source_stride_2, source_stride_3, source_stride_4)
+    in_size = (in_width, in_height, in_depth)
+    out_size = (out_width, out_height, out_depth)
+    stride_in = (stride_in_x, stride_in_y, stride_in_z)
+    stride_out = (stride_out_x, stride_out_y, stride_out_z)
+    scale, center = input_units(in_size, ALIGN_CORNERS, DIMS, COMPUTE)
+    state = sources.prepare(
+        source, n, t, scale, center, out_size, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE
+    )
+    out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
+    p = sources.coordinates(state, scale, center, out, out_size, mask, SOURCE, DIMS, INDEX, COMPUTE)
+    x, y, z = taps_ofaxes(p, in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE)
+
+    image = input_ptr + tl.multiple_of(n * stride_in_n, VECTOR_IN)
+    target = output_ptr + tl.multiple_of(n * stride_out_n + t * stride_out_t, VECTOR_OUT)
+    target += tl.multiple_of(pixel_offset(out, stride_out, DIMS, INDEX), (VECTOR_OUT, VECTOR_OUT))
+    # over blocks, not channels: that a block begins at a multiple of its size is then plain to see
+    first = split * split_blocks
+    last = tl.minimum(first + split_blocks, tl.cdiv(channels, BLOCK_CHANNELS * UNROLL))
+    for block in range(first, last):
+        # all loads before the first store, behind which the compiler may not move them
+        values = ()
+        for step in tl.static_range(UNROLL):
+            c, exists = channel_block(block * UNROLL + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX)
+            plane = image + c * stride_in_c
+            values += (
+                interpolate(
+                    plane, x, y, z, stride_in, exists, INTERPOLATION, VECTOR_IN, DIMS, INDEX, COMPUTE
+                ),
+            )
+        for step in tl.static_range(UNROLL):
+            c, exists = channel_block(block * UNROLL + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX)
+            tl.store(target + c * stride_out_c, values[step].to(output_ptr.dtype.element_ty), mask & exists)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=CHANNEL_STRIDES)
+def sample_backward_kernel(
+    grad_output_ptr,
+    input_ptr,
+    grad_input_ptr,
+    grad_source_ptr,
+    source_ptr,
+    source_stride_0,
+    source_stride_1,
+    source_stride_2,
+    source_stride_3,
+    source_stride_4,
+    stride_out_n,
+    stride_out_t,
+    stride_out_c,
+    stride_out_x,
+    stride_out_y,
+    stride_out_z,
+    stride_in_n,
+    stride_in_c,
+    stride_in_x,
+    stride_in_y,
+    stride_in_z,
+    stride_grad_n,
+    stride_grad_c,
+    stride_grad_x,
+    stride_grad_y,
+    stride_grad_z,
+    in_width,
+    in_height,
+    in_depth,
+    out_width,
+    out_height,
+    out_depth,
+    batch,
+    transforms,
+    channels,
+    column_tiles,
+    row_tiles,
+    splits,
+    split_blocks,
+    SOURCE: tl.constexpr,
+    INTERPOLATION: tl.constexpr,
+    PADDING: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    DIMS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    INDEX: tl.constexpr,
+    INPUT_GRAD: tl.constexpr,
+    SOURCE_GRAD: tl.constexpr,
+    VECTOR_OUT: tl.constexpr,
+    VECTOR_IN: tl.constexpr,
+    VECTOR_GRAD: tl.constexpr,
+    EVEN_CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """d input by scatter and d source, either or both.
+
+    grad_output_ptr: read with stride_out_*.
+    input_ptr: read with stride_in_*, only for SOURCE_GRAD.
+    grad_input_ptr: zero-filled, in COMPUTE; added to with stride_grad_*, only for INPUT_GRAD.
+    grad_source_ptr: the buffer of ``sources.gradient_buffer``, only for SOURCE_GRAD.
+    batch: outputs in all, images * transforms. The rest as in ``sample_forward_kernel``.
+    """
+    pid = tl.program_id(0)
+    tiles = column_tiles * row_tiles
+    split = (pid // tiles) % splits
+    b = pid // (tiles * splits)
+    n = (b // transforms).to(tl.int64)
+    t = (b % transforms).to(tl.int64)
+
+    source = (source_ptr, source_stride_0, source_stride_1, source_stride_2, source_stride_3, source_stride_4)
+    in_size = (in_width, in_height, in_depth)
+    out_size = (out_width, out_height, out_depth)
+    stride_in = (stride_in_x, stride_in_y, stride_in_z)
+    stride_out = (stride_out_x, stride_out_y, stride_out_z)
+    stride_grad = (stride_grad_x, stride_grad_y, stride_grad_z)
+    scale, center = input_units(in_size, ALIGN_CORNERS, DIMS, COMPUTE)
+    state = sources.prepare(
+        source, n, t, scale, center, out_size, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE
+    )
+    out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
+    p = sources.coordinates(state, scale, center, out, out_size, mask, SOURCE, DIMS, INDEX, COMPUTE)
+    x, y, z = taps_ofaxes(p, in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE)
+    if SOURCE_GRAD:
+        slopes_x, slopes_y, slopes_z = slopes_ofaxes(
+            p, in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE
+        )
+
+    image = input_ptr + tl.multiple_of(n * stride_in_n, VECTOR_IN)
+    grad_image = grad_input_ptr + tl.multiple_of(n * stride_grad_n, VECTOR_GRAD)
+    target = grad_output_ptr + tl.multiple_of(n * stride_out_n + t * stride_out_t, VECTOR_OUT)
+    target += tl.multiple_of(pixel_offset(out, stride_out, DIMS, INDEX), (VECTOR_OUT, VECTOR_OUT))
+    # kept by channel until the end: one reduction in all, not one for each block of channels
+    grad_x = tl.zeros([BLOCK_ROWS * BLOCK_COLUMNS, BLOCK_CHANNELS], COMPUTE)
+    grad_y = tl.zeros([BLOCK_ROWS * BLOCK_COLUMNS, BLOCK_CHANNELS], COMPUTE)
+    grad_z = tl.zeros([BLOCK_ROWS * BLOCK_COLUMNS, BLOCK_CHANNELS], COMPUTE)
+    # over blocks, not channels: that a block begins at a multiple of its size is then plain to see
+    first = split * split_blocks
+    last = tl.minimum(first + split_blocks, tl.cdiv(channels, BLOCK_CHANNELS * UNROLL))
+    for block in range(first, last):
+        # all loads before the first atomic, behind which the compiler may not move them
+        gradients = ()
+        for step in tl.static_range(UNROLL):
+            c, exists = channel_block(block * UNROLL + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX)
+            gradients += (tl.load(target + c * stride_out_c, mask & exists, other=0.0).to(COMPUTE),)
+        if SOURCE_GRAD:
+            for step in tl.static_range(UNROLL):
+                c, exists = channel_block(
+                    block * UNROLL + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX
+                )
+                by_x, by_y, by_z = interpolate_grad(
+                    image + c * stride_in_c,
+                    x,
+                    y,
+                    z,
+                    slopes_x,
+                    slopes_y,
+                    slopes_z,
+                    stride_in,
+                    exists,
+                    INTERPOLATION,
+                    VECTOR_IN,
+                    DIMS,
+                    INDEX,
+                    COMPUTE,
+                )
+                grad_x += gradients[step] * by_x
+                grad_y += gradients[step] * by_y
+                grad_z += gradients[step] * by_z
+        if INPUT_GRAD:
+            for step in tl.static_range(UNROLL):
+                c, exists = channel_block(
+                    block * UNROLL + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX
+                )
+                plane = grad_image + c * stride_grad_c
+                scatter(
+                    plane,
+                    gradients[step],
+                    x,
+                    y,
+                    z,
+                    stride_grad,
+                    mask & exists,
+                    INTERPOLATION,
+                    VECTOR_GRAD,
+                    DIMS,
+                    INDEX,
+                )
+    if SOURCE_GRAD:
+        # pixels that do not exist read real memory, which may hold a NaN: they count as 0
+        grad_x = tl.where(mask, tl.sum(grad_x, 1, keep_dims=True), 0.0)
+        grad_y = tl.where(mask, tl.sum(grad_y, 1, keep_dims=True), 0.0)
+        grad_z = tl.where(mask, tl.sum(grad_z, 1, keep_dims=True), 0.0)
+        sources.backward(
+            grad_source_ptr,
+            (grad_x, grad_y, grad_z),
+            scale,
+            out,
+            out_size,
+            mask,
+            b,
+            batch,
+            split,
+            split * tiles + pid % tiles,
+            splits * tiles,
+            SOURCE,
+            ALIGN_CORNERS,
+            DIMS,
+            INDEX,
+            COMPUTE,
+        )
+
+
+# ------------------------------------------------------------------------------------ launchers
+def _plan(gathered, output, params, tensors, interpolation, backward) -> tuple[int, int, int, dict]:
+    """Outputs, programs for each, programs that share its channels, and the arguments both kernels take.
+
+    ``gathered`` is the image that is read or added to at the sampled coordinates: its layout decides.
+    """
+    dims = gathered.dim() - 2
+    batch = output.shape[: channel_dim(output, dims)].numel()
+    channels = gathered.shape[1]
+    columns = output.shape[-1]
+    rows = output.shape[-dims:-1].numel()
+    tile = configs.choose(
+        gathered.device,
+        images=batch,
+        channels=channels,
+        rows=rows,
+        columns=columns,
+        element_size=gathered.element_size(),
+        channels_last=gathered.stride(1) == 1,
+        interpolation=interpolation,
+        dims=dims,
+        backward=backward,
+    )
+    block = tile.channels * tile.unroll
+    blocks = triton.cdiv(channels, block)
+    split_blocks = triton.cdiv(blocks, tile.splits)
+    splits = triton.cdiv(blocks, split_blocks)
+    column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
+    programs = column_tiles * row_tiles * splits
+    shared = {
+        **dict(zip(("in_width", "in_height", "in_depth"), axes(gathered.shape[2:]), strict=True)),
+        **dict(zip(("out_width", "out_height", "out_depth"), axes(output.shape[-dims:]), strict=True)),
+        "transforms": batch // gathered.shape[0],
+        "channels": channels,
+        "column_tiles": column_tiles,
+        "row_tiles": row_tiles,
+        "splits": splits,
+        "split_blocks": split_blocks,
+        "INTERPOLATION": int(interpolation),
+        "DIMS": dims,
+        "COMPUTE": compute_dtypes(gathered, params)[0],
+        "INDEX": index_dtype(*tensors, params),
+        "EVEN_CHANNELS": channels % block == 0,
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_COLUMNS": tile.columns,
+        "BLOCK_CHANNELS": tile.channels,
+        "UNROLL": tile.unroll,
+        "num_warps": tile.warps,
+    }
+    return batch, programs, splits, shared
+
+
+def sample_forward(
+    input: torch.Tensor,
+    params: torch.Tensor,
+    output: torch.Tensor,
+    source: Source,
+    interpolation: Interpolation,
+    padding: Padding,
+    align_corners: bool,
+) -> None:
+    """Fills ``output``, (N, C, ...) or (N, T, C, ...) of any strides, with samples of ``input``."""
+    dims = input.dim() - 2
+    stride_in_n, _, *stride_in = strides(input, dims)
+    batch, programs, _, shared = _plan(input, output, params, (input, output), interpolation, backward=False)
+    launch(
+        sample_forward_kernel,
+        batch * programs,
+        input.device,
+        input,
+        output,
+        *sources.pack(source, params),
+        stride_in_n,
+        *stride_in,
+        *strides(output, dims),
+        SOURCE=int(source),
+        PADDING=int(padding),
+        ALIGN_CORNERS=int(align_corners),
+        VECTOR_IN=vector_width(input, dims),
+        VECTOR_OUT=vector_width(output, dims),
+        **shared,
+    )
+
+
+def sample_backward(
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    params: torch.Tensor,
+    grad_input: torch.Tensor | None,
+    source: Source,
+    interpolation: Interpolation,
+    padding: Padding,
+    align_corners: bool,
+    params_grad: bool,
+) -> torch.Tensor | None:
+    """Adds to ``grad_input`` (zeros, in the compute type) if given; returns d params if asked for it."""
+    dims = input.dim() - 2
+    gathered = input if grad_input is None else grad_input
+    tensors = (input, gathered, grad_output)
+    batch, programs, splits, shared = _plan(
+        gathered, grad_output, params, tensors, interpolation, backward=True
+    )
+    buffer = None
+    if params_grad:
+        compute = compute_dtypes(input, params)[1]
+        buffer = sources.gradient_buffer(source, params, batch, splits, programs, compute)
+    stride_in_n, _, *stride_in = strides(input, dims)
+    stride_grad_n, _, *stride_grad = strides(gathered, dims)
+    launch(
+        sample_backward_kernel,
+        batch * programs,
+        input.device,
+        grad_output,
+        input,
+        gathered,
+        gathered if buffer is None else buffer,
+        *sources.pack(source, params),
+        *strides(grad_output, dims),
+        stride_in_n,
+        *stride_in,
+        stride_grad_n,
+        *stride_grad,
+        batch=batch,
+        SOURCE=int(source),
+        PADDING=int(padding),
+        ALIGN_CORNERS=int(align_corners),
+        INPUT_GRAD=grad_input is not None,
+        SOURCE_GRAD=params_grad,
+        VECTOR_OUT=vector_width(grad_output, dims),
+        VECTOR_IN=vector_width(input, dims),
+        VECTOR_GRAD=vector_width(gathered, dims),
+        **shared,
+    )
+    return None if buffer is None else sources.reduce_gradient(source, params, buffer)

@@ -1,0 +1,42 @@
+"""How a program finds its output pixels, and how sizes and strides reach it."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import channel_dim
+
+
+@triton.jit
+def output_pixels(
+    tile, column_tiles, out_size, DIMS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """The output pixels (x, y[, z]) of a tile, [pixels, 1], and which of them exist."""
+    lane = tl.arange(0, BLOCK_ROWS * BLOCK_COLUMNS)[:, None]
+    x = (tile % column_tiles) * BLOCK_COLUMNS + lane % BLOCK_COLUMNS
+    row = (tile // column_tiles) * BLOCK_ROWS + lane // BLOCK_COLUMNS
+    if DIMS == 3:
+        z = row // out_size[1]
+        return (x, row - z * out_size[1], z), (x < out_size[0]) & (z < out_size[2])
+    else:
+        return (x, row), (x < out_size[0]) & (row < out_size[1])
+
+
+@triton.jit
+def pixel_offset(out, strides, DIMS: tl.constexpr, INDEX: tl.constexpr):
+    offset = out[0].to(INDEX) * strides[0] + out[1].to(INDEX) * strides[1]
+    if DIMS == 3:
+        offset += out[2].to(INDEX) * strides[2]
+    return offset
+
+
+def axes(values) -> tuple:
+    """([z,] y, x) as (x, y, z), with 0 for what is missing."""
+    return (*reversed(values), 0)[:3]
+
+
+def strides(tensor: torch.Tensor, dims: int) -> tuple:
+    """Strides of (N, C, ...) or (N, T, C, ...) by (image, transform, channel, x, y, z)."""
+    stride = tensor.stride()
+    channel = channel_dim(tensor, dims)
+    return stride[0], stride[1] if channel == 2 else 0, stride[channel], *axes(stride[channel + 1 :])

@@ -1,0 +1,10 @@
+"""Spatial Transformer Networks as Triton kernels: fused, differentiable image warps for PyTorch.
+
+Importing the package needs no GPU and starts nothing: Triton is imported at the first launch.
+"""
+
+from .functional import affine_grid, affine_grid_sample, grid_sample
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "affine_grid", "affine_grid_sample", "grid_sample"]

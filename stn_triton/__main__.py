@@ -1,0 +1,56 @@
+"""``python -m stn_triton``: versions, devices, and which code computes on each of them, and why."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from . import __version__, backend
+
+_CODE = {
+    "triton": "Triton kernels",
+    "interpreter": "Triton kernels, interpreted in Python",
+    "torch": "PyTorch's operators",
+}
+
+
+def _triton_version() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[tuple[str, str]]:
+    """(type, description) of the CPU and of every accelerator."""
+    devices = [("cpu", f"cpu ({platform.machine()})")]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        module = torch.get_device_module(accelerator)
+        for index in range(torch.accelerator.device_count()):
+            name = module.get_device_name(index) if hasattr(module, "get_device_name") else "unnamed"
+            devices.append((accelerator.type, f"{accelerator.type}:{index} ({name})"))
+    return devices
+
+
+def main() -> None:
+    versions = {
+        "stn_triton": __version__,
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "python": platform.python_version(),
+    }
+    print("versions:", ", ".join(f"{name} {version}" for name, version in versions.items()))
+    devices = _devices()
+    for kind, description in devices:
+        chosen = backend.select(kind)
+        print(f"{description}: {_CODE[chosen.name]} - {chosen.reason}")
+    if len(devices) == 1:
+        print("no accelerator: torch finds none")
+    print("kernel configurations: the rules in stn_triton/kernels/configs.py (nothing is tuned at run time)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Which code computes on a device, and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Literal, NamedTuple
+
+__all__ = ["Backend", "select", "use"]
+
+Name = Literal["triton", "interpreter", "torch"]
+
+
+class Backend(NamedTuple):
+    """``name`` is "triton" (compiled kernels), "interpreter" (the same kernels, run in Python on CPU
+    tensors) or "torch" (PyTorch's operators)."""
+
+    name: Name
+    reason: str
+
+
+_forced: Name | None = None
+
+
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET is set, as Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def select(device_type: str) -> Backend:
+    """The backend for tensors on a device of this type ("cpu", "cuda", "xpu", ...)."""
+    if _forced is not None:
+        return Backend(_forced, "asked for by backend.use")
+    return _select(device_type, interpreting())
+
+
+@cache
+def _select(device_type: str, interpret: bool) -> Backend:
+    if device_type == "cpu":
+        if interpret:
+            return Backend("interpreter", "TRITON_INTERPRET is set")
+        return Backend("torch", "Triton has no CPU driver; TRITON_INTERPRET=1 runs the kernels in Python")
+    try:
+        import triton
+
+        target = triton.runtime.driver.active.get_current_target().backend
+    except Exception as error:  # no triton, no driver, no compiler: whatever it is, the user is told
+        return Backend("torch", f"Triton cannot run here: {error}")
+    if {"cuda": "cuda", "hip": "cuda"}.get(target, target) != device_type:
+        return Backend("torch", f"Triton's active driver is for {target}, not {device_type}")
+    return Backend("triton", f"Triton {triton.__version__} has a {target} driver")
+
+
+@contextmanager
+def use(name: Name) -> Iterator[None]:
+    """Force one backend, in all threads: for comparing them. "torch" works on every device."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before

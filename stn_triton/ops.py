@@ -1,0 +1,298 @@
+"""The registered operators and their autograd: the only file that touches ``torch.library``.
+
+Four operators serve every transform; ``source`` (a ``kernels.modes.Source``) says what ``params`` is, so
+that a new coordinate source adds no operator:
+
+* ``stn_triton::sample`` and ``stn_triton::sample_backward``,
+* ``stn_triton::grid`` and ``stn_triton::grid_backward``.
+
+Each has one implementation for all devices, which goes to the kernels or to ``reference`` (see
+``backend``), and a fake made by the same allocation functions. ``sample`` and ``grid`` below are
+differentiable: one ``autograd.Function`` around one operator call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import backend, reference
+from .kernels.modes import Interpolation, Padding, Source
+
+__all__ = ["grid", "sample"]
+
+_LIBRARY = torch.library.Library("stn_triton", "DEF")
+# The kernels honour strides, and a result's memory format follows them: they must not be changed on the way.
+_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+
+
+def _register(schema: str, implementation: Any, fake: Any) -> Any:
+    name = schema[: schema.index("(")]
+    _LIBRARY.define(schema, tags=_TAGS)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"stn_triton::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.stn_triton, name).default
+
+
+# ----------------------------------------------------------------------------------------- allocation
+def _memory_format(image: Tensor) -> torch.memory_format:
+    """The format of what is made from an image: channels_last where its channels lie innermost."""
+    channels = image.shape[1]
+    if channels > 1 and image.stride(1) == 1 and all(stride >= channels for stride in image.stride()[2:]):
+        return torch.channels_last if image.dim() == 4 else torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def _new_images(like: Tensor, batch: Any, size: Any, memory_format: torch.memory_format) -> Tensor:
+    return torch.empty(
+        (batch, like.shape[1], *size), dtype=like.dtype, device=like.device, memory_format=memory_format
+    )
+
+
+def _new_output(input: Tensor, params: Tensor, source: int, size: Any) -> Tensor:
+    """(N, C, *size), or (N, T, C, *size) where params has transforms; a grid makes contiguous images."""
+    grid = source == Source.GRID
+    memory_format = torch.contiguous_format if grid else _memory_format(input)
+    if not grid and params.dim() == 4:
+        transforms = params.shape[1]
+        output = _new_images(input, input.shape[0] * transforms, size, memory_format)
+        return output.view(input.shape[0], transforms, *output.shape[1:])
+    return _new_images(input, input.shape[0], size, memory_format)
+
+
+def _new_grid(params: Tensor, size: Any) -> Tensor:
+    return params.new_empty((params.shape[0], *size, len(size)))
+
+
+# --------------------------------------------------------------------------------------------- sample
+def _sample(
+    input: Tensor,
+    params: Tensor,
+    source: int,
+    size: list[int],
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+) -> Tensor:
+    output = _new_output(input, params, source, size)
+    if output.numel() == 0:
+        return output
+    modes = Interpolation(interpolation), Padding(padding), align_corners
+    if backend.select(input.device.type).name == "torch":
+        samples = reference.sample(input, params, Source(source), tuple(size), *modes)
+        return output.copy_(samples.view(output.shape))
+    from .kernels.sample import sample_forward
+
+    sample_forward(input, params, output, Source(source), *modes)
+    return output
+
+
+def _sample_fake(
+    input: Tensor,
+    params: Tensor,
+    source: int,
+    size: Any,
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+) -> Tensor:
+    return _new_output(input, params, source, size)
+
+
+_sample_op = _register(
+    "sample(Tensor input, Tensor params, int source, SymInt[] size, int interpolation, int padding,"
+    " bool align_corners) -> Tensor",
+    _sample,
+    _sample_fake,
+)
+
+
+def _new_gradients(
+    input: Tensor, params: Tensor, input_grad: bool, params_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """d input in the input's memory format and d params contiguous; empty where not asked for."""
+    grad_input = (
+        _new_images(input, input.shape[0], input.shape[2:], _memory_format(input))
+        if input_grad
+        else input.new_empty(0)
+    )
+    grad_params = params.new_empty(params.shape if params_grad else (0,))
+    return grad_input, grad_params
+
+
+def _sample_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    params: Tensor,
+    source: int,
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+    input_grad: bool,
+    params_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_input, grad_params = _new_gradients(input, params, input_grad, params_grad)
+    if grad_output.numel() == 0:
+        return grad_input.zero_(), grad_params.zero_()
+    if params_grad and interpolation == Interpolation.NEAREST:  # steps: the slope is 0
+        grad_params.zero_()
+        params_grad = False
+    if not (input_grad or params_grad):
+        return grad_input, grad_params
+    modes = Interpolation(interpolation), Padding(padding), align_corners
+    if backend.select(input.device.type).name == "torch":
+        by_transform = grad_output if grad_output.dim() > input.dim() else grad_output.unsqueeze(1)
+        by_input, by_params = reference.sample_backward(
+            by_transform, input, params, Source(source), *modes, input_grad, params_grad
+        )
+        if by_input is not None:
+            grad_input.copy_(by_input)
+    else:
+        from .kernels.sample import sample_backward
+
+        # added up in the compute type, and rounded once if the image is narrower
+        dtype = reference.compute_dtype(input, params)
+        total = None
+        if input_grad:
+            total = grad_input.zero_() if dtype == input.dtype else torch.zeros_like(grad_input, dtype=dtype)
+        by_params = sample_backward(grad_output, input, params, total, Source(source), *modes, params_grad)
+        if total is not None and total is not grad_input:
+            grad_input.copy_(total)
+    return grad_input, grad_params if by_params is None else by_params.contiguous()
+
+
+def _sample_backward_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    params: Tensor,
+    source: int,
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+    input_grad: bool,
+    params_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    return _new_gradients(input, params, input_grad, params_grad)
+
+
+_sample_backward_op = _register(
+    "sample_backward(Tensor grad_output, Tensor input, Tensor params, int source, int interpolation,"
+    " int padding, bool align_corners, bool input_grad, bool params_grad) -> (Tensor, Tensor)",
+    _sample_backward,
+    _sample_backward_fake,
+)
+
+
+class _Sample(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return _sample_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, params, source, _, *modes = inputs
+        ctx.save_for_backward(input, params)
+        ctx.source, ctx.modes = source, modes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, params = ctx.saved_tensors
+        input_grad, params_grad = ctx.needs_input_grad[:2]
+        grad_input, grad_params = _sample_backward_op(
+            grad_output, input, params, ctx.source, *ctx.modes, input_grad, params_grad
+        )
+        return (
+            grad_input if input_grad else None,
+            grad_params if params_grad else None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def sample(
+    input: Tensor,
+    params: Tensor,
+    source: Source,
+    size: Any,
+    interpolation: Interpolation,
+    padding: Padding,
+    align_corners: bool,
+) -> Tensor:
+    """(N, C, *size), or (N, T, C, *size) for params (N or 1, T, ...). Arguments are taken as valid."""
+    return _Sample.apply(input, params, int(source), size, int(interpolation), int(padding), align_corners)
+
+
+# ----------------------------------------------------------------------------------------------- grid
+def _grid(params: Tensor, source: int, size: list[int], align_corners: bool) -> Tensor:
+    output = _new_grid(params, size)
+    if output.numel() == 0:
+        return output
+    if backend.select(params.device.type).name == "torch":
+        dtype = reference.compute_dtype(params)
+        return output.copy_(
+            reference.coordinates(Source(source), params, tuple(size), align_corners, dtype).squeeze(1)
+        )
+    from .kernels.grid import grid_forward
+
+    grid_forward(params, output, Source(source), align_corners)
+    return output
+
+
+def _grid_fake(params: Tensor, source: int, size: Any, align_corners: bool) -> Tensor:
+    return _new_grid(params, size)
+
+
+_grid_op = _register(
+    "grid(Tensor params, int source, SymInt[] size, bool align_corners) -> Tensor", _grid, _grid_fake
+)
+
+
+def _grid_backward(grad_grid: Tensor, params: Tensor, source: int, align_corners: bool) -> Tensor:
+    if grad_grid.numel() == 0:
+        return torch.zeros_like(params, memory_format=torch.contiguous_format)
+    if backend.select(params.device.type).name == "torch":
+        by_transform = grad_grid.unsqueeze(1).to(reference.compute_dtype(params))
+        return reference.coordinates_backward(Source(source), by_transform, params, align_corners)
+    from .kernels.grid import grid_backward
+
+    return grid_backward(grad_grid, params, Source(source), align_corners).contiguous()
+
+
+def _grid_backward_fake(grad_grid: Tensor, params: Tensor, source: int, align_corners: bool) -> Tensor:
+    return params.new_empty(params.shape)
+
+
+_grid_backward_op = _register(
+    "grid_backward(Tensor grad_grid, Tensor params, int source, bool align_corners) -> Tensor",
+    _grid_backward,
+    _grid_backward_fake,
+)
+
+
+class _Grid(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return _grid_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        params, ctx.source, _, ctx.align_corners = inputs
+        ctx.save_for_backward(params)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_grid: Tensor) -> tuple[Tensor | None, ...]:
+        (params,) = ctx.saved_tensors
+        return _grid_backward_op(grad_grid, params, ctx.source, ctx.align_corners), None, None, None
+
+
+def grid(params: Tensor, source: Source, size: Any, align_corners: bool) -> Tensor:
+    """The normalised coordinates of a source, (N, *size, dims) in the dtype of ``params``."""
+    return _Grid.apply(params, int(source), size, align_corners)

@@ -1,0 +1,338 @@
+"""The operators in plain PyTorch: what runs where there is no Triton device, and the tests' oracle.
+
+The values, the gradients and the treatment of bad coordinates are those of the kernels. ATen's own grid
+samplers do the work wherever they give those values; what they lack (tricubic) or do otherwise is done
+tap by tap by ``sample_taps``, which is differentiable any number of times in float64 or float32.
+
+Shapes: input (N, C, *in_size); grid (N, T, *size, dims), normalised, x first; size is ([D,] H, W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .kernels.modes import Interpolation, Padding, Source
+
+__all__ = [
+    "compute_dtype",
+    "coordinates",
+    "coordinates_backward",
+    "sample",
+    "sample_backward",
+    "sample_taps",
+    "sample_taps_backward",
+]
+
+# Beyond this many image widths nothing is inside the image, and float32 cannot place a reflection.
+_FAR = 1e4
+_UNPLACEABLE = 2.0**24
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where any argument is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+# --------------------------------------------------------------------------------- coordinate sources
+def _base_coordinates(size: tuple[int, ...], align_corners: bool, like: Tensor) -> list[Tensor]:
+    """Normalised coordinates of the output pixels, x first, each shaped to broadcast over ``size``.
+
+    With aligned corners -1 and 1 are the centres of the outermost pixels, else their outer edges. An
+    axis of one pixel lies at 0.
+    """
+    axes = []
+    for dim in reversed(range(len(size))):
+        n = size[dim]
+        centered = 2 * torch.arange(n, dtype=like.dtype, device=like.device) - (n - 1)
+        shape = [-1 if other == dim else 1 for other in range(len(size))]
+        axes.append((centered / max(n - int(align_corners), 1)).view(shape))
+    return axes
+
+
+def coordinates(
+    source: Source, params: Tensor, size: tuple[int, ...], align_corners: bool, dtype: torch.dtype
+) -> Tensor:
+    """The normalised grid (N or 1, T, *size, dims) of a source, in ``dtype``.
+
+    GRID: params (N, *size, dims). AFFINE: theta (N, dims, dims + 1) or (N, T, dims, dims + 1).
+    """
+    params = params.to(dtype)
+    if source == Source.GRID:
+        return params.unsqueeze(1)
+    dims = len(size)
+    theta = params.unsqueeze(1) if params.dim() == 3 else params
+    theta = theta.view(*theta.shape[:2], *[1] * dims, dims, dims + 1)
+    grid = theta[..., dims]
+    for k, base in enumerate(_base_coordinates(size, align_corners, theta)):
+        grid = grid + theta[..., k] * base.unsqueeze(-1)
+    return grid
+
+
+def coordinates_backward(source: Source, grad_grid: Tensor, params: Tensor, align_corners: bool) -> Tensor:
+    """The transpose of ``coordinates``: d params from d grid, (N, T, *size, dims)."""
+    if source == Source.GRID:
+        return grad_grid.squeeze(1).to(params.dtype)
+    size = tuple(grad_grid.shape[2:-1])
+    dims = len(size)
+    base = torch.stack(
+        [axis.expand(size) for axis in _base_coordinates(size, align_corners, grad_grid)]
+        + [torch.ones(size, dtype=grad_grid.dtype, device=grad_grid.device)],
+        -1,
+    )
+    grad = torch.matmul(grad_grid.flatten(2, -2).mT, base.reshape(-1, dims + 1))
+    if params.shape[0] == 1:
+        grad = grad.sum(0, keepdim=True)
+    return grad.reshape(params.shape).to(params.dtype)
+
+
+# --------------------------------------------------------------------------------------- tap by tap
+def _cubic_near(t: Tensor, a: float = -0.75) -> Tensor:
+    return ((a + 2) * t - (a + 3)) * t * t + 1
+
+
+def _cubic_near_grad(t: Tensor, a: float = -0.75) -> Tensor:
+    return (3 * (a + 2) * t - 2 * (a + 3)) * t
+
+
+def _cubic_far(t: Tensor, a: float = -0.75) -> Tensor:
+    return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+
+
+def _cubic_far_grad(t: Tensor, a: float = -0.75) -> Tensor:
+    return (3 * a * t - 10 * a) * t + 8 * a
+
+
+def _limit(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """x limited to [low, high], NaN to low, and the slope: 0 on the limits themselves."""
+    inside = (x > low) & (x < high)
+    limited = torch.where(inside, x, torch.where(x > low, high, low).to(x.dtype))
+    return limited, inside.to(x.dtype)
+
+
+def _fold(x: Tensor, low: float, span: float) -> tuple[Tensor, Tensor]:
+    """x reflected between low and low + span, and the slope."""
+    distance = (x - low).abs()
+    along = distance - (distance / (2 * span)).floor() * (2 * span) if span else distance * 0
+    slope = torch.where((along < span) == (x >= low), 1.0, -1.0).to(x.dtype)
+    return span - (along - span).abs() + low, slope
+
+
+_Tap = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _axis_taps(
+    x: Tensor, size: int, interpolation: Interpolation, padding: Padding, align_corners: bool
+) -> list[_Tap]:
+    """(index, in bounds, weight, d weight / d x) of every pixel that coordinate ``x`` reads."""
+    low = 0.0 if align_corners else -0.5
+    span = float(size - int(align_corners))
+    if interpolation == Interpolation.BICUBIC:
+        if padding == Padding.REFLECTION:
+            period = max(2 * span, 1.0)
+            near, _ = _limit(x - ((x - low) / period).floor().detach() * period, low, 2 * size + 1)
+            near = torch.where(x.isfinite(), near, low)
+        else:
+            near, _ = _limit(x, -3, size + 2)
+        down = near.detach().floor()
+        t = near - down
+        weights = [_cubic_far(t + 1), _cubic_near(t), _cubic_near(1 - t), _cubic_far(2 - t)]
+        slopes = [
+            _cubic_far_grad(t + 1),
+            _cubic_near_grad(t),
+            -_cubic_near_grad(1 - t),
+            -_cubic_far_grad(2 - t),
+        ]
+        taps = []
+        for k in range(4):
+            i = down.long() + k - 1
+            if padding == Padding.REFLECTION:
+                mirror = 0 if align_corners else 1
+                i = torch.where(i < 0, -i - mirror, i)
+                i = torch.where(i >= size, 2 * size - 2 + mirror - i, i)
+                i = torch.where(i < 0, -i - mirror, i)
+            if padding != Padding.ZEROS:
+                i = i.clamp(0, size - 1)
+            taps.append((i, (i >= 0) & (i < size), weights[k], slopes[k]))
+    else:
+        if padding == Padding.ZEROS:
+            x, slope = _limit(x, -2, size + 1)
+        else:
+            fold = torch.ones_like(x)
+            if padding == Padding.REFLECTION:
+                x, fold = _fold(x, low, span)
+            x, slope = _limit(x, 0, size - 1)
+            slope = slope * fold
+        if interpolation == Interpolation.NEAREST:
+            i = x.detach().round().long()
+            taps = [(i, (i >= 0) & (i < size), torch.ones_like(x), torch.zeros_like(x))]
+        else:
+            down = x.detach().floor()
+            i, t = down.long(), x - down
+            taps = [
+                (i, (i >= 0) & (i < size), 1 - t, -slope),
+                (i + 1, (i + 1 >= 0) & (i + 1 < size), t, slope),
+            ]
+    return taps
+
+
+def _pixel_taps(
+    input: Tensor, grid: Tensor, interpolation: Interpolation, padding: Padding, align_corners: bool
+) -> list[list[_Tap]]:
+    """``_axis_taps`` of x, y[, z], each of shape (N, P) for the P coordinates of an image's grid."""
+    axes = []
+    for k, size in enumerate(reversed(input.shape[2:])):
+        scale, center = (size - int(align_corners)) / 2, (size - 1) / 2
+        pixel = grid[..., k].flatten(1) * scale + center
+        axes.append(_axis_taps(pixel, size, interpolation, padding, align_corners))
+    return axes
+
+
+def _combinations(
+    axes: list[list[_Tap]], in_size: torch.Size
+) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Tensor]]]:
+    """(flat pixel index, in bounds, weight, d weight by each coordinate) of every tap, each (N, 1, P)."""
+    strides = [1]
+    for size in reversed(in_size[1:]):
+        strides.append(strides[-1] * size)
+    combined: list[tuple[int, ...]] = [()]
+    for axis in axes:
+        combined = [(*chosen, k) for chosen in combined for k in range(len(axis))]
+    for chosen in combined:
+        taps = [axis[k] for axis, k in zip(axes, chosen, strict=True)]
+        index, inside, weight = torch.zeros_like(taps[0][0]), taps[0][1], torch.ones_like(taps[0][2])
+        for tap, stride, size in zip(taps, strides, reversed(in_size), strict=True):
+            index = index + tap[0].clamp(0, size - 1) * stride
+            inside, weight = inside & tap[1], weight * tap[2]
+        slopes = []
+        for k in range(len(taps)):
+            slope = taps[k][3]
+            for other in range(len(taps)):
+                if other != k:
+                    slope = slope * taps[other][2]
+            slopes.append(slope)
+        yield index.unsqueeze(1), inside.unsqueeze(1), weight.unsqueeze(1), slopes
+
+
+def sample_taps(
+    input: Tensor, grid: Tensor, interpolation: Interpolation, padding: Padding, align_corners: bool
+) -> Tensor:
+    """(N, C, *in_size) and (N, *size, dims) -> (N, C, *size), differentiable by autograd."""
+    flat = input.flatten(2)
+    output = torch.zeros((), dtype=input.dtype, device=input.device)
+    axes = _pixel_taps(input, grid, interpolation, padding, align_corners)
+    for index, inside, weight, _ in _combinations(axes, input.shape[2:]):
+        pixels = flat.gather(2, index.expand(-1, flat.shape[1], -1))
+        output = output + torch.where(inside, pixels, 0.0) * weight
+    return output.unflatten(2, grid.shape[1:-1])
+
+
+def sample_taps_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    grid: Tensor,
+    interpolation: Interpolation,
+    padding: Padding,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor]:
+    """d input and d grid, written out."""
+    g, flat = grad_output.flatten(2), input.flatten(2)
+    grad_input = torch.zeros_like(flat)
+    grad_pixel = [torch.zeros_like(grid[..., 0].flatten(1)) for _ in range(grid.shape[-1])]
+    axes = _pixel_taps(input, grid, interpolation, padding, align_corners)
+    for index, inside, weight, slopes in _combinations(axes, input.shape[2:]):
+        index = index.expand(-1, flat.shape[1], -1)
+        grad_input = grad_input.scatter_add(2, index, torch.where(inside, weight * g, 0.0))
+        product = (torch.where(inside, flat.gather(2, index), 0.0) * g).sum(1)
+        grad_pixel = [total + slope * product for total, slope in zip(grad_pixel, slopes, strict=True)]
+    scales = [(size - int(align_corners)) / 2 for size in reversed(input.shape[2:])]
+    grad_grid = torch.stack([total * scale for total, scale in zip(grad_pixel, scales, strict=True)], -1)
+    return grad_input.view(input.shape), grad_grid.view(grid.shape)
+
+
+# ------------------------------------------------------------------------------------------- by ATen
+def _aten_fits(input: Tensor, interpolation: Interpolation, align_corners: bool) -> bool:
+    """Whether ATen has the mode, and can be kept from bad coordinates by moving them.
+
+    On an axis of one pixel with aligned corners every coordinate means that pixel, but for NaN and
+    infinities: there no other coordinate stands for them.
+    """
+    has_mode = input.dim() == 4 or interpolation != Interpolation.BICUBIC
+    return has_mode and not (align_corners and 1 in input.shape[2:])
+
+
+def _tame(grid: Tensor, padding: Padding) -> Tensor:
+    """A grid with the same samples whose coordinates ATen's CPU kernels can be given.
+
+    With an infinity or NaN those read and write outside the image (border and reflection padding).
+    NaN reads nothing under zeros, else pixel 0; what cannot be placed is reflected to the lower edge.
+    """
+    if padding == Padding.REFLECTION:
+        return torch.where(grid.abs() < _UNPLACEABLE, grid, -1.0)
+    return grid.nan_to_num(nan=-_FAR).clamp(-_FAR, _FAR)
+
+
+def _sampler(dims: int) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    aten = torch.ops.aten
+    if dims == 2:
+        return aten.grid_sampler_2d.default, aten.grid_sampler_2d_backward.default
+    return aten.grid_sampler_3d.default, aten.grid_sampler_3d_backward.default
+
+
+# ----------------------------------------------------------------------------------- the operators
+def _fold_transforms(grid: Tensor, batch: int) -> Tensor:
+    """(N or 1, T, *size, dims) -> (N, T * size[0], *size[1:], dims): one tall output, one image."""
+    return grid.expand(batch, *grid.shape[1:]).flatten(1, 2)
+
+
+def sample(
+    input: Tensor,
+    params: Tensor,
+    source: Source,
+    size: tuple[int, ...],
+    interpolation: Interpolation,
+    padding: Padding,
+    align_corners: bool,
+) -> Tensor:
+    """(N, T, C, *size), in the input's dtype. Sizes must not be 0."""
+    dtype = compute_dtype(input, params)
+    grid = coordinates(source, params, size, align_corners, dtype)
+    image, folded = input.to(dtype), _fold_transforms(grid, input.shape[0])
+    if _aten_fits(input, interpolation, align_corners):
+        forward, _ = _sampler(len(size))
+        output = forward(image, _tame(folded, padding), int(interpolation), int(padding), align_corners)
+    else:
+        output = sample_taps(image, folded, interpolation, padding, align_corners)
+    return output.unflatten(2, (grid.shape[1], size[0])).movedim(2, 1).to(input.dtype)
+
+
+def sample_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    params: Tensor,
+    source: Source,
+    interpolation: Interpolation,
+    padding: Padding,
+    align_corners: bool,
+    input_grad: bool,
+    params_grad: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """d input and d params, as far as asked for, from d output, (N, T, C, *size)."""
+    dtype = compute_dtype(input, params)
+    size = tuple(grad_output.shape[3:])
+    grid = coordinates(source, params, size, align_corners, dtype)
+    image, folded = input.to(dtype), _fold_transforms(grid, input.shape[0])
+    g = grad_output.to(dtype).movedim(1, 2).flatten(2, 3)
+    if _aten_fits(input, interpolation, align_corners):
+        _, backward = _sampler(len(size))
+        modes = int(interpolation), int(padding), align_corners
+        grad_input, grad_grid = backward(g, image, _tame(folded, padding), *modes, [input_grad, True])
+    else:
+        grad_input, grad_grid = sample_taps_backward(g, image, folded, interpolation, padding, align_corners)
+    grad_params = None
+    if params_grad:
+        grad_grid = grad_grid.view(input.shape[0], -1, *size, len(size))
+        grad_params = coordinates_backward(source, grad_grid, params, align_corners)
+    return grad_input.to(input.dtype) if input_grad else None, grad_params

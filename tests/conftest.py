@@ -1,0 +1,32 @@
+"""Where the tests run: on a GPU if there is one, else the same tests through Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+ON_GPU = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type in ("cuda", "xpu")
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+from stn_triton import backend  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.accelerator.current_accelerator() if ON_GPU else torch.device("cpu")
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def either_backend(request):
+    """The test runs on the Triton kernels, then on the operators that stand in for them."""
+    if request.param == "torch":
+        with backend.use("torch"):
+            yield "torch"
+    else:
+        yield "kernels"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
