@@ -10,7 +10,7 @@ import triton.language as tl
 from . import configs, sources
 from .launch import INT32_MAX, compute_dtypes, image_span, launch
 from .modes import Interpolation, Source
-from .tiles import axes, output_pixels, pixel_offset
+from .tiles import axes, output_pixels, pixel_offset, rounded
 
 UNSPECIALIZED = (
     "grid_ptr",
@@ -107,12 +107,10 @@ def grid_kernel(
     else:
         n = (b // transforms).to(tl.int64)
         t = (b % transforms).to(tl.int64)
-        state = sources.prepare(
-            source, n, t, scale, center, out_size, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE
-        )
+        state = sources.prepare(source, n, t, scale, out_size, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE)
         p = sources.coordinates(state, scale, center, out, out_size, mask, SOURCE, DIMS, INDEX, COMPUTE)
         for k in tl.static_range(DIMS):
-            tl.store(target + k * stride_k, p[k].to(grid_ptr.dtype.element_ty), mask)
+            tl.store(target + k * stride_k, rounded(p[k], grid_ptr), mask)
 
 
 def _launch(grid: torch.Tensor, params: torch.Tensor, source: Source, align_corners: bool, backward: bool):

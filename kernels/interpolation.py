@@ -20,15 +20,15 @@ from .coordinates import (
     pad_coordinate_grad,
     pad_index,
 )
+from .modes import Interpolation
 
 CUBIC_A = tl.constexpr(-0.75)  # PyTorch's cubic convolution coefficient
 
 
-@triton.jit
-def axis_tap_count(INTERPOLATION: tl.constexpr):
+@triton.constexpr_function
+def axis_tap_count(interpolation):
     """Pixels read along one axis."""
-    tl.static_assert((INTERPOLATION == BILINEAR) or (INTERPOLATION == NEAREST) or (INTERPOLATION == BICUBIC))
-    return tl.constexpr(4 if INTERPOLATION == BICUBIC else 2 if INTERPOLATION == BILINEAR else 1)
+    return {Interpolation.BILINEAR: 2, Interpolation.NEAREST: 1, Interpolation.BICUBIC: 4}[interpolation]
 
 
 @triton.jit

@@ -61,7 +61,15 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     )
 
 
+def run(kernel, programs: int, device: torch.device, *args, **kwargs) -> None:
+    with on_device(device):
+        kernel[(programs,)](*args, **kwargs)
+
+
+# What a launch does. ``specialisations`` compiles here instead, for GPUs that are not there.
+runner = run
+
+
 def launch(kernel, programs: int, device: torch.device, *args, **kwargs) -> None:
     """Runs ``programs`` programs of a kernel. Every launch of the package goes through here."""
-    with on_device(device):
-        kernel[(programs,)](*args, **OPTIONS, **kwargs)
+    runner(kernel, programs, device, *args, **OPTIONS, **kwargs)

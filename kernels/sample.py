@@ -22,7 +22,7 @@ from .coordinates import NEAREST, pixel_center, pixel_scale
 from .interpolation import axis_tap_count, axis_taps, axis_taps_grad
 from .launch import channel_dim, compute_dtypes, index_dtype, launch, vector_width
 from .modes import Interpolation, Padding, Source
-from .tiles import axes, output_pixels, pixel_offset, strides
+from .tiles import axes, output_pixels, pixel_offset, rounded, strides
 
 # Sizes, strides and counts never make a new kernel: only the constexprs do, and whether the stride of the
 # channels is 1. (Tuples would be shorter, but Triton specialises what is in them.)
@@ -68,7 +68,7 @@ def tap_offset(ix, iy, iz, strides, VECTOR: tl.constexpr, DIMS: tl.constexpr, IN
 
 
 @triton.jit
-def taps_ofaxes(
+def taps_of_axes(
     p,
     in_size,
     INTERPOLATION: tl.constexpr,
@@ -87,7 +87,7 @@ def taps_ofaxes(
 
 
 @triton.jit
-def slopes_ofaxes(
+def slopes_of_axes(
     p,
     in_size,
     INTERPOLATION: tl.constexpr,
@@ -296,12 +296,10 @@ def sample_forward_kernel(
     stride_in = (stride_in_x, stride_in_y, stride_in_z)
     stride_out = (stride_out_x, stride_out_y, stride_out_z)
     scale, center = input_units(in_size, ALIGN_CORNERS, DIMS, COMPUTE)
-    state = sources.prepare(
-        source, n, t, scale, center, out_size, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE
-    )
+    state = sources.prepare(source, n, t, scale, out_size, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE)
     out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
     p = sources.coordinates(state, scale, center, out, out_size, mask, SOURCE, DIMS, INDEX, COMPUTE)
-    x, y, z = taps_ofaxes(p, in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE)
+    x, y, z = taps_of_axes(p, in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE)
 
     image = input_ptr + tl.multiple_of(n * stride_in_n, VECTOR_IN)
     target = output_ptr + tl.multiple_of(n * stride_out_n + t * stride_out_t, VECTOR_OUT)
@@ -322,7 +320,7 @@ def sample_forward_kernel(
             )
         for step in tl.static_range(UNROLL):
             c, exists = channel_block(block * UNROLL + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX)
-            tl.store(target + c * stride_out_c, values[step].to(output_ptr.dtype.element_ty), mask & exists)
+            tl.store(target + c * stride_out_c, rounded(values[step], output_ptr), mask & exists)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=CHANNEL_STRIDES)
@@ -406,14 +404,12 @@ def sample_backward_kernel(
     stride_out = (stride_out_x, stride_out_y, stride_out_z)
     stride_grad = (stride_grad_x, stride_grad_y, stride_grad_z)
     scale, center = input_units(in_size, ALIGN_CORNERS, DIMS, COMPUTE)
-    state = sources.prepare(
-        source, n, t, scale, center, out_size, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE
-    )
+    state = sources.prepare(source, n, t, scale, out_size, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE)
     out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
     p = sources.coordinates(state, scale, center, out, out_size, mask, SOURCE, DIMS, INDEX, COMPUTE)
-    x, y, z = taps_ofaxes(p, in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE)
+    x, y, z = taps_of_axes(p, in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE)
     if SOURCE_GRAD:
-        slopes_x, slopes_y, slopes_z = slopes_ofaxes(
+        slopes_x, slopes_y, slopes_z = slopes_of_axes(
             p, in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE
         )
 

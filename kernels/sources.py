@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .modes import Source
+from .tiles import rounded
 
 GRID = tl.constexpr(Source.GRID.value)
 AFFINE = tl.constexpr(Source.AFFINE.value)
@@ -76,7 +77,7 @@ def grid_backward(
         pixels *= out_size[2]
     base = gradient_ptr + (split.to(tl.int64) * batch + b) * pixels * DIMS
     for k in tl.static_range(DIMS):
-        tl.store(base + (pixel * DIMS + k), (gradients[k] * scale[k]).to(gradient_ptr.dtype.element_ty), mask)
+        tl.store(base + (pixel * DIMS + k), rounded(gradients[k] * scale[k], gradient_ptr), mask)
 
 
 # -------------------------------------------------------------------------------------- affine
@@ -102,11 +103,14 @@ def centered(o, size, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def affine_row(pointer, stride_col, scale, center, extents, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
-    """One row of theta folded into output pixels and input units: (a_x, a_y[, a_z], constant)."""
+def affine_row(pointer, stride_col, scale, extents, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+    """One row of theta folded into output pixels and input units: (a_x, a_y[, a_z], constant).
+
+    The center is left for ``affine_apply``: added last, it leaves one rounding at full magnitude, not two.
+    """
     a_x = true_divide(tl.load(pointer).to(COMPUTE) * scale, extents[0], COMPUTE)
     a_y = true_divide(tl.load(pointer + stride_col).to(COMPUTE) * scale, extents[1], COMPUTE)
-    constant = tl.load(pointer + DIMS * stride_col).to(COMPUTE) * scale + center
+    constant = tl.load(pointer + DIMS * stride_col).to(COMPUTE) * scale
     if DIMS == 3:
         a_z = true_divide(tl.load(pointer + 2 * stride_col).to(COMPUTE) * scale, extents[2], COMPUTE)
         return a_x, a_y, a_z, constant
@@ -130,7 +134,6 @@ def affine_prepare(
     n,
     t,
     scale,
-    center,
     out_size,
     ALIGN_CORNERS: tl.constexpr,
     DIMS: tl.constexpr,
@@ -140,35 +143,37 @@ def affine_prepare(
     pointer, stride_n, stride_t, stride_row, stride_col, _ = source
     pointer += n * stride_n + t * stride_t
     extents = affine_extents(out_size, ALIGN_CORNERS, DIMS, COMPUTE)
-    x = affine_row(pointer, stride_col, scale[0], center[0], extents, DIMS, COMPUTE)
-    y = affine_row(pointer + stride_row, stride_col, scale[1], center[1], extents, DIMS, COMPUTE)
+    x = affine_row(pointer, stride_col, scale[0], extents, DIMS, COMPUTE)
+    y = affine_row(pointer + stride_row, stride_col, scale[1], extents, DIMS, COMPUTE)
     if DIMS == 3:
-        z = affine_row(pointer + 2 * stride_row, stride_col, scale[2], center[2], extents, DIMS, COMPUTE)
+        z = affine_row(pointer + 2 * stride_row, stride_col, scale[2], extents, DIMS, COMPUTE)
         return x, y, z
     else:
         return x, y
 
 
 @triton.jit
-def affine_apply(row, u, v, w, DIMS: tl.constexpr):
+def affine_apply(row, center, u, v, w, DIMS: tl.constexpr):
     if DIMS == 3:
-        return row[0] * u + (row[1] * v + (row[2] * w + row[3]))
+        return (row[0] * u + (row[1] * v + (row[2] * w + row[3]))) + center
     else:
-        return row[0] * u + (row[1] * v + row[2])
+        return (row[0] * u + (row[1] * v + row[2])) + center
 
 
 @triton.jit
-def affine_coordinates(state, out, out_size, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+def affine_coordinates(state, center, out, out_size, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
     u = centered(out[0], out_size[0], COMPUTE)
     v = centered(out[1], out_size[1], COMPUTE)
     if DIMS == 3:
         w = centered(out[2], out_size[2], COMPUTE)
-        x = affine_apply(state[0], u, v, w, DIMS)
-        y = affine_apply(state[1], u, v, w, DIMS)
-        z = affine_apply(state[2], u, v, w, DIMS)
+        x = affine_apply(state[0], center[0], u, v, w, DIMS)
+        y = affine_apply(state[1], center[1], u, v, w, DIMS)
+        z = affine_apply(state[2], center[2], u, v, w, DIMS)
         return x, y, z
     else:
-        return affine_apply(state[0], u, v, 0.0, DIMS), affine_apply(state[1], u, v, 0.0, DIMS)
+        x = affine_apply(state[0], center[0], u, v, 0.0, DIMS)
+        y = affine_apply(state[1], center[1], u, v, 0.0, DIMS)
+        return x, y
 
 
 @triton.jit
@@ -206,7 +211,6 @@ def prepare(
     n,
     t,
     scale,
-    center,
     out_size,
     SOURCE: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr,
@@ -216,7 +220,7 @@ def prepare(
 ):
     """The state that ``coordinates`` reads, for transform ``t`` (int64) of image ``n`` (int64)."""
     if SOURCE == AFFINE:
-        return affine_prepare(source, n, t, scale, center, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
+        return affine_prepare(source, n, t, scale, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
     else:
         tl.static_assert(SOURCE == GRID)
         return grid_prepare(source, n, INDEX)
@@ -237,7 +241,7 @@ def coordinates(
 ):
     """(x, y[, z]) of the output pixels ``out`` = (x, y[, z]), any shape; NaN and infinities are possible."""
     if SOURCE == AFFINE:
-        return affine_coordinates(state, out, out_size, DIMS, COMPUTE)
+        return affine_coordinates(state, center, out, out_size, DIMS, COMPUTE)
     else:
         return grid_coordinates(state, scale, center, out, mask, DIMS, INDEX, COMPUTE)
 

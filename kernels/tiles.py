@@ -30,6 +30,15 @@ def pixel_offset(out, strides, DIMS: tl.constexpr, INDEX: tl.constexpr):
     return offset
 
 
+@triton.jit
+def rounded(value, pointer):
+    """``value`` in the type that ``pointer`` points to."""
+    DTYPE: tl.constexpr = pointer.dtype.element_ty
+    if DTYPE == tl.bfloat16:
+        value = value.to(tl.float32)  # the interpreter has no float64 -> bfloat16
+    return value.to(DTYPE)
+
+
 def axes(values) -> tuple:
     """([z,] y, x) as (x, y, z), with 0 for what is missing."""
     return (*reversed(values), 0)[:3]

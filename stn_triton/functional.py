@@ -56,7 +56,10 @@ def grid_sample(
     Coordinates, weights and sums are float32 (float64 for float64 images), whatever the dtype of the
     image. A NaN coordinate, and with zeros padding an infinite one, reads nothing: 0. With border
     and reflection padding NaN reads the first pixel; infinity reads the border, or the first pixel.
-    Differentiable once in ``input`` and ``grid``. Under autocast arguments are promoted as PyTorch does.
+    Under autocast the arguments are promoted as PyTorch does.
+
+    Differentiable any number of times in ``input`` and ``grid`` (from the second on in plain PyTorch, with
+    its memory).
 
     Raises:
         What PyTorch raises, with PyTorch's message.
@@ -84,7 +87,7 @@ def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None =
     Returns:
         (N, H, W, 2) or (N, D, H, W, 3) of theta's dtype; computed in float32 or wider.
 
-    :func:`affine_grid_sample` samples without holding this tensor. Differentiable once in ``theta``.
+    :func:`affine_grid_sample` samples without holding this tensor. Differentiable any number of times.
 
     Raises:
         What PyTorch raises, with PyTorch's message.
@@ -183,7 +186,8 @@ def affine_grid_sample(
 
     No grid and no gradient of a grid is held in memory. Coordinates, weights and sums are float32
     (float64 where an argument is float64); bad coordinates are treated as in :func:`grid_sample`.
-    Differentiable once in ``input`` and ``theta``; the gradient of a broadcast ``theta`` is summed. The
+    Differentiable any number of times in ``input`` and ``theta`` (from the second on in plain PyTorch,
+    with its memory); the gradient of a broadcast ``theta`` is summed. The
     gradient of ``theta`` is the same to the bit each time.
 
     Raises:

@@ -8,16 +8,16 @@ that a new coordinate source adds no operator:
 
 Each has one implementation for all devices, which goes to the kernels or to ``reference`` (see
 ``backend``), and a fake made by the same allocation functions. ``sample`` and ``grid`` below are
-differentiable: one ``autograd.Function`` around one operator call.
+differentiable: one ``autograd.Function`` around one operator call, and one around its backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backend, reference
 from .kernels.modes import Interpolation, Padding, Source
@@ -186,6 +186,62 @@ _sample_backward_op = _register(
 )
 
 
+def _vector_jacobian(
+    function: Callable[..., Any],
+    tensors: tuple[Tensor, ...],
+    needed: tuple[bool, ...],
+    cotangents: tuple[Any, ...],
+) -> list[Tensor | None]:
+    """d of ``function(*tensors)``'s results, weighted by ``cotangents``, for each tensor that needs it.
+
+    ``function`` is plain PyTorch. Inside ``create_graph`` the result can be differentiated in turn.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not again:
+            tensors = tuple(t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True))
+        pairs = [
+            (result, cotangent)
+            for result, cotangent in zip(function(*tensors), cotangents, strict=True)
+            if cotangent is not None and result.requires_grad
+        ]
+        inputs = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+        if not pairs or not inputs:
+            return [None] * len(tensors)
+        results, weights = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(results, inputs, weights, create_graph=again, allow_unused=True))
+    return [next(found) if need else None for need in needed]
+
+
+class _SampleBackward(torch.autograd.Function):
+    """The backward pass as a function of its own, for second derivatives: those are taken in PyTorch."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return _sample_backward_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        grad_output, input, params, ctx.source, *ctx.modes, ctx.input_grad, ctx.params_grad = inputs
+        ctx.save_for_backward(grad_output, input, params)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, by_grad_input: Tensor | None, by_grad_params: Tensor | None) -> tuple[Any, ...]:
+        interpolation, padding, align_corners = ctx.modes
+        modes = Interpolation(interpolation), Padding(padding), align_corners
+
+        def function(grad_output: Tensor, input: Tensor, params: Tensor) -> tuple[Any, ...]:
+            by_transform = grad_output if grad_output.dim() > input.dim() else grad_output.unsqueeze(1)
+            return reference.sample_backward(
+                by_transform, input, params, Source(ctx.source), *modes, by_taps=True
+            )
+
+        cotangents = by_grad_input if ctx.input_grad else None, by_grad_params if ctx.params_grad else None
+        found = _vector_jacobian(function, ctx.saved_tensors, ctx.needs_input_grad[:3], cotangents)
+        return *found, None, None, None, None, None, None
+
+
 class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
@@ -193,17 +249,14 @@ class _Sample(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, params, source, _, *modes = inputs
+        input, params, ctx.source, _, *ctx.modes = inputs
         ctx.save_for_backward(input, params)
-        ctx.source, ctx.modes = source, modes
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, params = ctx.saved_tensors
         input_grad, params_grad = ctx.needs_input_grad[:2]
-        grad_input, grad_params = _sample_backward_op(
-            grad_output, input, params, ctx.source, *ctx.modes, input_grad, params_grad
+        grad_input, grad_params = _SampleBackward.apply(
+            grad_output, *ctx.saved_tensors, ctx.source, *ctx.modes, input_grad, params_grad
         )
         return (
             grad_input if input_grad else None,
@@ -276,6 +329,30 @@ _grid_backward_op = _register(
 )
 
 
+class _GridBackward(torch.autograd.Function):
+    """As ``_SampleBackward``."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return _grid_backward_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad_grid, params, ctx.source, ctx.align_corners = inputs
+        ctx.save_for_backward(grad_grid, params)
+
+    @staticmethod
+    def backward(ctx: Any, by_grad_params: Tensor) -> tuple[Any, ...]:
+        def function(grad_grid: Tensor, params: Tensor) -> tuple[Tensor]:
+            by_transform = grad_grid.unsqueeze(1).to(reference.compute_dtype(params))
+            return (
+                reference.coordinates_backward(Source(ctx.source), by_transform, params, ctx.align_corners),
+            )
+
+        found = _vector_jacobian(function, ctx.saved_tensors, ctx.needs_input_grad[:2], (by_grad_params,))
+        return *found, None, None
+
+
 class _Grid(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
@@ -287,10 +364,9 @@ class _Grid(torch.autograd.Function):
         ctx.save_for_backward(params)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_grid: Tensor) -> tuple[Tensor | None, ...]:
         (params,) = ctx.saved_tensors
-        return _grid_backward_op(grad_grid, params, ctx.source, ctx.align_corners), None, None, None
+        return _GridBackward.apply(grad_grid, params, ctx.source, ctx.align_corners), None, None, None
 
 
 def grid(params: Tensor, source: Source, size: Any, align_corners: bool) -> Tensor:

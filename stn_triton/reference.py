@@ -316,16 +316,21 @@ def sample_backward(
     interpolation: Interpolation,
     padding: Padding,
     align_corners: bool,
-    input_grad: bool,
-    params_grad: bool,
+    input_grad: bool = True,
+    params_grad: bool = True,
+    *,
+    by_taps: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """d input and d params, as far as asked for, from d output, (N, T, C, *size)."""
+    """d input and d params, as far as asked for, from d output, (N, T, C, *size).
+
+    With ``by_taps`` never by ATen, whose backward cannot be differentiated again.
+    """
     dtype = compute_dtype(input, params)
     size = tuple(grad_output.shape[3:])
     grid = coordinates(source, params, size, align_corners, dtype)
     image, folded = input.to(dtype), _fold_transforms(grid, input.shape[0])
     g = grad_output.to(dtype).movedim(1, 2).flatten(2, 3)
-    if _aten_fits(input, interpolation, align_corners):
+    if not by_taps and _aten_fits(input, interpolation, align_corners):
         _, backward = _sampler(len(size))
         modes = int(interpolation), int(padding), align_corners
         grad_input, grad_grid = backward(g, image, _tame(folded, padding), *modes, [input_grad, True])

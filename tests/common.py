@@ -1,5 +1,9 @@
 """What the tests share: cases, the float64 witness, tolerances, and the band around kinks."""
 
+import contextlib
+import dataclasses
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -55,8 +59,24 @@ def away_from_kinks(grid, in_size, mode, align_corners, band=1e-3):
 
 
 def witness(input, grid, mode, padding, align_corners):
-    """``F.grid_sample`` in float64 on the CPU."""
-    return F.grid_sample(input.double().cpu(), grid.double().cpu(), mode, padding, align_corners)
+    """``F.grid_sample`` in float64 on the CPU, tricubic too."""
+    input, grid = input.double().cpu(), grid.double().cpu()
+    if mode == "bicubic" and input.dim() == 5:
+        return tricubic_witness(input, grid, padding, align_corners)
+    return F.grid_sample(input, grid, mode, padding, align_corners)
+
+
+def tricubic_witness(input, grid, padding, align_corners):
+    """Tricubic samples from PyTorch's bicubic ones: the weights of each axis are samples of unit vectors."""
+    batch, size = input.shape[0], grid.shape[1:-1]
+    points = grid.reshape(batch, 1, -1, 3)
+    weights = []
+    for axis, n in enumerate(reversed(input.shape[2:])):
+        units = torch.eye(n, dtype=input.dtype).view(1, n, 1, n).expand(batch, n, 1, n)
+        line = torch.stack([points[..., axis], torch.zeros_like(points[..., axis])], -1)
+        weights.append(F.grid_sample(units, line, "bicubic", padding, align_corners).squeeze(2))
+    x, y, z = weights
+    return torch.einsum("ncdhw,ndp,nhp,nwp->ncp", input, z, y, x).unflatten(2, size)
 
 
 def affine_witness(theta, size, align_corners):
@@ -74,3 +94,124 @@ def random_grid(batch, size, dtype, device, reach=1.5):
     """Coordinates inside and outside the image."""
     grid = (torch.rand(batch, *size, len(size), dtype=torch.float64) * 2 - 1) * reach
     return grid.to(device, dtype)
+
+
+# ------------------------------------------------------------------------------------- guard bands
+# Tensors of every layout inside a storage that is longer at both ends and, where steps leave gaps, in
+# between. What surrounds an input is NaN, which no sum survives; what surrounds a result is CANARY.
+NAN = float("nan")
+CANARY = -8192.0  # exact in every dtype
+
+
+def _layout(name, ndim):
+    """(dims from the outermost to the innermost, step of each dim, dims of stride 0, storage offset)."""
+    order, steps, expanded, offset = list(range(ndim)), [1] * ndim, (), 64
+    if name == "channels_last":  # for a grid: its components outermost
+        order.append(order.pop(1))
+    elif name == "reversed":
+        order.reverse()
+    elif name == "swapped":
+        order[-2:] = order[:-3:-1]
+    elif name == "sliced":
+        steps = [1] + [2] * (ndim - 1)
+    elif name == "gaps":
+        order.append(order.pop(1))
+        steps = [2, 3, *[1] * (ndim - 3), 2]
+    elif name == "offset":
+        offset = 67  # no vector load is aligned there
+    elif name.startswith("expanded"):
+        expanded = {
+            "expanded_batch": (0,),
+            "expanded_channels": (1,),
+            "expanded_space": tuple(range(2, ndim)),
+            "expanded_all": tuple(range(ndim)),
+        }[name]
+    else:
+        assert name == "contiguous", name
+    return order, steps, expanded, offset
+
+
+DENSE_LAYOUTS = ("contiguous", "channels_last", "reversed", "swapped", "sliced", "gaps", "offset")
+LAYOUTS = (*DENSE_LAYOUTS, "expanded_batch", "expanded_channels", "expanded_space", "expanded_all")
+
+
+def place(tensor, layout="contiguous", fill=NAN, device=None):
+    """A copy of ``tensor`` in a layout, with ``fill`` around it and in its gaps.
+
+    Along a dimension of stride 0 the first entry stands for all.
+    """
+    order, steps, expanded, offset = _layout(layout, tensor.dim())
+    strides, run = [0] * tensor.dim(), 1
+    for dim in reversed(order):
+        if dim not in expanded:
+            strides[dim] = run * steps[dim]
+            run = strides[dim] * max(tensor.shape[dim], 1)
+    span = 1 + sum(max(size - 1, 0) * stride for size, stride in zip(tensor.shape, strides))
+    storage = torch.full((offset + span + 64,), fill, dtype=tensor.dtype, device=device or tensor.device)
+    view = storage.as_strided(tensor.shape, strides, offset)
+    first = tuple(slice(0, 1) if dim in expanded else slice(None) for dim in range(tensor.dim()))
+    view[first].copy_(tensor[first])
+    return view
+
+
+def assert_band(view, fill=NAN):
+    """Nothing was written around a tensor made by ``place``, nor into its gaps."""
+    storage = torch.empty(0, dtype=view.dtype, device=view.device).set_(view.untyped_storage())
+    outside = torch.ones(storage.shape, dtype=torch.bool, device=view.device)
+    outside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
+    band = storage[outside]
+    intact = band.isnan() if fill != fill else band == fill
+    assert intact.all(), f"{(~intact).sum()} of {band.numel()} entries around a tensor were written"
+
+
+# ------------------------------------------------------------------------------------- interpreter
+class _Nothing:
+    def restore(self):
+        pass
+
+
+@contextlib.contextmanager
+def quick_interpreter(overflow_checks=True):
+    """Triton's interpreter about twice as fast, to the same results; nothing where it is not in use.
+
+    It searches ``triton.language`` for functions to replace at each call of a device function: here once a
+    launch. Without its integer overflow checks it is faster by half again.
+    """
+    from stn_triton import backend
+
+    if not backend.interpreting():
+        yield
+        return
+    from triton.runtime import interpreter
+
+    language = interpreter.tl, interpreter.tl.core
+    patch, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    options = interpreter.interpreter_builder.options
+    done = set()
+
+    @functools.cache
+    def modules(globals_id, entries, fn):
+        return frozenset(id(value) for value in fn.__globals__.values() if any(value is m for m in language))
+
+    def patch_once(fn):
+        key = modules(id(fn.__globals__), len(fn.__globals__), fn)
+        if key in done:
+            return _Nothing()
+        done.add(key)
+        return patch(fn)
+
+    def launch(self, *args, **kwargs):
+        done.clear()
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            done.clear()
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch
+    if not overflow_checks and hasattr(options, "sanitize_overflow"):
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+    try:
+        yield
+    finally:
+        interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, call
+        interpreter.interpreter_builder.options = options

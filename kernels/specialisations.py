@@ -1,0 +1,326 @@
+"""Every specialisation of the kernels that can be launched, compiled for GPUs that need not be there.
+
+    python -m stn_triton.kernels.specialisations [--all] [--target sm_90] [--shard 1/8] [--list]
+
+The launchers themselves choose what is compiled: they are called with tensors that have a shape, strides
+and a dtype but no memory, and each launch is compiled instead of run. The interpreter accepts programs
+that the compiler refuses; this is the test that it does not refuse ours.
+
+``--all`` is the full product of the axes below and takes hours on a few cores (``--shard`` divides it);
+without it, a subset in which every pair of values of two axes meets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from . import grid, launch, sample
+from .modes import Interpolation, Padding, Source
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+DTYPES = (F16, BF16, F32, F64)
+
+
+class Layout(NamedTuple):
+    """Channels, and whether the input and the output have them innermost."""
+
+    channels: int
+    input_last: bool
+    output_last: bool
+
+
+# One for each pattern that ``configs.choose`` and the launchers tell apart: unrolled channels, even and
+# uneven blocks, vectors of every width, and layouts that differ between input and output.
+LAYOUTS = (
+    Layout(1, False, False),
+    Layout(2, False, False),
+    Layout(3, False, False),
+    Layout(4, False, False),
+    Layout(5, False, False),
+    Layout(64, False, False),
+    Layout(3, True, True),
+    Layout(4, True, False),
+    Layout(8, True, True),
+    Layout(9, True, True),
+    Layout(12, True, True),
+    Layout(20, True, True),
+    Layout(64, True, True),
+    Layout(64, True, False),
+    Layout(64, False, True),
+    Layout(72, True, True),
+)
+MODES: dict[str, tuple] = {
+    "interpolation": tuple(Interpolation),
+    "padding": tuple(Padding),
+    "align_corners": (False, True),
+    "dims": (2, 3),
+}
+WIDTHS: dict[str, tuple] = {
+    "layout": LAYOUTS,
+    "columns": (1, 2, 4, 8, 16, 32),
+    "wide": (False, True),  # offsets of 64 bits
+    "aligned": (True, False),  # pointers at multiples of 16 bytes
+}
+AXES: dict[str, dict[str, tuple]] = {
+    "forward": {
+        "source": tuple(Source),
+        "dtypes": tuple(itertools.product(DTYPES, DTYPES)),
+        **MODES,
+        **WIDTHS,
+    },
+    "backward": {
+        "gradients": ("input", "params", "both"),
+        "source": tuple(Source),
+        "dtypes": tuple(itertools.product(DTYPES, DTYPES)),
+        **MODES,
+        **WIDTHS,
+    },
+    "grid": {
+        "direction": ("forward", "backward"),
+        "dtype": DTYPES,
+        "align_corners": (False, True),
+        "dims": (2, 3),
+        "columns": WIDTHS["columns"],
+        "wide": (False, True),
+    },
+}
+Case = dict[str, Any]
+
+
+def possible(case: Case) -> bool:
+    """A grid has the image's dtype; nearest samples have no gradient by the parameters."""
+    if case.get("source") == Source.GRID and case["dtypes"][0] != case["dtypes"][1]:
+        return False
+    return not (
+        case.get("gradients") in ("params", "both") and case["interpolation"] == Interpolation.NEAREST
+    )
+
+
+def all_cases() -> Iterator[Case]:
+    """The full product."""
+    for kernel, axes in AXES.items():
+        for values in itertools.product(*axes.values()):
+            case = {"kernel": kernel, **dict(zip(axes, values))}
+            if possible(case):
+                yield case
+
+
+def pairwise_cases() -> Iterator[Case]:
+    """A subset in which every possible pair of values of two axes of a kernel meets (greedy, repeatable)."""
+    for kernel, axes in AXES.items():
+        names = list(axes)
+        missing = {
+            (a, x, b, y) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]
+        }
+        order = sorted(missing, key=repr)
+        while order:
+            order = [pair for pair in order if pair in missing]
+            found = None
+            for a, x, b, y in order:
+                found = _extend({a: x, b: y}, axes, missing)
+                if found is not None:
+                    break
+            if found is None:  # what is left meets in no possible case
+                break
+            missing -= {(a, found[a], b, found[b]) for a, b in itertools.combinations(names, 2)}
+            yield {"kernel": kernel, **found}
+
+
+def _extend(start: Case, axes: dict[str, tuple], missing: set) -> Case | None:
+    """A possible case that contains ``start`` and, chosen axis by axis, as many missing pairs as it can."""
+    names = list(axes)
+    partial = dict(start)
+    for name in sorted((n for n in names if n not in start), key=lambda n: -len(axes[n])):
+
+        def gain(value: Any, name: str = name) -> int:
+            pairs = (
+                (name, value, other, partial[other])
+                if names.index(name) < names.index(other)
+                else (other, partial[other], name, value)
+                for other in partial
+            )
+            return sum(pair in missing for pair in pairs)
+
+        for value in sorted(axes[name], key=gain, reverse=True):
+            if _may_be_possible({**partial, name: value}):
+                partial[name] = value
+                break
+        else:
+            return None
+    case = {name: partial[name] for name in names}
+    return case if possible({"interpolation": None, "gradients": None, **case}) else None
+
+
+def _may_be_possible(partial: Case) -> bool:
+    needed = {"source": None, "dtypes": (None, None), "interpolation": None, "gradients": None}
+    return possible({**needed, **partial})
+
+
+# ------------------------------------------------------------------------------------------- launching
+def _tensor(
+    shape: tuple[int, ...], dtype: torch.dtype, *, last: bool, wide: bool, aligned: bool
+) -> torch.Tensor:
+    """A tensor without memory: (N, C, ...), channels innermost if ``last``, offsets past 2^31 if ``wide``."""
+    order = [0, *range(2, len(shape)), 1] if last else list(range(len(shape)))
+    strides, step = [0] * len(shape), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= shape[dim]
+        if wide and dim == order[-1]:
+            step = 2**31
+    span = 2 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+    return torch.empty(span, dtype=dtype, device="meta").as_strided(shape, strides, 0 if aligned else 1)
+
+
+def compile_case(case: Case) -> list[Any]:
+    """Calls the launcher of a case inside ``compiling``; returns the compiled kernels."""
+    dims, align_corners, columns = case["dims"], case["align_corners"], case["columns"]
+    size = (9,) * (dims - 1) + (columns,)
+    start = len(_compiled)
+    if case["kernel"] == "grid":
+        theta = _tensor((2, dims, dims + 1), case["dtype"], last=False, wide=False, aligned=True)
+        target = _tensor((2, *size, dims), case["dtype"], last=False, wide=case["wide"], aligned=True)
+        if case["direction"] == "forward":
+            grid.grid_forward(theta, target, Source.AFFINE, align_corners)
+        else:
+            grid.grid_backward(target, theta, Source.AFFINE, align_corners)
+        return _compiled[start:]
+
+    layout, (dtype, params_dtype) = case["layout"], case["dtypes"]
+    modes = case["source"], case["interpolation"], case["padding"], align_corners
+    memory = {"wide": case["wide"], "aligned": case["aligned"]}
+    channels = layout.channels
+    input = _tensor((2, channels, *(9,) * dims), dtype, last=layout.input_last, **memory)
+    output = _tensor((2, channels, *size), dtype, last=layout.output_last, **memory)
+    shape = (2, *size, dims) if case["source"] == Source.GRID else (2, dims, dims + 1)
+    params = _tensor(shape, params_dtype, last=False, wide=False, aligned=True)
+    if case["kernel"] == "forward":
+        sample.sample_forward(input, params, output, *modes)
+    else:
+        total = None
+        if case["gradients"] != "params":
+            compute = launch.compute_dtypes(input, params)[1]
+            total = _tensor(tuple(input.shape), compute, last=layout.input_last, **memory)
+        sample.sample_backward(output, input, params, total, *modes, case["gradients"] != "input")
+    return _compiled[start:]
+
+
+_compiled: list[Any] = []
+
+
+class _Driver:
+    """As much of a Triton driver as compiling needs."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+    def get_current_device(self) -> int:
+        # Triton caches kernels by device: each target is one
+        return 1000 + list(TARGETS).index(self.name)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(target: str) -> Iterator[list[Any]]:
+    """Inside, every launch is compiled for ``target`` instead of run; yields the list of compiled kernels."""
+
+    def compile_only(kernel: Any, programs: int, device: torch.device, *args: Any, **kwargs: Any) -> None:
+        _compiled.append(kernel.warmup(*args, grid=(programs,), **kwargs))
+
+    active = triton.runtime.driver
+    before = active._active
+    active.set_active(_Driver(target))
+    launch.runner = compile_only
+    try:
+        yield _compiled
+    finally:
+        launch.runner = launch.run
+        active._active = before
+
+
+def describe(case: Case) -> str:
+    def text(value: Any) -> str:
+        if isinstance(value, Layout):
+            kinds = {False: "planar", True: "last"}
+            return f"{value.channels}:{kinds[value.input_last]}->{kinds[value.output_last]}"
+        if isinstance(value, tuple):
+            return "/".join(map(text, value))
+        return str(getattr(value, "name", value)).removeprefix("torch.").lower()
+
+    return " ".join(f"{name}={text(value)}" for name, value in case.items())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="the full product, not only a subset with all pairs"
+    )
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all in turn")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="every Nth case, from the Ith on")
+    parser.add_argument("--list", action="store_true", help="print the cases and compile nothing")
+    options = parser.parse_args()
+    index, count = map(int, options.shard.split("/"))
+    if not 1 <= index <= count:
+        parser.error(f"--shard: 1 <= I <= N must hold, got {options.shard}")
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+
+    targets = options.target or list(TARGETS)
+    if options.all:
+        work = ((target, case) for case in all_cases() for target in targets)
+    else:  # the targets take turns
+        work = ((targets[i % len(targets)], case) for i, case in enumerate(pairwise_cases()))
+    failures = done = 0
+    start = time.monotonic()
+    for target, case in itertools.islice(work, index - 1, None, count):
+        done += 1
+        if options.list:
+            print(target, describe(case))
+            continue
+        try:
+            with compiling(target):
+                kernels = compile_case(case)
+            if not kernels:
+                raise RuntimeError("nothing was launched")
+        except Exception as error:
+            failures += 1
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # the compiler wraps an error once for each call
+                cause = cause.__cause__
+            print(f"FAILED {target} {describe(case)}: {type(cause).__name__}: {cause}", flush=True)
+        if sys.stderr.isatty() and done % 20 == 0:
+            print(f"\r{done} compiled, {failures} failed", end="", file=sys.stderr, flush=True)
+    if not options.list:
+        print(
+            f"{done} specialisations compiled by Triton {triton.__version__} "
+            f"in {time.monotonic() - start:.0f} s, {failures} failed"
+        )
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""The compiler takes every specialisation that the interpreter ran, for GPUs that need not be there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARDS = 12
+
+
+def compile_specialisations(*arguments):
+    """Runs the module in a process of its own: here the kernels belong to the interpreter."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "stn_triton.kernels.specialisations", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
+
+
+@pytest.mark.parametrize("shard", range(1, SHARDS + 1))
+def test_specialisations_compile(shard):
+    """Every pair of options, for sm_80, sm_90 and gfx942 in turn; `make compile` is the full product."""
+    result = compile_specialisations("--shard", f"{shard}/{SHARDS}")
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " 0 failed" in result.stdout
+
+
+def test_every_pair_of_options_is_compiled():
+    """The subset really holds each possible pair, and each case is a possible one."""
+    code = """
+import itertools
+from stn_triton.kernels import specialisations as s
+cases = list(s.pairwise_cases())
+assert all(s.possible(case) for case in cases)
+for kernel, axes in s.AXES.items():
+    met = set()
+    for case in cases:
+        if case["kernel"] == kernel:
+            met |= {(a, case[a], b, case[b]) for a, b in itertools.combinations(axes, 2)}
+    pairs = {(a, x, b, y) for a, b in itertools.combinations(axes, 2) for x in axes[a] for y in axes[b]}
+    for a, x, b, y in pairs - met:
+        two = {a: x, b: y}
+        source, dtypes = two.get("source"), two.get("dtypes")
+        impossible = source == s.Source.GRID and dtypes and dtypes[0] != dtypes[1]
+        nearest = two.get("interpolation") == s.Interpolation.NEAREST
+        impossible |= nearest and two.get("gradients", "input") != "input"
+        assert impossible, (kernel, two)
+"""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, timeout=300)

@@ -1,0 +1,167 @@
+"""The registered operators: schemas, fakes, and what the fakes promise."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+from common import random_grid, random_theta
+from torch._subclasses import FakeTensorMode
+
+import stn_triton as stn
+from stn_triton import backend, ops
+from stn_triton.kernels.modes import Interpolation, Padding, Source
+
+NAMESPACE = torch.ops.stn_triton
+FORMATS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(
+        memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    ),
+    "permuted": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "sliced": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "channels_last_sliced": lambda x: FORMATS["channels_last"](torch.cat([x, x], 1))[:, : x.shape[1]],
+    "expanded": lambda x: x[:, :1].expand_as(x),
+}
+
+
+def arguments(source, dims, device, layout="contiguous", transforms=None, dtype=torch.float32):
+    """Arguments of ``sample`` after the modes are chosen."""
+    in_size, size = ((4, 5), (3, 6)) if dims == 2 else ((3, 4, 5), (2, 3, 4))
+    input = FORMATS[layout](torch.randn(2, 3, *in_size, device=device, dtype=dtype))
+    if source == Source.GRID:
+        params = random_grid(2, size, dtype, device)
+    else:
+        params = random_theta(2 * (transforms or 1), dims, torch.float32, device)
+        params = params.view(2, transforms, dims, dims + 1) if transforms else params
+    return input, params, int(source), list(size), int(Interpolation.BILINEAR), int(Padding.BORDER), True
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("source", list(Source), ids=lambda s: s.name.lower())
+def test_opcheck(either_backend, device, source, dims):
+    """PyTorch's own checks of schema and fake, for each operator."""
+    utilities = ("test_schema", "test_faketensor")
+    sample_arguments = arguments(source, dims, device)
+    torch.library.opcheck(NAMESPACE.sample.default, sample_arguments, test_utils=utilities)
+    output = NAMESPACE.sample(*sample_arguments)
+    input, params, *modes = sample_arguments
+    modes.pop(1)
+    for wanted in itertools.product([True, False], repeat=2):
+        backward_arguments = (torch.randn_like(output), input, params, *modes, *wanted)
+        torch.library.opcheck(NAMESPACE.sample_backward.default, backward_arguments, test_utils=utilities)
+    if source != Source.GRID:
+        size = sample_arguments[3]
+        grid = NAMESPACE.grid(params, int(source), size, True)
+        torch.library.opcheck(NAMESPACE.grid.default, (params, int(source), size, True), test_utils=utilities)
+        torch.library.opcheck(
+            NAMESPACE.grid_backward.default,
+            (torch.randn_like(grid), params, int(source), True),
+            test_utils=utilities,
+        )
+
+
+@pytest.mark.parametrize("layout", list(FORMATS))
+@pytest.mark.parametrize(
+    ("source", "transforms"),
+    [(Source.GRID, None), (Source.AFFINE, None), (Source.AFFINE, 2)],
+    ids=["grid", "affine", "affine-transforms"],
+)
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_fakes_tell_the_truth(either_backend, device, dims, source, transforms, layout, dtype):
+    """Shape, strides, dtype and device of every result, from arguments of any layout."""
+    real = arguments(source, dims, device, layout, transforms, dtype)
+    outputs = [NAMESPACE.sample(*real)]
+    outputs += NAMESPACE.sample_backward(outputs[0], *real[:3], *real[4:], True, True)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in real]
+        fakes = [NAMESPACE.sample(*fake)]
+        fakes += NAMESPACE.sample_backward(fakes[0], *fake[:3], *fake[4:], True, True)
+    for result, promise in zip(outputs, fakes, strict=True):
+        assert result.shape == promise.shape
+        assert result.stride() == promise.stride()
+        assert result.dtype == promise.dtype
+        assert result.device == promise.device
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "channels_last_sliced"])
+def test_memory_format_is_kept(device, layout):
+    """The fused functions keep the image's format, forward and in d input; grid_sample's output is NCHW."""
+    input, theta, *_ = arguments(Source.AFFINE, 2, device, layout)
+    input.requires_grad_()
+    output = stn.affine_grid_sample(input, theta)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    (grad,) = torch.autograd.grad(output.sum(), input)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+    grid = random_grid(2, (3, 6), torch.float32, device)
+    assert stn.grid_sample(input, grid, align_corners=False).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 4, 5)], ids=["batch", "channels", "output"]
+)
+def test_empty(either_backend, device, shape):
+    """Nothing in, nothing out, and gradients of zero."""
+    size = (0, 3) if shape == (2, 3, 4, 5) else (2, 3)
+    input = torch.randn(shape, device=device, requires_grad=True)
+    theta = torch.randn(shape[0], 2, 3, device=device, requires_grad=True)
+    grid = torch.randn(shape[0], *size, 2, device=device, requires_grad=True)
+    for params, output in (
+        (theta, stn.affine_grid_sample(input, theta, size)),
+        (grid, stn.grid_sample(input, grid, align_corners=False)),
+    ):
+        assert output.shape == (*shape[:2], *size)
+        for leaf, grad in zip((input, params), torch.autograd.grad(output.sum(), (input, params))):
+            assert grad.shape == leaf.shape
+            assert grad.count_nonzero() == 0
+
+
+def test_no_transforms(either_backend, device):
+    """T = 0 is empty too."""
+    input = torch.randn(2, 3, 4, 5, device=device, requires_grad=True)
+    theta = torch.randn(2, 0, 2, 3, device=device, requires_grad=True)
+    output = stn.affine_grid_sample(input, theta)
+    assert output.shape == (2, 0, 3, 4, 5)
+    output.sum().backward()
+    assert input.grad.count_nonzero() == 0
+    assert theta.grad.shape == theta.shape
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("source", list(Source), ids=lambda s: s.name.lower())
+def test_second_derivatives(device, source, dims, mode):
+    """gradgradcheck for both arguments, and what a gradient penalty needs: a graph behind d params."""
+    input, params, *_ = arguments(source, dims, device, dtype=torch.float64)
+    input = input[:1, :1].clone().requires_grad_()
+    params = params[:1].double()
+    if source == Source.GRID:
+        params = params[:, :2, :2].contiguous() if dims == 2 else params[:, :1, :2, :2].contiguous()
+    params.requires_grad_()
+
+    def function(image, p):
+        if source == Source.GRID:
+            return stn.grid_sample(image, p, mode, "zeros", False)
+        return stn.affine_grid_sample(image, p, (2,) * dims, mode)
+
+    # the interpreter's first derivatives, thousands of them, would only take longer
+    with backend.use("torch") if device.type == "cpu" else contextlib.nullcontext():
+        assert torch.autograd.gradgradcheck(function, (input, params), eps=1e-5, atol=1e-5, nondet_tol=1e-9)
+    (grad,) = torch.autograd.grad(function(input, params).sum(), params, create_graph=True)
+    assert grad.requires_grad
+    (second,) = torch.autograd.grad(grad.square().sum(), params)
+    assert second.count_nonzero() > 0
+
+
+def test_second_derivatives_of_a_grid(device):
+    theta = torch.randn(1, 2, 3, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda t: stn.affine_grid(t, (1, 1, 2, 3), False).square(), theta)
+
+
+def test_operators_need_no_autograd(device):
+    """The differentiable functions wrap one operator call each."""
+    input, theta, *_ = arguments(Source.AFFINE, 2, device)
+    assert not ops.sample(
+        input, theta, Source.AFFINE, (2, 2), Interpolation.NEAREST, Padding.ZEROS, False
+    ).requires_grad
