@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from . import configs, sources
-from .launch import INT32_MAX, compute_dtypes, image_span, launch
+from .launch import compute_dtypes, index_dtype, launch
 from .modes import Interpolation, Source
 from .tiles import axes, output_pixels, pixel_offset, rounded
 
@@ -154,7 +154,7 @@ def _launch(grid: torch.Tensor, params: torch.Tensor, source: Source, align_corn
         ALIGN_CORNERS=int(align_corners),
         DIMS=dims,
         COMPUTE=compute[0],
-        INDEX=tl.int32 if image_span(grid) <= INT32_MAX else tl.int64,
+        INDEX=index_dtype(grid),
         BACKWARD=backward,
         BLOCK_ROWS=tile.rows,
         BLOCK_COLUMNS=tile.columns,

@@ -478,3 +478,47 @@ def test_saved_tensors_hold_no_grid(device):
     assert {id(t) for t in kept} <= {id(input), id(theta)} or all(
         t.data_ptr() in (input.data_ptr(), theta.data_ptr()) for t in kept
     )
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_wide_offsets(device, monkeypatch, dims, memory_format):
+    """The kernels with 64-bit offsets, which images of 2^31 elements need, give the same results."""
+    from stn_triton.kernels import launch
+
+    input, theta = case("affine", dims, torch.float64, device, channels=4)
+    input = strided(input.detach(), memory_format).requires_grad_()
+    grid = random_grid(2, OUT_SIZE[dims], torch.float64, device).requires_grad_()
+    grad_output = torch.randn(2, 4, *OUT_SIZE[dims], dtype=torch.float64, device=device)
+
+    def run():
+        fused = stn.affine_grid_sample(input, theta, OUT_SIZE[dims])
+        dense = stn.grid_sample(input, grid, align_corners=True)
+        return (
+            *(fused, *grads(fused, (input, theta), grad_output)),
+            *(dense, *grads(dense, (input, grid), grad_output)),
+            stn.affine_grid(theta, (2, 1, *OUT_SIZE[dims]), False),
+        )
+
+    narrow = run()
+    assert launch.index_dtype(input) == launch.tl.int32
+    monkeypatch.setattr(launch, "INT32_MAX", 0)
+    assert launch.index_dtype(input) == launch.tl.int64
+    for wide, result in zip(run(), narrow):
+        assert_close(wide, result)
+
+
+def test_index_width_follows_the_largest_image():
+    """int32 up to 2^31 - 1 elements from an image's first to its last, strides counted, not the batch."""
+    from stn_triton.kernels import launch
+
+    def image(*shape):
+        return torch.empty(shape, device="meta")
+
+    assert launch.index_dtype(image(100, 1, 2**15, 2**15)) == launch.tl.int32
+    assert launch.index_dtype(image(1, 1, 2**16, 2**15 - 1)) == launch.tl.int32
+    assert launch.index_dtype(image(1, 1, 2**16, 2**15 + 1)) == launch.tl.int64
+    far_apart = image(2**33).as_strided((1, 2, 4, 4), (0, 2**32, 4, 1))
+    assert launch.index_dtype(far_apart) == launch.tl.int64
+    assert launch.index_dtype(image(1, 1, 4, 4), image(1, 3, 2**16, 2**15 - 1)) == launch.tl.int64
+    assert launch.index_dtype(image(1, 1, 2**15, 2**15).expand(1, 64, -1, -1)) == launch.tl.int32
