@@ -18,15 +18,15 @@ REFLECTION = tl.constexpr(Padding.REFLECTION.value)
 
 
 @triton.jit
-def pixel_scale(size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
-    """Pixels per normalised unit: ``pixel = pixel_scale * normalised + pixel_center``."""
-    return (size - ALIGN_CORNERS).to(COMPUTE) * 0.5
+def unnormalise(x, size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
+    """The pixel coordinate of normalised ``x``: scale * x + center, both exact, with one rounding."""
+    return x * unnormalise_grad(size, ALIGN_CORNERS, COMPUTE) + (size - 1).to(COMPUTE) * 0.5
 
 
 @triton.jit
-def pixel_center(size, COMPUTE: tl.constexpr):
-    """The pixel coordinate of normalised 0, the same for both ``align_corners``. Exact."""
-    return (size - 1).to(COMPUTE) * 0.5
+def unnormalise_grad(size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
+    """Pixels per normalised unit."""
+    return (size - ALIGN_CORNERS).to(COMPUTE) * 0.5
 
 
 @triton.jit

@@ -26,14 +26,6 @@ UNSPECIALIZED = (
 )
 
 
-@triton.jit
-def normalised_units(DIMS: tl.constexpr, COMPUTE: tl.constexpr):
-    """(scale, center) of each axis that leave normalised coordinates as they are."""
-    one = tl.full([], 1.0, COMPUTE)
-    zero = tl.full([], 0.0, COMPUTE)
-    return (one, one, one), (zero, zero, zero)
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def grid_kernel(
     grid_ptr,
@@ -76,7 +68,6 @@ def grid_kernel(
     b = pid // tiles
     source = (source_ptr, source_stride_0, source_stride_1, source_stride_2, source_stride_3, source_stride_4)
     out_size = (out_width, out_height, out_depth)
-    scale, center = normalised_units(DIMS, COMPUTE)
     out, mask = output_pixels(tile, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
     target = (
         grid_ptr + b.to(tl.int64) * stride_b + pixel_offset(out, (stride_x, stride_y, stride_z), DIMS, INDEX)
@@ -89,7 +80,6 @@ def grid_kernel(
         sources.backward(
             grad_source_ptr,
             (g_x, g_y, g_z),
-            scale,
             out,
             out_size,
             mask,
@@ -107,8 +97,8 @@ def grid_kernel(
     else:
         n = (b // transforms).to(tl.int64)
         t = (b % transforms).to(tl.int64)
-        state = sources.prepare(source, n, t, scale, out_size, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE)
-        p = sources.coordinates(state, scale, center, out, out_size, mask, SOURCE, DIMS, INDEX, COMPUTE)
+        state = sources.prepare(source, n, t, SOURCE, DIMS, INDEX, COMPUTE)
+        p = sources.coordinates(state, out, out_size, mask, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE)
         for k in tl.static_range(DIMS):
             tl.store(target + k * stride_k, rounded(p[k], grid_ptr), mask)
 

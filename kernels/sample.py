@@ -1,6 +1,6 @@
 """The sampler: one kernel forward, one backward, for every source, interpolation and padding.
 
-Forward, per output pixel o of transform t of image n, with p = source(o) in input pixels:
+Forward, per output pixel o of transform t of image n, with p = unnormalise(source(o)) in input pixels:
 
     output[n, t, c, o] = sum over taps k of  weight_k(p) input[n, c, index_k(p)]
 
@@ -9,8 +9,9 @@ Backward, from g = d loss / d output:
     d input[n, c, index_k(p)] += weight_k(p) g[n, t, c, o]
     d p                        = sum over c and k of  weight_k'(p) input[n, c, index_k(p)] g[n, t, c, o]
 
-and d p goes on to the source (``sources.backward``). Pixels are a column and channels a row of every
-block: shapes are [pixels, 1], [1, channels] and [pixels, channels].
+and d p, times the derivative of the un-normalisation, goes on to the source (``sources.backward``).
+Pixels are a column and channels a row of every block: shapes are [pixels, 1], [1, channels] and
+[pixels, channels].
 """
 
 import torch
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import configs, sources
-from .coordinates import NEAREST, pixel_center, pixel_scale
+from .coordinates import NEAREST, unnormalise, unnormalise_grad
 from .interpolation import axis_tap_count, axis_taps, axis_taps_grad
 from .launch import channel_dim, compute_dtypes, index_dtype, launch, vector_width
 from .modes import Interpolation, Padding, Source
@@ -44,18 +45,14 @@ CHANNEL_STRIDES = ("stride_in_c", "stride_out_c", "stride_grad_c")
 
 
 @triton.jit
-def input_units(in_size, ALIGN_CORNERS: tl.constexpr, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
-    """(scale, center) of each axis: pixel = scale * normalised + center."""
-    sx = pixel_scale(in_size[0], ALIGN_CORNERS, COMPUTE)
-    sy = pixel_scale(in_size[1], ALIGN_CORNERS, COMPUTE)
-    cx = pixel_center(in_size[0], COMPUTE)
-    cy = pixel_center(in_size[1], COMPUTE)
+def input_pixels(p, in_size, ALIGN_CORNERS: tl.constexpr, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+    """Pixel coordinates in the input from normalised ones."""
+    x = unnormalise(p[0], in_size[0], ALIGN_CORNERS, COMPUTE)
+    y = unnormalise(p[1], in_size[1], ALIGN_CORNERS, COMPUTE)
     if DIMS == 3:
-        sz = pixel_scale(in_size[2], ALIGN_CORNERS, COMPUTE)
-        cz = pixel_center(in_size[2], COMPUTE)
-        return (sx, sy, sz), (cx, cy, cz)
+        return x, y, unnormalise(p[2], in_size[2], ALIGN_CORNERS, COMPUTE)
     else:
-        return (sx, sy), (cx, cy)
+        return x, y
 
 
 @triton.jit
@@ -295,10 +292,10 @@ def sample_forward_kernel(
     out_size = (out_width, out_height, out_depth)
     stride_in = (stride_in_x, stride_in_y, stride_in_z)
     stride_out = (stride_out_x, stride_out_y, stride_out_z)
-    scale, center = input_units(in_size, ALIGN_CORNERS, DIMS, COMPUTE)
-    state = sources.prepare(source, n, t, scale, out_size, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE)
+    state = sources.prepare(source, n, t, SOURCE, DIMS, INDEX, COMPUTE)
     out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
-    p = sources.coordinates(state, scale, center, out, out_size, mask, SOURCE, DIMS, INDEX, COMPUTE)
+    p = sources.coordinates(state, out, out_size, mask, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE)
+    p = input_pixels(p, in_size, ALIGN_CORNERS, DIMS, COMPUTE)
     x, y, z = taps_of_axes(p, in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE)
 
     image = input_ptr + tl.multiple_of(n * stride_in_n, VECTOR_IN)
@@ -403,10 +400,10 @@ def sample_backward_kernel(
     stride_in = (stride_in_x, stride_in_y, stride_in_z)
     stride_out = (stride_out_x, stride_out_y, stride_out_z)
     stride_grad = (stride_grad_x, stride_grad_y, stride_grad_z)
-    scale, center = input_units(in_size, ALIGN_CORNERS, DIMS, COMPUTE)
-    state = sources.prepare(source, n, t, scale, out_size, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE)
+    state = sources.prepare(source, n, t, SOURCE, DIMS, INDEX, COMPUTE)
     out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
-    p = sources.coordinates(state, scale, center, out, out_size, mask, SOURCE, DIMS, INDEX, COMPUTE)
+    p = sources.coordinates(state, out, out_size, mask, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE)
+    p = input_pixels(p, in_size, ALIGN_CORNERS, DIMS, COMPUTE)
     x, y, z = taps_of_axes(p, in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE)
     if SOURCE_GRAD:
         slopes_x, slopes_y, slopes_z = slopes_of_axes(
@@ -476,12 +473,14 @@ def sample_backward_kernel(
     if SOURCE_GRAD:
         # pixels that do not exist read real memory, which may hold a NaN: they count as 0
         grad_x = tl.where(mask, tl.sum(grad_x, 1, keep_dims=True), 0.0)
+        grad_x *= unnormalise_grad(in_size[0], ALIGN_CORNERS, COMPUTE)
         grad_y = tl.where(mask, tl.sum(grad_y, 1, keep_dims=True), 0.0)
+        grad_y *= unnormalise_grad(in_size[1], ALIGN_CORNERS, COMPUTE)
         grad_z = tl.where(mask, tl.sum(grad_z, 1, keep_dims=True), 0.0)
+        grad_z *= unnormalise_grad(in_size[2], ALIGN_CORNERS, COMPUTE)
         sources.backward(
             grad_source_ptr,
             (grad_x, grad_y, grad_z),
-            scale,
             out,
             out_size,
             mask,

@@ -1,19 +1,17 @@
 """Coordinate sources: where in the input each output pixel is read.
 
-A source is four device functions and a few lines of host code, all in this file:
+A source is three device functions and a few lines of host code, all in this file:
 
 * ``*_prepare``: what a program needs before its first pixel, from the source's arguments;
-* ``*_coordinates``: pixel coordinates in the input of a block of output pixels;
+* ``*_coordinates``: the normalised coordinates in the input of a block of output pixels;
 * ``*_backward``: what a program adds to the parameters' gradient, given the gradient by those
   coordinates; every value has one writer, so that nothing is summed in an unpredictable order;
-* ``pack``, ``gradient_buffer``, ``gradient_layout`` and ``reduce_gradient`` on the host.
+* ``pack``, ``gradient_buffer`` and ``reduce_gradient`` on the host.
 
 To add a source, add its code to ``modes.Source``, its functions here, and a branch to each of the
 dispatchers ``prepare``, ``coordinates``, ``backward`` and to the host functions. No kernel changes.
 
-Tuples over axes are x first: (x, y) or (x, y, z). ``scale`` and ``center`` say into which units a
-source maps: ``unit = scale * normalised + center``, pixels of the input for the samplers, or
-scale 1 and center 0 for normalised coordinates.
+Tuples over axes are x first: (x, y) or (x, y, z).
 """
 
 import torch
@@ -36,20 +34,15 @@ def grid_prepare(source, n, INDEX: tl.constexpr):
 
 
 @triton.jit
-def grid_coordinates(
-    state, scale, center, out, mask, DIMS: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr
-):
+def grid_coordinates(state, out, mask, DIMS: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr):
     base, stride_component, strides = state
     offset = out[0].to(INDEX) * strides[0] + out[1].to(INDEX) * strides[1]
     if DIMS == 3:
         offset += out[2].to(INDEX) * strides[2]
-    x = tl.load(base + offset, mask, other=0.0).to(COMPUTE) * scale[0] + center[0]
-    y = tl.load(base + (offset + stride_component), mask, other=0.0).to(COMPUTE) * scale[1] + center[1]
+    x = tl.load(base + offset, mask, other=0.0).to(COMPUTE)
+    y = tl.load(base + (offset + stride_component), mask, other=0.0).to(COMPUTE)
     if DIMS == 3:
-        z = (
-            tl.load(base + (offset + 2 * stride_component), mask, other=0.0).to(COMPUTE) * scale[2]
-            + center[2]
-        )
+        z = tl.load(base + (offset + 2 * stride_component), mask, other=0.0).to(COMPUTE)
         return x, y, z
     else:
         return x, y
@@ -59,7 +52,6 @@ def grid_coordinates(
 def grid_backward(
     gradient_ptr,
     gradients,
-    scale,
     out,
     mask,
     out_size,
@@ -77,7 +69,7 @@ def grid_backward(
         pixels *= out_size[2]
     base = gradient_ptr + (split.to(tl.int64) * batch + b) * pixels * DIMS
     for k in tl.static_range(DIMS):
-        tl.store(base + (pixel * DIMS + k), rounded(gradients[k] * scale[k], gradient_ptr), mask)
+        tl.store(base + (pixel * DIMS + k), rounded(gradients[k], gradient_ptr), mask)
 
 
 # -------------------------------------------------------------------------------------- affine
@@ -91,88 +83,71 @@ def true_divide(a, b, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def output_extent(size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
-    """The output's normalised coordinate is ``centered(o) / output_extent``; 1 where that is 0 / 0."""
-    return tl.maximum(size - ALIGN_CORNERS, 1).to(COMPUTE)
+def normalised(o, size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
+    """The normalised coordinate of output pixel ``o``; 0 on an axis of one pixel.
 
-
-@triton.jit
-def centered(o, size, COMPUTE: tl.constexpr):
-    """Twice the distance of output pixel ``o`` from the middle: a whole number, exact."""
-    return (2 * o - (size - 1)).to(COMPUTE)
-
-
-@triton.jit
-def affine_row(pointer, stride_col, scale, extents, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
-    """One row of theta folded into output pixels and input units: (a_x, a_y[, a_z], constant).
-
-    The center is left for ``affine_apply``: added last, it leaves one rounding at full magnitude, not two.
+    A quotient of two whole numbers, rounded once: the error differs from pixel to pixel. Folding the
+    denominator into theta would give all pixels the same error, which the sum of d theta does not even out.
     """
-    a_x = true_divide(tl.load(pointer).to(COMPUTE) * scale, extents[0], COMPUTE)
-    a_y = true_divide(tl.load(pointer + stride_col).to(COMPUTE) * scale, extents[1], COMPUTE)
-    constant = tl.load(pointer + DIMS * stride_col).to(COMPUTE) * scale
-    if DIMS == 3:
-        a_z = true_divide(tl.load(pointer + 2 * stride_col).to(COMPUTE) * scale, extents[2], COMPUTE)
-        return a_x, a_y, a_z, constant
-    else:
-        return a_x, a_y, constant
+    doubled = (2 * o - (size - 1)).to(COMPUTE)
+    return true_divide(doubled, tl.maximum(size - ALIGN_CORNERS, 1).to(COMPUTE), COMPUTE)
 
 
 @triton.jit
-def affine_extents(out_size, ALIGN_CORNERS: tl.constexpr, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
-    width = output_extent(out_size[0], ALIGN_CORNERS, COMPUTE)
-    height = output_extent(out_size[1], ALIGN_CORNERS, COMPUTE)
+def normalised_pixels(out, out_size, ALIGN_CORNERS: tl.constexpr, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+    """(x, y, 1) or (x, y, z, 1) of the output pixels: what a matrix is multiplied by."""
+    x = normalised(out[0], out_size[0], ALIGN_CORNERS, COMPUTE)
+    y = normalised(out[1], out_size[1], ALIGN_CORNERS, COMPUTE)
+    one = tl.full(x.shape, 1.0, COMPUTE)
     if DIMS == 3:
-        return width, height, output_extent(out_size[2], ALIGN_CORNERS, COMPUTE)
+        return x, y, normalised(out[2], out_size[2], ALIGN_CORNERS, COMPUTE), one
     else:
-        return width, height
+        return x, y, one
 
 
 @triton.jit
-def affine_prepare(
-    source,
-    n,
-    t,
-    scale,
-    out_size,
-    ALIGN_CORNERS: tl.constexpr,
-    DIMS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """Strides by image, transform, row and column; the fifth is unused."""
+def matrix_row(pointer, stride_col, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+    x = tl.load(pointer).to(COMPUTE)
+    y = tl.load(pointer + stride_col).to(COMPUTE)
+    last = tl.load(pointer + DIMS * stride_col).to(COMPUTE)
+    if DIMS == 3:
+        return x, y, tl.load(pointer + 2 * stride_col).to(COMPUTE), last
+    else:
+        return x, y, last
+
+
+@triton.jit
+def affine_prepare(source, n, t, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+    """The rows of theta. Strides by image, transform, row and column; the fifth is unused."""
     pointer, stride_n, stride_t, stride_row, stride_col, _ = source
     pointer += n * stride_n + t * stride_t
-    extents = affine_extents(out_size, ALIGN_CORNERS, DIMS, COMPUTE)
-    x = affine_row(pointer, stride_col, scale[0], extents, DIMS, COMPUTE)
-    y = affine_row(pointer + stride_row, stride_col, scale[1], extents, DIMS, COMPUTE)
+    x = matrix_row(pointer, stride_col, DIMS, COMPUTE)
+    y = matrix_row(pointer + stride_row, stride_col, DIMS, COMPUTE)
     if DIMS == 3:
-        z = affine_row(pointer + 2 * stride_row, stride_col, scale[2], extents, DIMS, COMPUTE)
-        return x, y, z
+        return x, y, matrix_row(pointer + 2 * stride_row, stride_col, DIMS, COMPUTE)
     else:
         return x, y
 
 
 @triton.jit
-def affine_apply(row, center, u, v, w, DIMS: tl.constexpr):
+def matrix_apply(row, pixels, DIMS: tl.constexpr):
     if DIMS == 3:
-        return (row[0] * u + (row[1] * v + (row[2] * w + row[3]))) + center
+        return row[0] * pixels[0] + (row[1] * pixels[1] + (row[2] * pixels[2] + row[3]))
     else:
-        return (row[0] * u + (row[1] * v + row[2])) + center
+        return row[0] * pixels[0] + (row[1] * pixels[1] + row[2])
 
 
 @triton.jit
-def affine_coordinates(state, center, out, out_size, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
-    u = centered(out[0], out_size[0], COMPUTE)
-    v = centered(out[1], out_size[1], COMPUTE)
+def affine_coordinates(
+    state, out, out_size, ALIGN_CORNERS: tl.constexpr, DIMS: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """theta (x, y[, z], 1)."""
+    pixels = normalised_pixels(out, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
+    x = matrix_apply(state[0], pixels, DIMS)
+    y = matrix_apply(state[1], pixels, DIMS)
     if DIMS == 3:
-        w = centered(out[2], out_size[2], COMPUTE)
-        x = affine_apply(state[0], center[0], u, v, w, DIMS)
-        y = affine_apply(state[1], center[1], u, v, w, DIMS)
-        z = affine_apply(state[2], center[2], u, v, w, DIMS)
-        return x, y, z
+        return x, y, matrix_apply(state[2], pixels, DIMS)
     else:
-        x = affine_apply(state[0], center[0], u, v, 0.0, DIMS)
-        y = affine_apply(state[1], center[1], u, v, 0.0, DIMS)
         return x, y
 
 
@@ -180,7 +155,6 @@ def affine_coordinates(state, center, out, out_size, DIMS: tl.constexpr, COMPUTE
 def affine_backward(
     gradient_ptr,
     gradients,
-    scale,
     out,
     out_size,
     b,
@@ -190,18 +164,16 @@ def affine_backward(
     DIMS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Sums over this program's pixels, d theta[r, k] = sum of scale_r g_r (normalised k), 1 for the last.
+    """This program's share of d theta[r, k] = sum over pixels of g_r pixels_k, pixels = (x, y[, z], 1).
 
     The buffer is (batch, DIMS * (DIMS + 1), programs).
     """
-    extents = affine_extents(out_size, ALIGN_CORNERS, DIMS, COMPUTE)
+    pixels = normalised_pixels(out, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
     base = gradient_ptr + (b.to(tl.int64) * (DIMS * (DIMS + 1))) * programs + program
     for r in tl.static_range(DIMS):
-        g = gradients[r] * scale[r]
-        for k in tl.static_range(DIMS):
-            moment = tl.sum(tl.sum(g * centered(out[k], out_size[k], COMPUTE), 1), 0)
-            tl.store(base + (r * (DIMS + 1) + k) * programs, true_divide(moment, extents[k], COMPUTE))
-        tl.store(base + (r * (DIMS + 1) + DIMS) * programs, tl.sum(tl.sum(g, 1), 0))
+        for k in tl.static_range(DIMS + 1):
+            share = tl.sum(tl.sum(gradients[r] * pixels[k], 1), 0)
+            tl.store(base + (r * (DIMS + 1) + k) * programs, share)
 
 
 # ---------------------------------------------------------------------------------- dispatchers
@@ -210,17 +182,14 @@ def prepare(
     source,
     n,
     t,
-    scale,
-    out_size,
     SOURCE: tl.constexpr,
-    ALIGN_CORNERS: tl.constexpr,
     DIMS: tl.constexpr,
     INDEX: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """The state that ``coordinates`` reads, for transform ``t`` (int64) of image ``n`` (int64)."""
     if SOURCE == AFFINE:
-        return affine_prepare(source, n, t, scale, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
+        return affine_prepare(source, n, t, DIMS, COMPUTE)
     else:
         tl.static_assert(SOURCE == GRID)
         return grid_prepare(source, n, INDEX)
@@ -229,28 +198,26 @@ def prepare(
 @triton.jit
 def coordinates(
     state,
-    scale,
-    center,
     out,
     out_size,
     mask,
     SOURCE: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
     DIMS: tl.constexpr,
     INDEX: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """(x, y[, z]) of the output pixels ``out`` = (x, y[, z]), any shape; NaN and infinities are possible."""
+    """Normalised (x, y[, z]) of the output pixels ``out``, any shape; NaN and infinities are possible."""
     if SOURCE == AFFINE:
-        return affine_coordinates(state, center, out, out_size, DIMS, COMPUTE)
+        return affine_coordinates(state, out, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
     else:
-        return grid_coordinates(state, scale, center, out, mask, DIMS, INDEX, COMPUTE)
+        return grid_coordinates(state, out, mask, DIMS, INDEX, COMPUTE)
 
 
 @triton.jit
 def backward(
     gradient_ptr,
     gradients,
-    scale,
     out,
     out_size,
     mask,
@@ -268,10 +235,10 @@ def backward(
     """From ``gradients`` by the coordinates, 0 outside ``mask``, to this program's part of the buffer."""
     if SOURCE == AFFINE:
         affine_backward(
-            gradient_ptr, gradients, scale, out, out_size, b, program, programs, ALIGN_CORNERS, DIMS, COMPUTE
+            gradient_ptr, gradients, out, out_size, b, program, programs, ALIGN_CORNERS, DIMS, COMPUTE
         )
     else:
-        grid_backward(gradient_ptr, gradients, scale, out, mask, out_size, b, split, batch, DIMS, INDEX)
+        grid_backward(gradient_ptr, gradients, out, mask, out_size, b, split, batch, DIMS, INDEX)
 
 
 # ----------------------------------------------------------------------------------------- host
