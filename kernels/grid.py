@@ -8,13 +8,15 @@ import triton
 import triton.language as tl
 
 from . import configs, sources
-from .launch import compute_dtypes, index_dtype, launch
+from .launch import compute_dtypes, has_fast_log, index_dtype, launch
 from .modes import Interpolation, Source
 from .tiles import axes, output_pixels, pixel_offset, rounded
 
 UNSPECIALIZED = (
     "grid_ptr",
     "source_ptr",
+    "control_ptr",
+    "controls",
     "grad_source_ptr",
     *(f"source_stride_{i}" for i in range(5)),
     *(f"stride_{axis}" for axis in ("b", "k", "x", "y", "z")),
@@ -36,6 +38,8 @@ def grid_kernel(
     source_stride_2,
     source_stride_3,
     source_stride_4,
+    control_ptr,
+    controls,
     stride_b,
     stride_k,
     stride_x,
@@ -53,7 +57,9 @@ def grid_kernel(
     DIMS: tl.constexpr,
     COMPUTE: tl.constexpr,
     INDEX: tl.constexpr,
+    FAST_LOG: tl.constexpr,
     BACKWARD: tl.constexpr,
+    CONTROL_GRAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -72,6 +78,7 @@ def grid_kernel(
     target = (
         grid_ptr + b.to(tl.int64) * stride_b + pixel_offset(out, (stride_x, stride_y, stride_z), DIMS, INDEX)
     )
+    outputs = sources.outputs_of(b, batch, transforms, 1)
     if BACKWARD:
         # a third entry is there in 2-D too, where no one reads it
         g_x = tl.load(target, mask, other=0.0).to(COMPUTE)
@@ -79,7 +86,11 @@ def grid_kernel(
         g_z = tl.load(target + (DIMS - 1) * stride_k, mask, other=0.0).to(COMPUTE)
         sources.backward(
             grad_source_ptr,
-            (g_x, g_y, g_z),
+            source,
+            control_ptr,
+            controls,
+            outputs,
+            ((g_x, g_y, g_z),),
             out,
             out_size,
             mask,
@@ -89,21 +100,44 @@ def grid_kernel(
             tile,
             tiles,
             SOURCE,
+            1,
+            CONTROL_GRAD,
             ALIGN_CORNERS,
             DIMS,
             INDEX,
             COMPUTE,
+            FAST_LOG,
         )
     else:
-        n = (b // transforms).to(tl.int64)
-        t = (b % transforms).to(tl.int64)
-        state = sources.prepare(source, n, t, SOURCE, DIMS, INDEX, COMPUTE)
-        p = sources.coordinates(state, out, out_size, mask, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE)
+        p = sources.coordinates(
+            source,
+            control_ptr,
+            controls,
+            outputs,
+            out,
+            out_size,
+            mask,
+            SOURCE,
+            1,
+            ALIGN_CORNERS,
+            DIMS,
+            INDEX,
+            COMPUTE,
+            FAST_LOG,
+        )
         for k in tl.static_range(DIMS):
-            tl.store(target + k * stride_k, rounded(p[k], grid_ptr), mask)
+            tl.store(target + k * stride_k, rounded(p[0][k], grid_ptr), mask)
 
 
-def _launch(grid: torch.Tensor, params: torch.Tensor, source: Source, align_corners: bool, backward: bool):
+def _launch(
+    grid: torch.Tensor,
+    params: torch.Tensor,
+    control_points: torch.Tensor | None,
+    source: Source,
+    align_corners: bool,
+    backward: bool,
+    control_grad: bool = False,
+):
     dims = grid.shape[-1]
     size = grid.shape[1:-1]
     tile = configs.choose(
@@ -120,10 +154,11 @@ def _launch(grid: torch.Tensor, params: torch.Tensor, source: Source, align_corn
     )
     column_tiles, row_tiles = triton.cdiv(size[-1], tile.columns), triton.cdiv(size[:-1].numel(), tile.rows)
     tiles = column_tiles * row_tiles
-    compute = compute_dtypes(params)
+    compute = compute_dtypes(params) if control_points is None else compute_dtypes(params, control_points)
     buffer = None
     if backward:
-        buffer = sources.gradient_buffer(source, params, grid.shape[0], 1, tiles, compute[1])
+        controls = control_points.shape[0] if control_grad and control_points is not None else 0
+        buffer = sources.gradient_buffer(source, params, grid.shape[0], 1, tiles, compute[1], controls)
     stride = grid.stride()
     launch(
         grid_kernel,
@@ -131,7 +166,7 @@ def _launch(grid: torch.Tensor, params: torch.Tensor, source: Source, align_corn
         grid.device,
         grid,
         grid if buffer is None else buffer,
-        *sources.pack(source, params),
+        *sources.pack(source, params, control_points),
         stride[0],
         stride[-1],
         *axes(stride[1:-1]),
@@ -145,7 +180,9 @@ def _launch(grid: torch.Tensor, params: torch.Tensor, source: Source, align_corn
         DIMS=dims,
         COMPUTE=compute[0],
         INDEX=index_dtype(grid),
+        FAST_LOG=source == Source.TPS and has_fast_log(grid.device, compute[0]),
         BACKWARD=backward,
+        CONTROL_GRAD=control_grad,
         BLOCK_ROWS=tile.rows,
         BLOCK_COLUMNS=tile.columns,
         num_warps=tile.warps,
@@ -153,15 +190,25 @@ def _launch(grid: torch.Tensor, params: torch.Tensor, source: Source, align_corn
     return buffer
 
 
-def grid_forward(params: torch.Tensor, grid: torch.Tensor, source: Source, align_corners: bool) -> None:
+def grid_forward(
+    params: torch.Tensor,
+    control_points: torch.Tensor | None,
+    grid: torch.Tensor,
+    source: Source,
+    align_corners: bool,
+) -> None:
     """Fills ``grid``, (N, [D,] H, W, dims), with normalised coordinates."""
-    _launch(grid, params, source, align_corners, backward=False)
+    _launch(grid, params, control_points, source, align_corners, backward=False)
 
 
 def grid_backward(
-    grad_grid: torch.Tensor, params: torch.Tensor, source: Source, align_corners: bool
-) -> torch.Tensor:
-    """d params, summed in a fixed order."""
-    return sources.reduce_gradient(
-        source, params, _launch(grad_grid, params, source, align_corners, backward=True)
-    )
+    grad_grid: torch.Tensor,
+    params: torch.Tensor,
+    control_points: torch.Tensor | None,
+    source: Source,
+    align_corners: bool,
+    control_grad: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """d params, and d control points if asked for, summed in a fixed order."""
+    buffer = _launch(grad_grid, params, control_points, source, align_corners, True, control_grad)
+    return sources.reduce_gradient(source, params, buffer, control_points if control_grad else None)

@@ -27,3 +27,6 @@ class Source(IntEnum):
 
     GRID = 0
     AFFINE = 1
+    PROJECTIVE = 2
+    TPS = 3
+    FLOW = 4

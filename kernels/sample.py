@@ -19,16 +19,18 @@ import triton
 import triton.language as tl
 
 from . import configs, sources
-from .coordinates import NEAREST, unnormalise, unnormalise_grad
+from .coordinates import NEAREST
 from .interpolation import axis_tap_count, axis_taps, axis_taps_grad
-from .launch import channel_dim, compute_dtypes, index_dtype, launch, vector_width
+from .launch import channel_dim, compute_dtypes, has_fast_log, index_dtype, launch, vector_width
 from .modes import Interpolation, Padding, Source
-from .tiles import axes, output_pixels, pixel_offset, rounded, strides
+from .tiles import axes, existing, output_pixels, pixel_offset, rounded, strides
 
 # Sizes, strides and counts never make a new kernel: only the constexprs do, and whether the stride of the
 # channels is 1. (Tuples would be shorter, but Triton specialises what is in them.)
 UNSPECIALIZED = (
     "source_ptr",
+    "control_ptr",
+    "controls",
     "grad_source_ptr",
     *(f"source_stride_{i}" for i in range(5)),
     *(f"stride_{tensor}_{axis}" for tensor in ("in", "out", "grad") for axis in "ntxyz"),
@@ -42,17 +44,6 @@ UNSPECIALIZED = (
     "split_blocks",
 )
 CHANNEL_STRIDES = ("stride_in_c", "stride_out_c", "stride_grad_c")
-
-
-@triton.jit
-def input_pixels(p, in_size, ALIGN_CORNERS: tl.constexpr, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
-    """Pixel coordinates in the input from normalised ones."""
-    x = unnormalise(p[0], in_size[0], ALIGN_CORNERS, COMPUTE)
-    y = unnormalise(p[1], in_size[1], ALIGN_CORNERS, COMPUTE)
-    if DIMS == 3:
-        return x, y, unnormalise(p[2], in_size[2], ALIGN_CORNERS, COMPUTE)
-    else:
-        return x, y
 
 
 @triton.jit
@@ -229,6 +220,8 @@ def sample_forward_kernel(
     source_stride_2,
     source_stride_3,
     source_stride_4,
+    control_ptr,
+    controls,
     stride_in_n,
     stride_in_c,
     stride_in_x,
@@ -246,6 +239,7 @@ def sample_forward_kernel(
     out_width,
     out_height,
     out_depth,
+    batch,
     transforms,
     channels,
     column_tiles,
@@ -259,6 +253,8 @@ def sample_forward_kernel(
     DIMS: tl.constexpr,
     COMPUTE: tl.constexpr,
     INDEX: tl.constexpr,
+    GROUP: tl.constexpr,
+    FAST_LOG: tl.constexpr,
     VECTOR_IN: tl.constexpr,
     VECTOR_OUT: tl.constexpr,
     EVEN_CHANNELS: tl.constexpr,
@@ -270,11 +266,11 @@ def sample_forward_kernel(
     """output = sample(input, source).
 
     input_ptr, output_ptr: one image is addressed in INDEX, the images in int64.
-    source_*: the pointer and strides that ``sources.pack`` gave.
+    source_*, control_ptr, controls: what ``sources.pack`` gave.
     stride_in_*: strides of the input by image, channel, x, y and z.
     stride_out_*: those of the output, by image, transform, channel, x, y and z.
     in_*, out_*: sizes. In 2-D whatever belongs to z is 0 and unused.
-    transforms: outputs per image.
+    batch, transforms: outputs in all, and for each image. A program does GROUP of them.
     column_tiles, row_tiles: pixel tiles of one output.
     splits, split_blocks: programs per pixel tile, and how many blocks of channels each of them does.
     VECTOR_IN, VECTOR_OUT: every offset of a pixel is a multiple of this many elements.
@@ -283,41 +279,59 @@ def sample_forward_kernel(
     pid = tl.program_id(0)
     tiles = column_tiles * row_tiles
     split = (pid // tiles) % splits
-    b = pid // (tiles * splits)
-    n = (b // transforms).to(tl.int64)
-    t = (b % transforms).to(tl.int64)
-
+    b = pid // (tiles * splits) * GROUP
     source = (source_ptr, source_stride_0, source_stride_1, source_stride_2, source_stride_3, source_stride_4)
     in_size = (in_width, in_height, in_depth)
     out_size = (out_width, out_height, out_depth)
     stride_in = (stride_in_x, stride_in_y, stride_in_z)
     stride_out = (stride_out_x, stride_out_y, stride_out_z)
-    state = sources.prepare(source, n, t, SOURCE, DIMS, INDEX, COMPUTE)
+    outputs = sources.outputs_of(b, batch, transforms, GROUP)
     out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
-    p = sources.coordinates(state, out, out_size, mask, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE)
-    p = input_pixels(p, in_size, ALIGN_CORNERS, DIMS, COMPUTE)
-    x, y, z = taps_of_axes(p, in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE)
-
-    image = input_ptr + tl.multiple_of(n * stride_in_n, VECTOR_IN)
-    target = output_ptr + tl.multiple_of(n * stride_out_n + t * stride_out_t, VECTOR_OUT)
-    target += tl.multiple_of(pixel_offset(out, stride_out, DIMS, INDEX), (VECTOR_OUT, VECTOR_OUT))
+    p = sources.input_pixels(
+        source,
+        control_ptr,
+        controls,
+        outputs,
+        out,
+        out_size,
+        in_size,
+        mask,
+        SOURCE,
+        GROUP,
+        ALIGN_CORNERS,
+        DIMS,
+        INDEX,
+        COMPUTE,
+        FAST_LOG,
+    )
+    target_offset = tl.multiple_of(pixel_offset(out, stride_out, DIMS, INDEX), (VECTOR_OUT, VECTOR_OUT))
     # over blocks, not channels: that a block begins at a multiple of its size is then plain to see
     first = split * split_blocks
     last = tl.minimum(first + split_blocks, tl.cdiv(channels, BLOCK_CHANNELS * UNROLL))
-    for block in range(first, last):
-        # all loads before the first store, behind which the compiler may not move them
-        values = ()
-        for step in tl.static_range(UNROLL):
-            c, exists = channel_block(block * UNROLL + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX)
-            plane = image + c * stride_in_c
-            values += (
-                interpolate(
-                    plane, x, y, z, stride_in, exists, INTERPOLATION, VECTOR_IN, DIMS, INDEX, COMPUTE
-                ),
-            )
-        for step in tl.static_range(UNROLL):
-            c, exists = channel_block(block * UNROLL + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX)
-            tl.store(target + c * stride_out_c, rounded(values[step], output_ptr), mask & exists)
+    for g in tl.static_range(GROUP):
+        n, t = outputs[g]
+        x, y, z = taps_of_axes(p[g], in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE)
+        image = input_ptr + tl.multiple_of(n * stride_in_n, VECTOR_IN)
+        target = output_ptr + tl.multiple_of(n * stride_out_n + t * stride_out_t, VECTOR_OUT) + target_offset
+        kept = existing(mask, b + g, batch)
+        for block in range(first, last):
+            # all loads before the first store, behind which the compiler may not move them
+            values = ()
+            for step in tl.static_range(UNROLL):
+                c, exists = channel_block(
+                    block * UNROLL + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX
+                )
+                plane = image + c * stride_in_c
+                values += (
+                    interpolate(
+                        plane, x, y, z, stride_in, exists, INTERPOLATION, VECTOR_IN, DIMS, INDEX, COMPUTE
+                    ),
+                )
+            for step in tl.static_range(UNROLL):
+                c, exists = channel_block(
+                    block * UNROLL + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX
+                )
+                tl.store(target + c * stride_out_c, rounded(values[step], output_ptr), kept & exists)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=CHANNEL_STRIDES)
@@ -332,6 +346,8 @@ def sample_backward_kernel(
     source_stride_2,
     source_stride_3,
     source_stride_4,
+    control_ptr,
+    controls,
     stride_out_n,
     stride_out_t,
     stride_out_c,
@@ -368,8 +384,11 @@ def sample_backward_kernel(
     DIMS: tl.constexpr,
     COMPUTE: tl.constexpr,
     INDEX: tl.constexpr,
+    GROUP: tl.constexpr,
+    FAST_LOG: tl.constexpr,
     INPUT_GRAD: tl.constexpr,
     SOURCE_GRAD: tl.constexpr,
+    CONTROL_GRAD: tl.constexpr,
     VECTOR_OUT: tl.constexpr,
     VECTOR_IN: tl.constexpr,
     VECTOR_GRAD: tl.constexpr,
@@ -384,105 +403,126 @@ def sample_backward_kernel(
     grad_output_ptr: read with stride_out_*.
     input_ptr: read with stride_in_*, only for SOURCE_GRAD.
     grad_input_ptr: zero-filled, in COMPUTE; added to with stride_grad_*, only for INPUT_GRAD.
-    grad_source_ptr: the buffer of ``sources.gradient_buffer``, only for SOURCE_GRAD.
-    batch: outputs in all, images * transforms. The rest as in ``sample_forward_kernel``.
+    grad_source_ptr: the buffer of ``sources.gradient_buffer``, only for SOURCE_GRAD; with room for the
+        control points' gradient for CONTROL_GRAD. The rest as in ``sample_forward_kernel``.
     """
     pid = tl.program_id(0)
     tiles = column_tiles * row_tiles
     split = (pid // tiles) % splits
-    b = pid // (tiles * splits)
-    n = (b // transforms).to(tl.int64)
-    t = (b % transforms).to(tl.int64)
-
+    b = pid // (tiles * splits) * GROUP
     source = (source_ptr, source_stride_0, source_stride_1, source_stride_2, source_stride_3, source_stride_4)
     in_size = (in_width, in_height, in_depth)
     out_size = (out_width, out_height, out_depth)
     stride_in = (stride_in_x, stride_in_y, stride_in_z)
     stride_out = (stride_out_x, stride_out_y, stride_out_z)
     stride_grad = (stride_grad_x, stride_grad_y, stride_grad_z)
-    state = sources.prepare(source, n, t, SOURCE, DIMS, INDEX, COMPUTE)
+    outputs = sources.outputs_of(b, batch, transforms, GROUP)
     out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
-    p = sources.coordinates(state, out, out_size, mask, SOURCE, ALIGN_CORNERS, DIMS, INDEX, COMPUTE)
-    p = input_pixels(p, in_size, ALIGN_CORNERS, DIMS, COMPUTE)
-    x, y, z = taps_of_axes(p, in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE)
-    if SOURCE_GRAD:
-        slopes_x, slopes_y, slopes_z = slopes_of_axes(
-            p, in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE
-        )
-
-    image = input_ptr + tl.multiple_of(n * stride_in_n, VECTOR_IN)
-    grad_image = grad_input_ptr + tl.multiple_of(n * stride_grad_n, VECTOR_GRAD)
-    target = grad_output_ptr + tl.multiple_of(n * stride_out_n + t * stride_out_t, VECTOR_OUT)
-    target += tl.multiple_of(pixel_offset(out, stride_out, DIMS, INDEX), (VECTOR_OUT, VECTOR_OUT))
-    # kept by channel until the end: one reduction in all, not one for each block of channels
-    grad_x = tl.zeros([BLOCK_ROWS * BLOCK_COLUMNS, BLOCK_CHANNELS], COMPUTE)
-    grad_y = tl.zeros([BLOCK_ROWS * BLOCK_COLUMNS, BLOCK_CHANNELS], COMPUTE)
-    grad_z = tl.zeros([BLOCK_ROWS * BLOCK_COLUMNS, BLOCK_CHANNELS], COMPUTE)
-    # over blocks, not channels: that a block begins at a multiple of its size is then plain to see
+    p = sources.input_pixels(
+        source,
+        control_ptr,
+        controls,
+        outputs,
+        out,
+        out_size,
+        in_size,
+        mask,
+        SOURCE,
+        GROUP,
+        ALIGN_CORNERS,
+        DIMS,
+        INDEX,
+        COMPUTE,
+        FAST_LOG,
+    )
+    target_offset = tl.multiple_of(pixel_offset(out, stride_out, DIMS, INDEX), (VECTOR_OUT, VECTOR_OUT))
     first = split * split_blocks
     last = tl.minimum(first + split_blocks, tl.cdiv(channels, BLOCK_CHANNELS * UNROLL))
-    for block in range(first, last):
-        # all loads before the first atomic, behind which the compiler may not move them
-        gradients = ()
-        for step in tl.static_range(UNROLL):
-            c, exists = channel_block(block * UNROLL + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX)
-            gradients += (tl.load(target + c * stride_out_c, mask & exists, other=0.0).to(COMPUTE),)
+    by_pixels = ()
+    for g in tl.static_range(GROUP):
+        n, t = outputs[g]
+        x, y, z = taps_of_axes(p[g], in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE)
         if SOURCE_GRAD:
+            slopes_x, slopes_y, slopes_z = slopes_of_axes(
+                p[g], in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE
+            )
+        image = input_ptr + tl.multiple_of(n * stride_in_n, VECTOR_IN)
+        grad_image = grad_input_ptr + tl.multiple_of(n * stride_grad_n, VECTOR_GRAD)
+        target = (
+            grad_output_ptr + tl.multiple_of(n * stride_out_n + t * stride_out_t, VECTOR_OUT) + target_offset
+        )
+        kept = existing(mask, b + g, batch)
+        # held by channel until the end: one reduction in all, not one for each block of channels
+        grad_x = tl.zeros([BLOCK_ROWS * BLOCK_COLUMNS, BLOCK_CHANNELS], COMPUTE)
+        grad_y = tl.zeros([BLOCK_ROWS * BLOCK_COLUMNS, BLOCK_CHANNELS], COMPUTE)
+        grad_z = tl.zeros([BLOCK_ROWS * BLOCK_COLUMNS, BLOCK_CHANNELS], COMPUTE)
+        for block in range(first, last):
+            # all loads before the first atomic, behind which the compiler may not move them
+            gradients = ()
             for step in tl.static_range(UNROLL):
                 c, exists = channel_block(
                     block * UNROLL + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX
                 )
-                by_x, by_y, by_z = interpolate_grad(
-                    image + c * stride_in_c,
-                    x,
-                    y,
-                    z,
-                    slopes_x,
-                    slopes_y,
-                    slopes_z,
-                    stride_in,
-                    exists,
-                    INTERPOLATION,
-                    VECTOR_IN,
-                    DIMS,
-                    INDEX,
-                    COMPUTE,
-                )
-                grad_x += gradients[step] * by_x
-                grad_y += gradients[step] * by_y
-                grad_z += gradients[step] * by_z
-        if INPUT_GRAD:
-            for step in tl.static_range(UNROLL):
-                c, exists = channel_block(
-                    block * UNROLL + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX
-                )
-                plane = grad_image + c * stride_grad_c
-                scatter(
-                    plane,
-                    gradients[step],
-                    x,
-                    y,
-                    z,
-                    stride_grad,
-                    mask & exists,
-                    INTERPOLATION,
-                    VECTOR_GRAD,
-                    DIMS,
-                    INDEX,
-                )
-    if SOURCE_GRAD:
+                gradients += (tl.load(target + c * stride_out_c, kept & exists, other=0.0).to(COMPUTE),)
+            if SOURCE_GRAD:
+                for step in tl.static_range(UNROLL):
+                    c, exists = channel_block(
+                        block * UNROLL + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX
+                    )
+                    by_x, by_y, by_z = interpolate_grad(
+                        image + c * stride_in_c,
+                        x,
+                        y,
+                        z,
+                        slopes_x,
+                        slopes_y,
+                        slopes_z,
+                        stride_in,
+                        exists,
+                        INTERPOLATION,
+                        VECTOR_IN,
+                        DIMS,
+                        INDEX,
+                        COMPUTE,
+                    )
+                    grad_x += gradients[step] * by_x
+                    grad_y += gradients[step] * by_y
+                    grad_z += gradients[step] * by_z
+            if INPUT_GRAD:
+                for step in tl.static_range(UNROLL):
+                    c, exists = channel_block(
+                        block * UNROLL + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX
+                    )
+                    plane = grad_image + c * stride_grad_c
+                    scatter(
+                        plane,
+                        gradients[step],
+                        x,
+                        y,
+                        z,
+                        stride_grad,
+                        kept & exists,
+                        INTERPOLATION,
+                        VECTOR_GRAD,
+                        DIMS,
+                        INDEX,
+                    )
         # pixels that do not exist read real memory, which may hold a NaN: they count as 0
-        grad_x = tl.where(mask, tl.sum(grad_x, 1, keep_dims=True), 0.0)
-        grad_x *= unnormalise_grad(in_size[0], ALIGN_CORNERS, COMPUTE)
-        grad_y = tl.where(mask, tl.sum(grad_y, 1, keep_dims=True), 0.0)
-        grad_y *= unnormalise_grad(in_size[1], ALIGN_CORNERS, COMPUTE)
-        grad_z = tl.where(mask, tl.sum(grad_z, 1, keep_dims=True), 0.0)
-        grad_z *= unnormalise_grad(in_size[2], ALIGN_CORNERS, COMPUTE)
-        sources.backward(
+        grad_x = tl.where(kept, tl.sum(grad_x, 1, keep_dims=True), 0.0)
+        grad_y = tl.where(kept, tl.sum(grad_y, 1, keep_dims=True), 0.0)
+        grad_z = tl.where(kept, tl.sum(grad_z, 1, keep_dims=True), 0.0)
+        by_pixels += ((grad_x, grad_y, grad_z),)
+    if SOURCE_GRAD:
+        sources.input_pixels_backward(
             grad_source_ptr,
-            (grad_x, grad_y, grad_z),
+            source,
+            control_ptr,
+            controls,
+            outputs,
+            by_pixels,
             out,
             out_size,
+            in_size,
             mask,
             b,
             batch,
@@ -490,27 +530,31 @@ def sample_backward_kernel(
             split * tiles + pid % tiles,
             splits * tiles,
             SOURCE,
+            GROUP,
+            CONTROL_GRAD,
             ALIGN_CORNERS,
             DIMS,
             INDEX,
             COMPUTE,
+            FAST_LOG,
         )
 
 
 # ------------------------------------------------------------------------------------ launchers
-def _plan(gathered, output, params, tensors, interpolation, backward) -> tuple[int, int, int, dict]:
-    """Outputs, programs for each, programs that share its channels, and the arguments both kernels take.
+def _plan(gathered, output, params, tensors, source, interpolation, backward) -> tuple[int, int, int, dict]:
+    """Outputs, programs for each group of them, programs that share its channels, and shared arguments.
 
     ``gathered`` is the image that is read or added to at the sampled coordinates: its layout decides.
     """
     dims = gathered.dim() - 2
     batch = output.shape[: channel_dim(output, dims)].numel()
+    group = sources.group_size(source, batch)
     channels = gathered.shape[1]
     columns = output.shape[-1]
     rows = output.shape[-dims:-1].numel()
     tile = configs.choose(
         gathered.device,
-        images=batch,
+        images=triton.cdiv(batch, group),
         channels=channels,
         rows=rows,
         columns=columns,
@@ -525,20 +569,24 @@ def _plan(gathered, output, params, tensors, interpolation, backward) -> tuple[i
     split_blocks = triton.cdiv(blocks, tile.splits)
     splits = triton.cdiv(blocks, split_blocks)
     column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
-    programs = column_tiles * row_tiles * splits
+    compute = compute_dtypes(gathered, params)[0]
     shared = {
-        **dict(zip(("in_width", "in_height", "in_depth"), axes(gathered.shape[2:]), strict=True)),
-        **dict(zip(("out_width", "out_height", "out_depth"), axes(output.shape[-dims:]), strict=True)),
+        **dict(zip(("in_width", "in_height", "in_depth"), axes(gathered.shape[2:]))),
+        **dict(zip(("out_width", "out_height", "out_depth"), axes(output.shape[-dims:]))),
+        "batch": batch,
         "transforms": batch // gathered.shape[0],
         "channels": channels,
         "column_tiles": column_tiles,
         "row_tiles": row_tiles,
         "splits": splits,
         "split_blocks": split_blocks,
+        "SOURCE": int(source),
         "INTERPOLATION": int(interpolation),
         "DIMS": dims,
-        "COMPUTE": compute_dtypes(gathered, params)[0],
+        "COMPUTE": compute,
         "INDEX": index_dtype(*tensors, params),
+        "GROUP": group,
+        "FAST_LOG": source == Source.TPS and has_fast_log(gathered.device, compute),
         "EVEN_CHANNELS": channels % block == 0,
         "BLOCK_ROWS": tile.rows,
         "BLOCK_COLUMNS": tile.columns,
@@ -546,12 +594,13 @@ def _plan(gathered, output, params, tensors, interpolation, backward) -> tuple[i
         "UNROLL": tile.unroll,
         "num_warps": tile.warps,
     }
-    return batch, programs, splits, shared
+    return batch, column_tiles * row_tiles * splits, splits, shared
 
 
 def sample_forward(
     input: torch.Tensor,
     params: torch.Tensor,
+    control_points: torch.Tensor | None,
     output: torch.Tensor,
     source: Source,
     interpolation: Interpolation,
@@ -561,18 +610,18 @@ def sample_forward(
     """Fills ``output``, (N, C, ...) or (N, T, C, ...) of any strides, with samples of ``input``."""
     dims = input.dim() - 2
     stride_in_n, _, *stride_in = strides(input, dims)
-    batch, programs, _, shared = _plan(input, output, params, (input, output), interpolation, backward=False)
+    tensors = (input, output)
+    batch, programs, _, shared = _plan(input, output, params, tensors, source, interpolation, backward=False)
     launch(
         sample_forward_kernel,
-        batch * programs,
+        triton.cdiv(batch, shared["GROUP"]) * programs,
         input.device,
         input,
         output,
-        *sources.pack(source, params),
+        *sources.pack(source, params, control_points),
         stride_in_n,
         *stride_in,
         *strides(output, dims),
-        SOURCE=int(source),
         PADDING=int(padding),
         ALIGN_CORNERS=int(align_corners),
         VECTOR_IN=vector_width(input, dims),
@@ -585,49 +634,55 @@ def sample_backward(
     grad_output: torch.Tensor,
     input: torch.Tensor,
     params: torch.Tensor,
+    control_points: torch.Tensor | None,
     grad_input: torch.Tensor | None,
     source: Source,
     interpolation: Interpolation,
     padding: Padding,
     align_corners: bool,
     params_grad: bool,
-) -> torch.Tensor | None:
-    """Adds to ``grad_input`` (zeros, in the compute type) if given; returns d params if asked for it."""
+    control_grad: bool = False,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Adds to ``grad_input`` (zeros, in the compute type) if given; returns d params and d control points.
+
+    Either is None unless asked for; the control points' comes with the parameters' only.
+    """
     dims = input.dim() - 2
     gathered = input if grad_input is None else grad_input
     tensors = (input, gathered, grad_output)
-    batch, programs, splits, shared = _plan(
-        gathered, grad_output, params, tensors, interpolation, backward=True
-    )
+    plan = _plan(gathered, grad_output, params, tensors, source, interpolation, backward=True)
+    batch, programs, splits, shared = plan
     buffer = None
     if params_grad:
         compute = compute_dtypes(input, params)[1]
-        buffer = sources.gradient_buffer(source, params, batch, splits, programs, compute)
+        controls = control_points.shape[0] if control_grad and control_points is not None else 0
+        buffer = sources.gradient_buffer(source, params, batch, splits, programs, compute, controls)
     stride_in_n, _, *stride_in = strides(input, dims)
     stride_grad_n, _, *stride_grad = strides(gathered, dims)
     launch(
         sample_backward_kernel,
-        batch * programs,
+        triton.cdiv(batch, shared["GROUP"]) * programs,
         input.device,
         grad_output,
         input,
         gathered,
         gathered if buffer is None else buffer,
-        *sources.pack(source, params),
+        *sources.pack(source, params, control_points),
         *strides(grad_output, dims),
         stride_in_n,
         *stride_in,
         stride_grad_n,
         *stride_grad,
-        batch=batch,
-        SOURCE=int(source),
         PADDING=int(padding),
         ALIGN_CORNERS=int(align_corners),
         INPUT_GRAD=grad_input is not None,
         SOURCE_GRAD=params_grad,
+        CONTROL_GRAD=params_grad and control_grad,
         VECTOR_OUT=vector_width(grad_output, dims),
         VECTOR_IN=vector_width(input, dims),
         VECTOR_GRAD=vector_width(gathered, dims),
         **shared,
     )
-    return None if buffer is None else sources.reduce_gradient(source, params, buffer)
+    if buffer is None:
+        return None, None
+    return sources.reduce_gradient(source, params, buffer, control_points if control_grad else None)

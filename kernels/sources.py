@@ -1,78 +1,38 @@
 """Coordinate sources: where in the input each output pixel is read.
 
-A source is three device functions and a few lines of host code, all in this file:
+A source is a few device functions and a few lines of host code, all in this file:
 
-* ``*_prepare``: what a program needs before its first pixel, from the source's arguments;
-* ``*_coordinates``: the normalised coordinates in the input of a block of output pixels;
+* ``*_coordinates``: the normalised coordinates in the input of a block of output pixels (of a flow, whose
+  unit is the pixel, the pixel coordinates);
 * ``*_backward``: what a program adds to the parameters' gradient, given the gradient by those
   coordinates; every value has one writer, so that nothing is summed in an unpredictable order;
 * ``pack``, ``gradient_buffer`` and ``reduce_gradient`` on the host.
 
 To add a source, add its code to ``modes.Source``, its functions here, and a branch to each of the
-dispatchers ``prepare``, ``coordinates``, ``backward`` and to the host functions. No kernel changes.
+dispatchers ``coordinates`` and ``backward`` and to the host functions. No kernel changes.
 
-Tuples over axes are x first: (x, y) or (x, y, z).
+A program works on a group of outputs (images or transforms of one) with the same output pixels, so that
+what depends on the pixels alone is computed once. Tuples over axes are x first: (x, y) or (x, y, z). Tuples
+over the group hold one such tuple for each of its outputs.
 """
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
+from .coordinates import unnormalise, unnormalise_grad
 from .modes import Source
-from .tiles import rounded
+from .tiles import axes, existing, rounded
 
 GRID = tl.constexpr(Source.GRID.value)
 AFFINE = tl.constexpr(Source.AFFINE.value)
+PROJECTIVE = tl.constexpr(Source.PROJECTIVE.value)
+TPS = tl.constexpr(Source.TPS.value)
+FLOW = tl.constexpr(Source.FLOW.value)
 
 
-# ---------------------------------------------------------------------------------- dense grid
-@triton.jit
-def grid_prepare(source, n, INDEX: tl.constexpr):
-    """Strides by image, component, x, y and z."""
-    pointer, stride_n, stride_component, stride_x, stride_y, stride_z = source
-    return pointer + n * stride_n, stride_component, (stride_x, stride_y, stride_z)
-
-
-@triton.jit
-def grid_coordinates(state, out, mask, DIMS: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr):
-    base, stride_component, strides = state
-    offset = out[0].to(INDEX) * strides[0] + out[1].to(INDEX) * strides[1]
-    if DIMS == 3:
-        offset += out[2].to(INDEX) * strides[2]
-    x = tl.load(base + offset, mask, other=0.0).to(COMPUTE)
-    y = tl.load(base + (offset + stride_component), mask, other=0.0).to(COMPUTE)
-    if DIMS == 3:
-        z = tl.load(base + (offset + 2 * stride_component), mask, other=0.0).to(COMPUTE)
-        return x, y, z
-    else:
-        return x, y
-
-
-@triton.jit
-def grid_backward(
-    gradient_ptr,
-    gradients,
-    out,
-    mask,
-    out_size,
-    b,
-    split,
-    batch,
-    DIMS: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """Stores the gradient of each grid entry; the buffer is (splits, batch, [D,] H, W, DIMS)."""
-    pixel = out[1].to(INDEX) * out_size[0] + out[0]
-    pixels = out_size[0].to(tl.int64) * out_size[1]
-    if DIMS == 3:
-        pixel += out[2].to(INDEX) * out_size[1] * out_size[0]
-        pixels *= out_size[2]
-    base = gradient_ptr + (split.to(tl.int64) * batch + b) * pixels * DIMS
-    for k in tl.static_range(DIMS):
-        tl.store(base + (pixel * DIMS + k), rounded(gradients[k], gradient_ptr), mask)
-
-
-# -------------------------------------------------------------------------------------- affine
+# -------------------------------------------------------------------------------- what sources share
 @triton.jit
 def true_divide(a, b, COMPUTE: tl.constexpr):
     """a / b rounded to nearest: float32 division is approximate by default."""
@@ -117,16 +77,14 @@ def matrix_row(pointer, stride_col, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def affine_prepare(source, n, t, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
-    """The rows of theta. Strides by image, transform, row and column; the fifth is unused."""
+def matrix_rows(source, n, t, ROWS: tl.constexpr, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+    """ROWS rows of DIMS + 1 entries. Strides by image, transform, row and column; the fifth is unused."""
     pointer, stride_n, stride_t, stride_row, stride_col, _ = source
     pointer += n * stride_n + t * stride_t
-    x = matrix_row(pointer, stride_col, DIMS, COMPUTE)
-    y = matrix_row(pointer + stride_row, stride_col, DIMS, COMPUTE)
-    if DIMS == 3:
-        return x, y, matrix_row(pointer + 2 * stride_row, stride_col, DIMS, COMPUTE)
-    else:
-        return x, y
+    rows = ()
+    for r in tl.static_range(ROWS):
+        rows += (matrix_row(pointer + r * stride_row, stride_col, DIMS, COMPUTE),)
+    return rows
 
 
 @triton.jit
@@ -138,85 +96,356 @@ def matrix_apply(row, pixels, DIMS: tl.constexpr):
 
 
 @triton.jit
-def affine_coordinates(
-    state, out, out_size, ALIGN_CORNERS: tl.constexpr, DIMS: tl.constexpr, COMPUTE: tl.constexpr
+def matrix_backward(
+    gradient_ptr, gradients, pixels, b, program, programs, ROWS: tl.constexpr, DIMS: tl.constexpr
 ):
-    """theta (x, y[, z], 1)."""
-    pixels = normalised_pixels(out, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
-    x = matrix_apply(state[0], pixels, DIMS)
-    y = matrix_apply(state[1], pixels, DIMS)
-    if DIMS == 3:
-        return x, y, matrix_apply(state[2], pixels, DIMS)
-    else:
-        return x, y
+    """This program's share of d matrix[r, k] = sum over pixels of gradients_r pixels_k.
 
-
-@triton.jit
-def affine_backward(
-    gradient_ptr,
-    gradients,
-    out,
-    out_size,
-    b,
-    program,
-    programs,
-    ALIGN_CORNERS: tl.constexpr,
-    DIMS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """This program's share of d theta[r, k] = sum over pixels of g_r pixels_k, pixels = (x, y[, z], 1).
-
-    The buffer is (batch, DIMS * (DIMS + 1), programs).
+    The buffer is (batch, ROWS * (DIMS + 1), programs).
     """
-    pixels = normalised_pixels(out, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
-    base = gradient_ptr + (b.to(tl.int64) * (DIMS * (DIMS + 1))) * programs + program
-    for r in tl.static_range(DIMS):
+    base = gradient_ptr + b.to(tl.int64) * (ROWS * (DIMS + 1)) * programs + program
+    for r in tl.static_range(ROWS):
         for k in tl.static_range(DIMS + 1):
             share = tl.sum(tl.sum(gradients[r] * pixels[k], 1), 0)
             tl.store(base + (r * (DIMS + 1) + k) * programs, share)
 
 
-# ---------------------------------------------------------------------------------- dispatchers
+# -------------------------------------------------------------------------------- dense grid and flow
 @triton.jit
-def prepare(
-    source,
-    n,
-    t,
-    SOURCE: tl.constexpr,
+def dense_load(source, n, out, mask, DIMS: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr):
+    """DIMS numbers for each output pixel. Strides by image, component, x, y and z."""
+    pointer, stride_n, stride_component, stride_x, stride_y, stride_z = source
+    base = pointer + n * stride_n
+    offset = out[0].to(INDEX) * stride_x + out[1].to(INDEX) * stride_y
+    if DIMS == 3:
+        offset += out[2].to(INDEX) * stride_z
+    x = tl.load(base + offset, mask, other=0.0).to(COMPUTE)
+    y = tl.load(base + (offset + stride_component), mask, other=0.0).to(COMPUTE)
+    if DIMS == 3:
+        z = tl.load(base + (offset + 2 * stride_component), mask, other=0.0).to(COMPUTE)
+        return x, y, z
+    else:
+        return x, y
+
+
+@triton.jit
+def dense_backward(
+    gradient_ptr,
+    gradients,
+    out,
+    mask,
+    out_size,
+    b,
+    split,
+    batch,
+    INNERMOST: tl.constexpr,
     DIMS: tl.constexpr,
     INDEX: tl.constexpr,
-    COMPUTE: tl.constexpr,
 ):
-    """The state that ``coordinates`` reads, for transform ``t`` (int64) of image ``n`` (int64)."""
-    if SOURCE == AFFINE:
-        return affine_prepare(source, n, t, DIMS, COMPUTE)
-    else:
-        tl.static_assert(SOURCE == GRID)
-        return grid_prepare(source, n, INDEX)
+    """Stores the gradient of each entry: (splits, batch, [D,] H, W, DIMS), or components before pixels."""
+    pixel = out[1].to(INDEX) * out_size[0] + out[0]
+    pixels = out_size[0].to(tl.int64) * out_size[1]
+    if DIMS == 3:
+        pixel += out[2].to(INDEX) * out_size[1] * out_size[0]
+        pixels *= out_size[2]
+    base = gradient_ptr + (split.to(tl.int64) * batch + b) * pixels * DIMS
+    for k in tl.static_range(DIMS):
+        if INNERMOST:
+            target = base + (pixel * DIMS + k)
+        else:
+            target = base + k * pixels + pixel
+        tl.store(target, rounded(gradients[k], gradient_ptr), mask)
 
 
 @triton.jit
-def coordinates(
-    state,
+def flow_coordinates(
+    source,
+    n,
     out,
     out_size,
+    in_size,
     mask,
-    SOURCE: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr,
     DIMS: tl.constexpr,
     INDEX: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Normalised (x, y[, z]) of the output pixels ``out``, any shape; NaN and infinities are possible."""
-    if SOURCE == AFFINE:
-        return affine_coordinates(state, out, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
+    """Pixel coordinates: the output's identity grid in the input, plus the displacement."""
+    flow = dense_load(source, n, out, mask, DIMS, INDEX, COMPUTE)
+    identity = normalised_pixels(out, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
+    x = unnormalise(identity[0], in_size[0], ALIGN_CORNERS, COMPUTE) + flow[0]
+    y = unnormalise(identity[1], in_size[1], ALIGN_CORNERS, COMPUTE) + flow[1]
+    if DIMS == 3:
+        return x, y, unnormalise(identity[2], in_size[2], ALIGN_CORNERS, COMPUTE) + flow[2]
     else:
-        return grid_coordinates(state, out, mask, DIMS, INDEX, COMPUTE)
+        return x, y
+
+
+# -------------------------------------------------------------------------------------- affine
+@triton.jit
+def affine_coordinates(source, n, t, pixels, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+    """theta (x, y[, z], 1)."""
+    rows = matrix_rows(source, n, t, DIMS, DIMS, COMPUTE)
+    x = matrix_apply(rows[0], pixels, DIMS)
+    y = matrix_apply(rows[1], pixels, DIMS)
+    if DIMS == 3:
+        return x, y, matrix_apply(rows[2], pixels, DIMS)
+    else:
+        return x, y
+
+
+# ---------------------------------------------------------------------------------- projective
+@triton.jit
+def projective_inverse(row, pixels, COMPUTE: tl.constexpr):
+    """1 / w for w = row (x, y, 1), and 0 on the horizon, with a flag.
+
+    The horizon is where w cannot be told from 0: its terms cancel to within their rounding. The bound is
+    relative, so that it does not depend on the scale of the homography, which means nothing.
+    """
+    w = matrix_apply(row, pixels, 2)
+    size = tl.abs(row[0] * pixels[0]) + tl.abs(row[1] * pixels[1]) + tl.abs(row[2])
+    ROUNDING: tl.constexpr = 2.0**-50 if COMPUTE == tl.float64 else 2.0**-21
+    seen = (tl.abs(w) > ROUNDING * size) & (tl.abs(w) > 1e-30)
+    one = tl.full(w.shape, 1.0, COMPUTE)
+    return tl.where(seen, true_divide(one, tl.where(seen, w, 1.0), COMPUTE), 0.0), seen
+
+
+@triton.jit
+def projective_coordinates(source, n, t, pixels, COMPUTE: tl.constexpr):
+    """(h_0 p, h_1 p) / h_2 p with p = (x, y, 1); NaN on the horizon."""
+    rows = matrix_rows(source, n, t, 3, 2, COMPUTE)
+    inverse, seen = projective_inverse(rows[2], pixels, COMPUTE)
+    x = tl.where(seen, matrix_apply(rows[0], pixels, 2) * inverse, float("nan"))
+    y = tl.where(seen, matrix_apply(rows[1], pixels, 2) * inverse, float("nan"))
+    return x, y
+
+
+@triton.jit
+def projective_backward(source, n, t, gradients, pixels, COMPUTE: tl.constexpr):
+    """The gradients by the numerators and by the denominator; 0 where nothing is seen."""
+    rows = matrix_rows(source, n, t, 3, 2, COMPUTE)
+    inverse, seen = projective_inverse(rows[2], pixels, COMPUTE)
+    x = tl.where(seen, matrix_apply(rows[0], pixels, 2) * inverse, 0.0)
+    y = tl.where(seen, matrix_apply(rows[1], pixels, 2) * inverse, 0.0)
+    by_x = gradients[0] * inverse
+    by_y = gradients[1] * inverse
+    return by_x, by_y, -(by_x * x + by_y * y)
+
+
+# ------------------------------------------------------------------------------ thin-plate spline
+@triton.jit
+def tps_log(squared, FAST_LOG: tl.constexpr):
+    """The logarithm of a squared distance, finite at 0: r^2 log r^2 is 0 there."""
+    positive = tl.maximum(squared, 1e-30)
+    if FAST_LOG:
+        return libdevice.fast_logf(positive)  # one MUFU.LG2, where tl.log is a polynomial
+    else:
+        return tl.log(positive)
+
+
+@triton.jit
+def tps_coordinates(
+    source,
+    control_ptr,
+    controls,
+    outputs,
+    pixels,
+    GROUP: tl.constexpr,
+    FAST_LOG: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """sum over k of w_k U(|p - c_k|^2) + A (x, y, 1), U(s) = s log s, for each output of the group.
+
+    source: coefficients (controls + 3, 2): w, then the columns of A. Strides by image, transform, row and
+    column. control_ptr: (controls, 2), contiguous. The basis U is evaluated once for the group.
+    """
+    pointer, stride_n, stride_t, stride_row, stride_col, _ = source
+    bases = ()
+    sums = ()
+    for g in tl.static_range(GROUP):
+        base = pointer + outputs[g][0] * stride_n + outputs[g][1] * stride_t
+        tail = base + controls.to(tl.int64) * stride_row
+        bases += (base,)
+        sum_x = tl.load(tail).to(COMPUTE) * pixels[0] + tl.load(tail + 2 * stride_row).to(COMPUTE)
+        sum_y = tl.load(tail + stride_col).to(COMPUTE) * pixels[0]
+        sum_y += tl.load(tail + 2 * stride_row + stride_col).to(COMPUTE)
+        sum_x += tl.load(tail + stride_row).to(COMPUTE) * pixels[1]
+        sum_y += tl.load(tail + stride_row + stride_col).to(COMPUTE) * pixels[1]
+        sums += ((sum_x, sum_y),)
+    for k in range(controls):
+        x = pixels[0] - tl.load(control_ptr + 2 * k).to(COMPUTE)
+        y = pixels[1] - tl.load(control_ptr + 2 * k + 1).to(COMPUTE)
+        squared = x * x + y * y
+        basis = squared * tps_log(squared, FAST_LOG)
+        new = ()
+        for g in tl.static_range(GROUP):
+            weight = bases[g] + k * stride_row
+            sum_x = sums[g][0] + tl.load(weight).to(COMPUTE) * basis
+            sum_y = sums[g][1] + tl.load(weight + stride_col).to(COMPUTE) * basis
+            new += ((sum_x, sum_y),)
+        sums = new
+    return sums
+
+
+@triton.jit
+def tps_backward(
+    gradient_ptr,
+    source,
+    control_ptr,
+    controls,
+    outputs,
+    gradients,
+    pixels,
+    b,
+    batch,
+    program,
+    programs,
+    GROUP: tl.constexpr,
+    CONTROL_GRAD: tl.constexpr,
+    FAST_LOG: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """This program's shares of d w_k = sum of g U_k, of d A, and if asked for of d c_k.
+
+    d c_k = sum over pixels of (g . w_k) U'(s) (-2) (p - c_k), with U'(s) = log s + 1. The buffer is (batch,
+    2 * (controls + 3) [+ 2 * controls], programs).
+    """
+    pointer, stride_n, stride_t, stride_row, stride_col, _ = source
+    entries = 2 * (controls + 3)
+    if CONTROL_GRAD:
+        entries += 2 * controls
+    BLOCK: tl.constexpr = 16
+    for k0 in range(0, controls, BLOCK):
+        k = k0 + tl.arange(0, BLOCK)
+        exists = k < controls
+        x = pixels[0] - tl.load(control_ptr + 2 * k, exists, other=0.0).to(COMPUTE)[None, :]
+        y = pixels[1] - tl.load(control_ptr + 2 * k + 1, exists, other=0.0).to(COMPUTE)[None, :]
+        squared = x * x + y * y
+        log = tps_log(squared, FAST_LOG)
+        basis = squared * log
+        for g in tl.static_range(GROUP):
+            base = gradient_ptr + (b + g).to(tl.int64) * entries * programs + program
+            kept = existing(exists, b + g, batch)
+            tl.store(base + (2 * k) * programs, tl.sum(gradients[g][0] * basis, 0), kept)
+            tl.store(base + (2 * k + 1) * programs, tl.sum(gradients[g][1] * basis, 0), kept)
+            if CONTROL_GRAD:
+                weight = pointer + outputs[g][0] * stride_n + outputs[g][1] * stride_t + k * stride_row
+                w_x = tl.load(weight, exists, other=0.0).to(COMPUTE)[None, :]
+                w_y = tl.load(weight + stride_col, exists, other=0.0).to(COMPUTE)[None, :]
+                slope = (gradients[g][0] * w_x + gradients[g][1] * w_y) * (log + 1.0) * -2.0
+                # at the control point itself U' is infinite, and U' (p - c) has the limit 0
+                slope = tl.where(squared > 0, slope, 0.0)
+                moved = base + 2 * (controls + 3) * programs
+                tl.store(moved + (2 * k) * programs, tl.sum(slope * x, 0), kept)
+                tl.store(moved + (2 * k + 1) * programs, tl.sum(slope * y, 0), kept)
+    for g in tl.static_range(GROUP):
+        base = gradient_ptr + (b + g).to(tl.int64) * entries * programs + program
+        for column in tl.static_range(3):
+            for component in tl.static_range(2):
+                share = tl.sum(tl.sum(gradients[g][component] * pixels[column], 1), 0)
+                target = base + (2 * (controls + column) + component) * programs
+                tl.store(target, share, b + g < batch)
+
+
+# ---------------------------------------------------------------------------------- dispatchers
+@triton.jit
+def outputs_of(b, batch, transforms, GROUP: tl.constexpr):
+    """(image, transform), int64, of the outputs b, b + 1, ...; past the last one, the last one again."""
+    outputs = ()
+    for g in tl.static_range(GROUP):
+        output = tl.minimum(b + g, batch - 1)
+        outputs += (((output // transforms).to(tl.int64), (output % transforms).to(tl.int64)),)
+    return outputs
+
+
+@triton.jit
+def coordinates(
+    source,
+    control_ptr,
+    controls,
+    outputs,
+    out,
+    out_size,
+    mask,
+    SOURCE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    DIMS: tl.constexpr,
+    INDEX: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FAST_LOG: tl.constexpr,
+):
+    """Normalised (x, y[, z]) of the pixels ``out``, for each output; NaN and infinities are possible."""
+    if SOURCE == GRID:
+        p = (dense_load(source, outputs[0][0], out, mask, DIMS, INDEX, COMPUTE),)
+    else:
+        pixels = normalised_pixels(out, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
+        if SOURCE == TPS:
+            p = tps_coordinates(source, control_ptr, controls, outputs, pixels, GROUP, FAST_LOG, COMPUTE)
+        elif SOURCE == PROJECTIVE:
+            p = (projective_coordinates(source, outputs[0][0], outputs[0][1], pixels, COMPUTE),)
+        else:
+            tl.static_assert(SOURCE == AFFINE)
+            p = (affine_coordinates(source, outputs[0][0], outputs[0][1], pixels, DIMS, COMPUTE),)
+    return p
+
+
+@triton.jit
+def input_pixels(
+    source,
+    control_ptr,
+    controls,
+    outputs,
+    out,
+    out_size,
+    in_size,
+    mask,
+    SOURCE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    DIMS: tl.constexpr,
+    INDEX: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FAST_LOG: tl.constexpr,
+):
+    """``coordinates`` in pixels of the input."""
+    if SOURCE == FLOW:
+        n = outputs[0][0]
+        p = (flow_coordinates(source, n, out, out_size, in_size, mask, ALIGN_CORNERS, DIMS, INDEX, COMPUTE),)
+        return p
+    else:
+        normalised_p = coordinates(
+            source,
+            control_ptr,
+            controls,
+            outputs,
+            out,
+            out_size,
+            mask,
+            SOURCE,
+            GROUP,
+            ALIGN_CORNERS,
+            DIMS,
+            INDEX,
+            COMPUTE,
+            FAST_LOG,
+        )
+        p = ()
+        for g in tl.static_range(GROUP):
+            pixel = ()
+            for axis in tl.static_range(DIMS):
+                pixel += (unnormalise(normalised_p[g][axis], in_size[axis], ALIGN_CORNERS, COMPUTE),)
+            p += (pixel,)
+        return p
 
 
 @triton.jit
 def backward(
     gradient_ptr,
+    source,
+    control_ptr,
+    controls,
+    outputs,
     gradients,
     out,
     out_size,
@@ -227,48 +456,172 @@ def backward(
     program,
     programs,
     SOURCE: tl.constexpr,
+    GROUP: tl.constexpr,
+    CONTROL_GRAD: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr,
     DIMS: tl.constexpr,
     INDEX: tl.constexpr,
     COMPUTE: tl.constexpr,
+    FAST_LOG: tl.constexpr,
 ):
     """From ``gradients`` by the coordinates, 0 outside ``mask``, to this program's part of the buffer."""
-    if SOURCE == AFFINE:
-        affine_backward(
-            gradient_ptr, gradients, out, out_size, b, program, programs, ALIGN_CORNERS, DIMS, COMPUTE
-        )
+    if SOURCE == GRID:
+        dense_backward(gradient_ptr, gradients[0], out, mask, out_size, b, split, batch, True, DIMS, INDEX)
+    elif SOURCE == FLOW:
+        dense_backward(gradient_ptr, gradients[0], out, mask, out_size, b, split, batch, False, DIMS, INDEX)
     else:
-        grid_backward(gradient_ptr, gradients, out, mask, out_size, b, split, batch, DIMS, INDEX)
+        pixels = normalised_pixels(out, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
+        if SOURCE == TPS:
+            tps_backward(
+                gradient_ptr,
+                source,
+                control_ptr,
+                controls,
+                outputs,
+                gradients,
+                pixels,
+                b,
+                batch,
+                program,
+                programs,
+                GROUP,
+                CONTROL_GRAD,
+                FAST_LOG,
+                COMPUTE,
+            )
+        elif SOURCE == PROJECTIVE:
+            n, t = outputs[0]
+            homogeneous = projective_backward(source, n, t, gradients[0], pixels, COMPUTE)
+            matrix_backward(gradient_ptr, homogeneous, pixels, b, program, programs, 3, 2)
+        else:
+            matrix_backward(gradient_ptr, gradients[0], pixels, b, program, programs, DIMS, DIMS)
 
 
-# ----------------------------------------------------------------------------------------- host
-def pack(source: Source, params: torch.Tensor) -> tuple:
-    """A source's pointer and its five strides. A parameter batch of 1 is broadcast."""
-    strides = params.stride()
-    if source == Source.GRID:
-        return (params, strides[0], strides[-1], *(*reversed(strides[1:-1]), 0)[:3])
-    stride_n = 0 if params.shape[0] == 1 else strides[0]
-    stride_t = strides[1] if params.dim() == 4 else 0
-    return params, stride_n, stride_t, strides[-2], strides[-1], 0
-
-
-def gradient_buffer(
-    source: Source, params: torch.Tensor, batch: int, splits: int, programs: int, compute: torch.dtype
-) -> torch.Tensor:
-    """What ``backward`` writes: the gradient itself where one program sees all of it, else partial sums."""
-    if source == Source.GRID:
-        dtype = params.dtype if splits == 1 else compute
-        return torch.empty((splits, *params.shape), dtype=dtype, device=params.device)
-    return torch.empty(
-        (batch, params.shape[-2] * params.shape[-1], programs), dtype=compute, device=params.device
+@triton.jit
+def input_pixels_backward(
+    gradient_ptr,
+    source,
+    control_ptr,
+    controls,
+    outputs,
+    gradients,
+    out,
+    out_size,
+    in_size,
+    mask,
+    b,
+    batch,
+    split,
+    program,
+    programs,
+    SOURCE: tl.constexpr,
+    GROUP: tl.constexpr,
+    CONTROL_GRAD: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    DIMS: tl.constexpr,
+    INDEX: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FAST_LOG: tl.constexpr,
+):
+    """``backward`` from gradients by pixel coordinates."""
+    if SOURCE != FLOW:
+        scaled = ()
+        for g in tl.static_range(GROUP):
+            by_axis = ()
+            for axis in tl.static_range(DIMS):
+                by_axis += (gradients[g][axis] * unnormalise_grad(in_size[axis], ALIGN_CORNERS, COMPUTE),)
+            scaled += (by_axis,)
+    else:
+        scaled = gradients
+    backward(
+        gradient_ptr,
+        source,
+        control_ptr,
+        controls,
+        outputs,
+        scaled,
+        out,
+        out_size,
+        mask,
+        b,
+        batch,
+        split,
+        program,
+        programs,
+        SOURCE,
+        GROUP,
+        CONTROL_GRAD,
+        ALIGN_CORNERS,
+        DIMS,
+        INDEX,
+        COMPUTE,
+        FAST_LOG,
     )
 
 
-def reduce_gradient(source: Source, params: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """The gradient of ``params`` from the filled buffer, summed in a fixed order."""
+# ----------------------------------------------------------------------------------------- host
+DENSE = (Source.GRID, Source.FLOW)
+
+
+def pack(source: Source, params: torch.Tensor, control_points: torch.Tensor | None) -> tuple:
+    """A source's pointer and its five strides, the control points and their number.
+
+    A parameter batch of 1 is broadcast.
+    """
+    strides = params.stride()
+    stride_n = 0 if params.shape[0] == 1 else strides[0]
     if source == Source.GRID:
-        return buffer[0] if buffer.shape[0] == 1 else buffer.sum(0).to(params.dtype)
-    gradient = buffer.sum(-1)
+        packed = (params, stride_n, strides[-1], *axes(strides[1:-1]))
+    elif source == Source.FLOW:
+        packed = (params, stride_n, strides[1], *axes(strides[2:]))
+    else:
+        stride_t = strides[1] if params.dim() == 4 else 0
+        packed = (params, stride_n, stride_t, strides[-2], strides[-1], 0)
+    if control_points is None:
+        return *packed, params, 0
+    return *packed, control_points.contiguous(), control_points.shape[0]
+
+
+def group_size(source: Source, batch: int) -> int:
+    """Outputs a program works on: several where the basis of a spline can be shared."""
+    return 4 if source == Source.TPS and batch >= 4 else 1
+
+
+def gradient_buffer(
+    source: Source,
+    params: torch.Tensor,
+    batch: int,
+    splits: int,
+    programs: int,
+    compute: torch.dtype,
+    controls: int,
+) -> torch.Tensor:
+    """What ``backward`` writes: the gradient itself where one program sees all of it, else partial sums.
+
+    ``controls``: control points for which a gradient is wanted.
+    """
+    if source in DENSE:
+        final = splits == 1 and params.shape[0] == batch
+        shape = (splits, batch, *params.shape[1:])
+        return torch.empty(shape, dtype=params.dtype if final else compute, device=params.device)
+    entries = params.shape[-2] * params.shape[-1] + 2 * controls
+    return torch.empty((batch, entries, programs), dtype=compute, device=params.device)
+
+
+def reduce_gradient(
+    source: Source, params: torch.Tensor, buffer: torch.Tensor, control_points: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """d params, and d control points if these are given, from the filled buffer, in a fixed order of sums."""
+    if source in DENSE:
+        if buffer.dtype == params.dtype and buffer.shape[0] == 1 and buffer.shape[1:] == params.shape:
+            return buffer[0], None
+        return buffer.sum((0, 1) if params.shape[0] == 1 else 0).to(params.dtype).view(params.shape), None
+    sums = buffer.sum(-1)
+    entries = params.shape[-2] * params.shape[-1]
+    gradient = sums[:, :entries]
     if params.shape[0] == 1:
-        gradient = gradient.view(-1, params.shape[1] if params.dim() == 4 else 1, gradient.shape[-1]).sum(0)
-    return gradient.to(params.dtype).view(params.shape)
+        gradient = gradient.reshape(-1, params.shape[1] if params.dim() == 4 else 1, entries).sum(0)
+    by_controls = None
+    if control_points is not None:
+        by_controls = sums[:, entries:].sum(0).to(control_points.dtype).view(control_points.shape)
+    return gradient.to(params.dtype).reshape(params.shape), by_controls

@@ -75,6 +75,7 @@ MODES: dict[str, tuple] = {
 WIDTHS: dict[str, tuple] = {
     "layout": LAYOUTS,
     "columns": (1, 2, 4, 8, 16, 32),
+    "batch": (2, 4),  # 4 outputs share a spline's basis
     "wide": (False, True),  # offsets of 64 bits
     "aligned": (True, False),  # pointers at multiples of 16 bytes
 }
@@ -86,14 +87,15 @@ AXES: dict[str, dict[str, tuple]] = {
         **WIDTHS,
     },
     "backward": {
-        "gradients": ("input", "params", "both"),
+        "gradients": ("input", "params", "both", "control"),
         "source": tuple(Source),
         "dtypes": tuple(itertools.product(DTYPES, DTYPES)),
         **MODES,
         **WIDTHS,
     },
     "grid": {
-        "direction": ("forward", "backward"),
+        "direction": ("forward", "backward", "control"),
+        "source": (Source.AFFINE, Source.PROJECTIVE, Source.TPS),
         "dtype": DTYPES,
         "align_corners": (False, True),
         "dims": (2, 3),
@@ -105,12 +107,21 @@ Case = dict[str, Any]
 
 
 def possible(case: Case) -> bool:
-    """A grid has the image's dtype; nearest samples have no gradient by the parameters."""
-    if case.get("source") == Source.GRID and case["dtypes"][0] != case["dtypes"][1]:
+    """Homographies and splines are planar, only splines have control points, a grid has the image's dtype."""
+    source = case.get("source")
+    if source in (Source.PROJECTIVE, Source.TPS) and case.get("dims") == 3:
         return False
-    return not (
-        case.get("gradients") in ("params", "both") and case["interpolation"] == Interpolation.NEAREST
-    )
+    if (
+        source is not None
+        and source != Source.TPS
+        and "control" in (case.get("gradients"), case.get("direction"))
+    ):
+        return False
+    dtypes = case.get("dtypes")
+    if source == Source.GRID and dtypes is not None and dtypes[0] != dtypes[1]:
+        return False
+    # nearest samples have no gradient by the parameters
+    return case.get("interpolation") != Interpolation.NEAREST or case.get("gradients") in (None, "input")
 
 
 def all_cases() -> Iterator[Case]:
@@ -159,18 +170,12 @@ def _extend(start: Case, axes: dict[str, tuple], missing: set) -> Case | None:
             return sum(pair in missing for pair in pairs)
 
         for value in sorted(axes[name], key=gain, reverse=True):
-            if _may_be_possible({**partial, name: value}):
+            if possible({**partial, name: value}):
                 partial[name] = value
                 break
         else:
             return None
-    case = {name: partial[name] for name in names}
-    return case if possible({"interpolation": None, "gradients": None, **case}) else None
-
-
-def _may_be_possible(partial: Case) -> bool:
-    needed = {"source": None, "dtypes": (None, None), "interpolation": None, "gradients": None}
-    return possible({**needed, **partial})
+    return {name: partial[name] for name in names} if possible(partial) else None
 
 
 # ------------------------------------------------------------------------------------------- launching
@@ -189,36 +194,54 @@ def _tensor(
     return torch.empty(span, dtype=dtype, device="meta").as_strided(shape, strides, 0 if aligned else 1)
 
 
+def _parameters(case: Case, dtype: torch.dtype, size: tuple[int, ...], batch: int) -> tuple[Any, Any]:
+    """The parameters of a source, and a spline's control points."""
+    dims, source = case["dims"], case["source"]
+    shapes = {
+        Source.GRID: (batch, *size, dims),
+        Source.AFFINE: (batch, dims, dims + 1),
+        Source.PROJECTIVE: (batch, 3, 3),
+        Source.TPS: (batch, 9 + 3, 2),
+        Source.FLOW: (batch, dims, *size),
+    }
+    plain = {"last": False, "wide": False, "aligned": True}
+    control_points = _tensor((9, 2), dtype, **plain) if source == Source.TPS else None
+    return _tensor(shapes[source], dtype, **plain), control_points
+
+
 def compile_case(case: Case) -> list[Any]:
     """Calls the launcher of a case inside ``compiling``; returns the compiled kernels."""
     dims, align_corners, columns = case["dims"], case["align_corners"], case["columns"]
     size = (9,) * (dims - 1) + (columns,)
     start = len(_compiled)
     if case["kernel"] == "grid":
-        theta = _tensor((2, dims, dims + 1), case["dtype"], last=False, wide=False, aligned=True)
+        params, control_points = _parameters(case, case["dtype"], size, 2)
         target = _tensor((2, *size, dims), case["dtype"], last=False, wide=case["wide"], aligned=True)
         if case["direction"] == "forward":
-            grid.grid_forward(theta, target, Source.AFFINE, align_corners)
+            grid.grid_forward(params, control_points, target, case["source"], align_corners)
         else:
-            grid.grid_backward(target, theta, Source.AFFINE, align_corners)
+            control = case["direction"] == "control"
+            grid.grid_backward(target, params, control_points, case["source"], align_corners, control)
         return _compiled[start:]
 
     layout, (dtype, params_dtype) = case["layout"], case["dtypes"]
     modes = case["source"], case["interpolation"], case["padding"], align_corners
     memory = {"wide": case["wide"], "aligned": case["aligned"]}
-    channels = layout.channels
-    input = _tensor((2, channels, *(9,) * dims), dtype, last=layout.input_last, **memory)
-    output = _tensor((2, channels, *size), dtype, last=layout.output_last, **memory)
-    shape = (2, *size, dims) if case["source"] == Source.GRID else (2, dims, dims + 1)
-    params = _tensor(shape, params_dtype, last=False, wide=False, aligned=True)
+    batch, channels = case["batch"], layout.channels
+    input = _tensor((batch, channels, *(9,) * dims), dtype, last=layout.input_last, **memory)
+    output = _tensor((batch, channels, *size), dtype, last=layout.output_last, **memory)
+    params, control_points = _parameters(case, params_dtype, size, batch)
     if case["kernel"] == "forward":
-        sample.sample_forward(input, params, output, *modes)
+        sample.sample_forward(input, params, control_points, output, *modes)
     else:
         total = None
-        if case["gradients"] != "params":
+        wanted = case["gradients"]
+        if wanted in ("input", "both"):
             compute = launch.compute_dtypes(input, params)[1]
             total = _tensor(tuple(input.shape), compute, last=layout.input_last, **memory)
-        sample.sample_backward(output, input, params, total, *modes, case["gradients"] != "input")
+        sample.sample_backward(
+            output, input, params, control_points, total, *modes, wanted != "input", wanted == "control"
+        )
     return _compiled[start:]
 
 

@@ -31,6 +31,12 @@ def pixel_offset(out, strides, DIMS: tl.constexpr, INDEX: tl.constexpr):
 
 
 @triton.jit
+def existing(mask, b, batch):
+    """``mask``, where output ``b`` exists. (The interpreter broadcasts numbers, but not a flag.)"""
+    return mask & (tl.zeros(mask.shape, tl.int32) + b < batch)
+
+
+@triton.jit
 def rounded(value, pointer):
     """``value`` in the type that ``pointer`` points to."""
     DTYPE: tl.constexpr = pointer.dtype.element_ty

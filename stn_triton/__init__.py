@@ -3,8 +3,30 @@
 Importing the package needs no GPU and starts nothing: Triton is imported at the first launch.
 """
 
-from .functional import affine_grid, affine_grid_sample, grid_sample
+from . import nn, transforms
+from .functional import (
+    affine_grid,
+    affine_grid_sample,
+    flow_grid_sample,
+    grid_sample,
+    projective_grid,
+    projective_grid_sample,
+    tps_grid,
+    tps_grid_sample,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "affine_grid", "affine_grid_sample", "grid_sample"]
+__all__ = [
+    "__version__",
+    "affine_grid",
+    "affine_grid_sample",
+    "flow_grid_sample",
+    "grid_sample",
+    "nn",
+    "projective_grid",
+    "projective_grid_sample",
+    "tps_grid",
+    "tps_grid_sample",
+    "transforms",
+]

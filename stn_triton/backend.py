@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-__all__ = ["Backend", "select", "use"]
+import torch
+
+__all__ = ["Backend", "select", "use", "without_autocast"]
 
 Name = Literal["triton", "interpreter", "torch"]
 
@@ -62,3 +64,10 @@ def use(name: Name) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Inside, operators compute in the type they are given, autocast or not."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -9,23 +9,37 @@ image's outermost pixels, with ``align_corners=False`` their outer edges.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .kernels.modes import Interpolation, Padding, Source
+from . import ops, transforms
+from .checks import (
+    DTYPES,
+    INTERPOLATIONS,
+    PADDINGS,
+    check_device,
+    check_modes,
+    check_size,
+    check_spatial_size,
+    check_tensor,
+    is_int,
+    refuse,
+)
+from .kernels.modes import Source
 
-__all__ = ["affine_grid", "affine_grid_sample", "grid_sample"]
-
-_INTERPOLATION = {
-    "bilinear": Interpolation.BILINEAR,
-    "nearest": Interpolation.NEAREST,
-    "bicubic": Interpolation.BICUBIC,
-}
-_PADDING = {"zeros": Padding.ZEROS, "border": Padding.BORDER, "reflection": Padding.REFLECTION}
+__all__ = [
+    "affine_grid",
+    "affine_grid_sample",
+    "flow_grid_sample",
+    "grid_sample",
+    "projective_grid",
+    "projective_grid_sample",
+    "tps_grid",
+    "tps_grid_sample",
+]
 
 
 # --------------------------------------------------------------------------- as torch.nn.functional's
@@ -64,13 +78,14 @@ def grid_sample(
     Raises:
         What PyTorch raises, with PyTorch's message.
     """
-    if align_corners is None:
-        align_corners = _default_align_corners()
+    arguments = input, grid, mode, padding_mode, align_corners
     if isinstance(input, Tensor) and isinstance(grid, Tensor):
         input, grid = _autocast(input, grid)
-    if mode not in _INTERPOLATION or padding_mode not in _PADDING or not _grid_fits(input, grid):
-        return torch.nn.functional.grid_sample(input, grid, mode, padding_mode, align_corners)
-    modes = _INTERPOLATION[mode], _PADDING[padding_mode], bool(align_corners)
+    if not _grid_sample_fits(input, grid, mode, padding_mode, align_corners):
+        return _ask_pytorch(torch.nn.functional.grid_sample, *arguments)
+    if align_corners is None:
+        _warn(_DEFAULT_ALIGN_CORNERS)
+    modes = INTERPOLATIONS[mode], PADDINGS[padding_mode], bool(align_corners)
     return ops.sample(input, grid, Source.GRID, grid.shape[1:-1], *modes)
 
 
@@ -92,22 +107,42 @@ def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None =
     Raises:
         What PyTorch raises, with PyTorch's message.
     """
+    if not _affine_grid_fits(theta, size, align_corners):
+        return _ask_pytorch(torch.nn.functional.affine_grid, theta, size, align_corners)
     if align_corners is None:
-        align_corners = _default_align_corners()
-    if not _theta_fits(theta, size):
-        return torch.nn.functional.affine_grid(theta, list(size), align_corners)
+        _warn(_DEFAULT_ALIGN_CORNERS)
+    if align_corners and 1 in size[2:]:
+        _warn(_UNIT_SIZE)
     return ops.grid(theta, Source.AFFINE, tuple(size[2:]), bool(align_corners))
 
 
-def _default_align_corners() -> bool:
-    """PyTorch's warning, in PyTorch's words, to the caller's caller."""
-    warnings.warn(
-        "Default grid_sample and affine_grid behavior has changed to align_corners=False since 1.3.0. "
-        "Please specify align_corners=True if the old behavior is desired. "
-        "See the documentation of grid_sample for details.",
-        stacklevel=3,
-    )
-    return False
+# PyTorch's warnings, in PyTorch's words.
+_DEFAULT_ALIGN_CORNERS = (
+    "Default grid_sample and affine_grid behavior has changed to align_corners=False since 1.3.0. "
+    "Please specify align_corners=True if the old behavior is desired. "
+    "See the documentation of grid_sample for details."
+)
+_UNIT_SIZE = (
+    "Since version 1.3.0, affine_grid behavior has changed for unit-size grids when align_corners=True. "
+    "This is not an intended use case of affine_grid. See the documentation of affine_grid for details."
+)
+
+
+def _warn(message: str | Warning) -> None:
+    """A warning at the line that called the public function."""
+    warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def _ask_pytorch(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """For arguments that are not taken here: PyTorch says what is wrong, or has what we lack."""
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            return function(*arguments)
+    finally:
+        for warning in caught:
+            warnings.warn(warning.message, warning.category, stacklevel=3)
 
 
 def _autocast(input: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,24 +150,26 @@ def _autocast(input: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
     device = input.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return input, grid
-    if torch.float64 in (input.dtype, grid.dtype) or not (
-        input.is_floating_point() and grid.is_floating_point()
-    ):
+    if torch.float64 in (input.dtype, grid.dtype) or not {input.dtype, grid.dtype} <= DTYPES:
         return input, grid
     dtype = torch.float32 if device == "cpu" else torch.promote_types(input.dtype, grid.dtype)
     return input.to(dtype), grid.to(dtype)
 
 
-def _grid_fits(input: Any, grid: Any) -> bool:
-    """Whether PyTorch would take the pair. If not, PyTorch is asked, and says why."""
+def _grid_sample_fits(input: Any, grid: Any, mode: Any, padding_mode: Any, align_corners: Any) -> bool:
     return (
-        isinstance(input, Tensor)
+        isinstance(mode, str)
+        and mode in INTERPOLATIONS
+        and isinstance(padding_mode, str)
+        and padding_mode in PADDINGS
+        and (align_corners is None or isinstance(align_corners, bool))
+        and isinstance(input, Tensor)
         and isinstance(grid, Tensor)
         and input.dim() in (4, 5)
         and grid.dim() == input.dim()
         and grid.shape[-1] == input.dim() - 2
         and grid.shape[0] == input.shape[0]
-        and input.is_floating_point()
+        and input.dtype in DTYPES
         and grid.dtype == input.dtype
         and grid.device == input.device
         and input.layout == grid.layout == torch.strided
@@ -140,18 +177,20 @@ def _grid_fits(input: Any, grid: Any) -> bool:
     )
 
 
-def _theta_fits(theta: Any, size: Any) -> bool:
-    """Whether PyTorch would take the arguments of ``affine_grid``. If not, PyTorch is asked, and says why."""
+def _affine_grid_fits(theta: Any, size: Any, align_corners: Any) -> bool:
     return (
         isinstance(theta, Tensor)
-        and theta.is_floating_point()
+        and theta.dtype in DTYPES
         and theta.layout == torch.strided
+        and isinstance(size, (tuple, list))
+        and all(is_int(n) for n in size)
         and len(size) in (4, 5)
         and theta.dim() == 3
         and theta.shape[1] == len(size) - 2
         and theta.shape[2] == len(size) - 1
         and theta.shape[0] == size[0]
         and all(n > 0 for n in size)
+        and (align_corners is None or isinstance(align_corners, bool))
     )
 
 
@@ -197,67 +236,240 @@ def affine_grid_sample(
     dims = _check_image(input)
     _check_parameter("theta", theta, (dims, dims + 1), input)
     size = _check_size(size, input)
-    modes = _check_modes(mode, padding_mode, align_corners)
+    modes = check_modes(mode, padding_mode, align_corners)
     return ops.sample(input, theta, Source.AFFINE, size, *modes)
 
 
+def projective_grid_sample(
+    input: Tensor,
+    homography: Tensor,
+    size: Sequence[int] | None = None,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool = False,
+) -> Tensor:
+    """Warp images by homographies.
+
+    Convention: ``homography`` maps output coordinates to input coordinates, both normalised and x first; the
+    pixel at (x, y) in the output is read at (X / W, Y / W) with (X, Y, W) = homography @ (x, y, 1).
+
+    Args:
+        input: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
+        homography: (N, 3, 3); or (N, T, 3, 3) for T transforms of each image, not copied. A batch of 1
+            is broadcast over N. Any floating dtype. Its scale, and its sign, mean nothing.
+        size, mode, padding_mode, align_corners: as in :func:`affine_grid_sample`.
+
+    Returns:
+        (N, C, *size), or (N, T, C, *size), in the input's dtype and memory format.
+
+    On the horizon, where W cannot be told from 0 (its terms cancel up to rounding), the coordinate is NaN:
+    it reads nothing under zeros padding, and adds nothing to the gradient of ``homography``. So does a
+    homography of zeros or NaN. What lies beyond the horizon (W of the other sign) is read where the
+    formula puts it. No grid is held in memory; the gradient of ``homography`` is the same to the bit each
+    time. Differentiable any number of times (from the second on in plain PyTorch, with its memory).
+
+    Raises:
+        TypeError, ValueError: as :func:`affine_grid_sample`.
+    """
+    _check_image(input, dims=2)
+    _check_parameter("homography", homography, (3, 3), input)
+    size = _check_size(size, input)
+    modes = check_modes(mode, padding_mode, align_corners)
+    return ops.sample(input, homography, Source.PROJECTIVE, size, *modes)
+
+
+def tps_grid_sample(
+    input: Tensor,
+    points: Tensor,
+    size: Sequence[int] | None = None,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool = False,
+    control_points: Tensor | None = None,
+    regularization: float = 0.0,
+) -> Tensor:
+    """Warp images by thin-plate splines.
+
+    Convention: the spline maps output coordinates to input coordinates, both normalised and x first. It takes
+    control point k, a place in the output, to ``points[:, k]``, the place in the input that is read there
+    (with ``regularization`` > 0, near it), and bends as little as possible between (Bookstein, Principal
+    Warps, 1989).
+
+    Args:
+        input: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
+        points: (N, K, 2); or (N, T, K, 2) for T transforms of each image, not copied. A batch of 1 is
+            broadcast over N. Any floating dtype; half points are computed with in float32.
+        size, mode, padding_mode, align_corners: as in :func:`affine_grid_sample`.
+        control_points: (K, 2), not all on one line, no two equal. Default: the square lattice over [-1, 1]^2,
+            :func:`stn_triton.transforms.control_lattice`; K is then a square number.
+        regularization: at least 0; added to the diagonal of the spline's system.
+
+    Returns:
+        (N, C, *size), or (N, T, C, *size), in the input's dtype and memory format.
+
+    Neither a grid nor a (pixels, K) basis is held in memory by the kernels. The gradients of ``points`` and
+    ``control_points`` are the same to the bit each time. Differentiable any number of times in ``input``,
+    ``points`` and ``control_points`` (from the second on in plain PyTorch, with its memory).
+
+    Raises:
+        TypeError, ValueError: as :func:`affine_grid_sample`; a ValueError names control points that coincide,
+            lie on a line or are not finite.
+    """
+    _check_image(input, dims=2)
+    _check_points(points, input)
+    size = _check_size(size, input)
+    modes = check_modes(mode, padding_mode, align_corners)
+    coefficients, control_points = _spline(points, control_points, regularization)
+    return ops.sample(input, coefficients, Source.TPS, size, *modes, control_points)
+
+
+def flow_grid_sample(
+    input: Tensor,
+    flow: Tensor,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool = False,
+) -> Tensor:
+    """Warp images by displacement fields.
+
+    Convention: output pixel o is read at the place of o in the input plus ``flow[:, :, o]``, which is in
+    **input pixels**, x first. Where output and input have the same size that is pixel o + flow; else the
+    output's identity grid, whose corners are the input's, is displaced.
+
+    Args:
+        input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, any strides.
+        flow: (N, 2, H_out, W_out) or (N, 3, D_out, H_out, W_out): along x, y (and z). A batch of 1
+            is broadcast over N. Any floating dtype.
+        mode, padding_mode, align_corners: as in :func:`affine_grid_sample`.
+
+    Returns:
+        (N, C, *flow.shape[2:]), in the input's dtype and memory format.
+
+    Differentiable any number of times in ``input`` and ``flow`` (from the second on in plain PyTorch, with
+    its memory).
+
+    Raises:
+        TypeError, ValueError: as :func:`affine_grid_sample`.
+    """
+    dims = _check_image(input)
+    check_tensor("flow", flow)
+    batch = input.shape[0]
+    if flow.dim() != dims + 2 or flow.shape[1] != dims or flow.shape[0] not in (batch, 1):
+        sizes = "H, W" if dims == 2 else "D, H, W"
+        expected = f"({batch} or 1, {dims}, {sizes}) for this {input.dim()}-D input"
+        refuse(ValueError, "flow", expected, f"shape {tuple(flow.shape)}")
+    check_device("flow", flow, "input", input)
+    modes = check_modes(mode, padding_mode, align_corners)
+    return ops.sample(input, flow, Source.FLOW, flow.shape[2:], *modes)
+
+
+# --------------------------------------------------------------------------------------------- grids
+def projective_grid(homography: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
+    """The coordinates at which :func:`projective_grid_sample` reads.
+
+    Args:
+        homography: (N, 3, 3), floating point; see :func:`projective_grid_sample`.
+        size: the output's size, (N, C, H, W), as for ``affine_grid``.
+        align_corners: as in :func:`grid_sample`.
+
+    Returns:
+        (N, H, W, 2), normalised, x first, of the homography's dtype; NaN on the horizon. Differentiable.
+
+    Raises:
+        TypeError, ValueError: the message names the argument.
+    """
+    check_tensor("homography", homography)
+    if homography.dim() != 3 or tuple(homography.shape[1:]) != (3, 3):
+        refuse(ValueError, "homography", "(N, 3, 3)", f"shape {tuple(homography.shape)}")
+    return ops.grid(
+        homography, Source.PROJECTIVE, _check_grid_size(size, homography, align_corners), align_corners
+    )
+
+
+def tps_grid(
+    points: Tensor,
+    size: Sequence[int],
+    control_points: Tensor | None = None,
+    regularization: float = 0.0,
+    align_corners: bool = False,
+) -> Tensor:
+    """The coordinates at which :func:`tps_grid_sample` reads.
+
+    Args:
+        points: (N, K, 2), floating point; see :func:`tps_grid_sample`.
+        size: the output's size, (N, C, H, W), as for ``affine_grid``.
+        control_points, regularization: as in :func:`tps_grid_sample`.
+        align_corners: as in :func:`grid_sample`.
+
+    Returns:
+        (N, H, W, 2), normalised, x first, of the points' dtype. Differentiable.
+
+    Raises:
+        TypeError, ValueError: the message names the argument.
+    """
+    check_tensor("points", points)
+    if points.dim() != 3 or points.shape[2] != 2:
+        refuse(ValueError, "points", "(N, K, 2)", f"shape {tuple(points.shape)}")
+    out_size = _check_grid_size(size, points, align_corners)
+    coefficients, control_points = _spline(points, control_points, regularization)
+    return ops.grid(coefficients, Source.TPS, out_size, align_corners, control_points).to(points.dtype)
+
+
+def _spline(points: Tensor, control_points: Tensor | None, regularization: float) -> tuple[Tensor, Tensor]:
+    """The spline's coefficients, (N, [T,] K + 3, 2), and its control points, in float32 or wider."""
+    coefficients = transforms.tps_coefficients(points, control_points, regularization)
+    if control_points is None:
+        side = transforms.lattice_side("points", points.shape[-2])
+        control_points = transforms.control_lattice(side, device=points.device, dtype=coefficients.dtype)
+    return coefficients, control_points.to(coefficients.dtype)
+
+
 # ----------------------------------------------------------------------------------------- validation
-def _refuse(kind: type[Exception], name: str, expected: str, got: object) -> NoReturn:
-    raise kind(f"{name} must be {expected}, got {got}")
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        _refuse(TypeError, name, "a tensor", type(value).__name__)
-    if not value.is_floating_point():
-        _refuse(TypeError, name, "a floating-point tensor", value.dtype)
-    if value.layout != torch.strided:
-        _refuse(ValueError, name, "a dense (strided) tensor", value.layout)
-
-
-def _check_image(input: Tensor) -> int:
-    """The number of spatial dimensions."""
-    _check_tensor("input", input)
+def _check_image(input: Tensor, dims: int | None = None) -> int:
+    """The number of spatial dimensions, which may have to be ``dims``."""
+    check_tensor("input", input)
+    if dims == 2 and input.dim() != 4:
+        refuse(ValueError, "input", "(N, C, H, W)", f"shape {tuple(input.shape)}")
     if input.dim() not in (4, 5):
-        _refuse(ValueError, "input", "(N, C, H, W) or (N, C, D, H, W)", f"shape {tuple(input.shape)}")
+        refuse(ValueError, "input", "(N, C, H, W) or (N, C, D, H, W)", f"shape {tuple(input.shape)}")
     if any(size == 0 for size in input.shape[2:]):
-        _refuse(ValueError, "input", "of non-empty spatial size", f"shape {tuple(input.shape)}")
+        refuse(ValueError, "input", "of non-empty spatial size", f"shape {tuple(input.shape)}")
     return input.dim() - 2
 
 
 def _check_parameter(name: str, value: Tensor, matrix: tuple[int, int], input: Tensor) -> None:
     """(N, *matrix) or (N, T, *matrix), N that of the images or 1, on their device."""
-    _check_tensor(name, value)
+    check_tensor(name, value)
     batch = input.shape[0]
     if value.dim() not in (3, 4) or tuple(value.shape[-2:]) != matrix or value.shape[0] not in (batch, 1):
         rows, columns = matrix
         expected = (
             f"({batch}, {rows}, {columns}) or ({batch}, T, {rows}, {columns}), or the same with batch 1,"
         )
-        _refuse(ValueError, name, f"{expected} for this {input.dim()}-D input", f"shape {tuple(value.shape)}")
-    if value.device != input.device:
-        _refuse(ValueError, name, f"on the input's device, {input.device}", value.device)
+        refuse(ValueError, name, f"{expected} for this {input.dim()}-D input", f"shape {tuple(value.shape)}")
+    check_device(name, value, "input", input)
+
+
+def _check_points(points: Tensor, input: Tensor) -> None:
+    """(N, K, 2) or (N, T, K, 2), N that of the images or 1, on their device. (K is the spline's to check.)"""
+    check_tensor("points", points)
+    batch = input.shape[0]
+    if points.dim() not in (3, 4) or points.shape[-1] != 2 or points.shape[0] not in (batch, 1):
+        expected = f"({batch}, K, 2) or ({batch}, T, K, 2), or the same with batch 1"
+        refuse(ValueError, "points", expected, f"shape {tuple(points.shape)}")
+    check_device("points", points, "input", input)
+
+
+def _check_grid_size(size: Sequence[int], params: Tensor, align_corners: bool) -> tuple[int, ...]:
+    """(H, W) of the (N, C, H, W) that grids are asked for with."""
+    if not isinstance(align_corners, bool):
+        refuse(TypeError, "align_corners", "a bool", repr(align_corners))
+    expected = f"(N, C, H, W) with N = {params.shape[0]}"
+    size = check_size(size, expected, 4)
+    if size[0] != params.shape[0]:
+        refuse(ValueError, "size", expected, size)
+    return size[2:]
 
 
 def _check_size(size: Sequence[int] | None, input: Tensor) -> tuple[int, ...]:
-    if size is None:
-        return tuple(input.shape[2:])
-    expected = "(H, W)" if input.dim() == 4 else "(D, H, W)"
-    if not isinstance(size, (tuple, list)) or not all(
-        isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in size
-    ):
-        _refuse(TypeError, "size", f"{expected}, a tuple of ints", repr(size))
-    if len(size) != input.dim() - 2 or any(n < 0 for n in size):
-        _refuse(ValueError, "size", f"{expected}, none of them negative", tuple(size))
-    return tuple(size)
-
-
-def _check_modes(mode: str, padding_mode: str, align_corners: bool) -> tuple[Interpolation, Padding, bool]:
-    for name, value, known in (("mode", mode, _INTERPOLATION), ("padding_mode", padding_mode, _PADDING)):
-        if not isinstance(value, str):
-            _refuse(TypeError, name, "a string", type(value).__name__)
-        if value not in known:
-            _refuse(ValueError, name, "one of " + ", ".join(map(repr, known)), repr(value))
-    if not isinstance(align_corners, bool):
-        _refuse(TypeError, "align_corners", "a bool", repr(align_corners))
-    return _INTERPOLATION[mode], _PADDING[padding_mode], align_corners
+    return tuple(input.shape[2:]) if size is None else check_spatial_size(size, input.dim() - 2)

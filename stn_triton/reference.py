@@ -52,40 +52,122 @@ def _base_coordinates(size: tuple[int, ...], align_corners: bool, like: Tensor) 
     return axes
 
 
+def _base_points(size: tuple[int, ...], align_corners: bool, like: Tensor) -> Tensor:
+    """(P, dims + 1): (x, y[, z], 1) of all output pixels."""
+    axes = [axis.expand(size) for axis in _base_coordinates(size, align_corners, like)]
+    return torch.stack([*axes, torch.ones_like(axes[0])], -1).flatten(0, -2)
+
+
+def _horizon(matrix: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    """1 / w of every point, (N, T, P), and whether w can be told from 0; the kernels' rule and reason."""
+    row = matrix[..., 2, :].unsqueeze(-2)
+    w = (row * base).sum(-1)
+    rounding = 2.0**-50 if w.dtype == torch.float64 else 2.0**-21
+    seen = (w.abs() > rounding * (row * base).abs().sum(-1)) & (w.abs() > 1e-30)
+    return torch.where(seen, 1 / torch.where(seen, w, 1.0), 0.0), seen
+
+
+def _spline_parts(
+    control_points: Tensor, base: Tensor, chunk: int = 32
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """For a few control points at a time: which, p - c (P, k, 2), log |p - c|^2 and the basis (P, k)."""
+    for start in range(0, control_points.shape[0], chunk):
+        part = slice(start, start + chunk)
+        offset = base[:, None, :2] - control_points[part]
+        squared = offset.square().sum(-1)
+        log = torch.where(squared > 1e-30, squared, 1e-30).log()
+        yield part, offset, log, squared * log
+
+
 def coordinates(
-    source: Source, params: Tensor, size: tuple[int, ...], align_corners: bool, dtype: torch.dtype
+    source: Source,
+    params: Tensor,
+    control_points: Tensor | None,
+    size: tuple[int, ...],
+    align_corners: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The normalised grid (N or 1, T, *size, dims) of a source, in ``dtype``.
 
-    GRID: params (N, *size, dims). AFFINE: theta (N, dims, dims + 1) or (N, T, dims, dims + 1).
+    GRID: params (N, *size, dims). AFFINE: (N, [T,] dims, dims + 1). PROJECTIVE: (N, [T,] 3, 3). TPS:
+    coefficients (N, [T,] K + 3, 2), control points (K, 2). (A flow is in pixels: see ``_input_pixels``.)
     """
     params = params.to(dtype)
     if source == Source.GRID:
         return params.unsqueeze(1)
-    dims = len(size)
-    theta = params.unsqueeze(1) if params.dim() == 3 else params
-    theta = theta.view(*theta.shape[:2], *[1] * dims, dims, dims + 1)
-    grid = theta[..., dims]
-    for k, base in enumerate(_base_coordinates(size, align_corners, theta)):
-        grid = grid + theta[..., k] * base.unsqueeze(-1)
-    return grid
+    matrix = params.unsqueeze(1) if params.dim() == 3 else params
+    base = _base_points(size, align_corners, params)
+    if source == Source.TPS:
+        assert control_points is not None
+        controls = control_points.shape[0]
+        grid = base @ matrix[..., controls:, :]
+        for part, _, _, basis in _spline_parts(control_points.to(dtype), base):
+            grid = grid + basis @ matrix[..., :controls, :][..., part, :]
+    else:
+        grid = base @ matrix[..., : len(size), :].mT
+        if source == Source.PROJECTIVE:
+            inverse, seen = _horizon(matrix, base)
+            grid = torch.where(seen.unsqueeze(-1), grid * inverse.unsqueeze(-1), float("nan"))
+    return grid.unflatten(2, size)
 
 
-def coordinates_backward(source: Source, grad_grid: Tensor, params: Tensor, align_corners: bool) -> Tensor:
-    """The transpose of ``coordinates``: d params from d grid, (N, T, *size, dims)."""
+def coordinates_backward(
+    source: Source,
+    grad_grid: Tensor,
+    params: Tensor,
+    control_points: Tensor | None,
+    align_corners: bool,
+    control_grad: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The transpose of ``coordinates``: d params and d control points from d grid, (N, T, *size, dims)."""
     if source == Source.GRID:
-        return grad_grid.squeeze(1).to(params.dtype)
+        return grad_grid.squeeze(1).sum_to_size(params.shape).to(params.dtype), None
     size = tuple(grad_grid.shape[2:-1])
-    dims = len(size)
-    base = torch.stack(
-        [axis.expand(size) for axis in _base_coordinates(size, align_corners, grad_grid)]
-        + [torch.ones(size, dtype=grad_grid.dtype, device=grad_grid.device)],
-        -1,
-    )
-    grad = torch.matmul(grad_grid.flatten(2, -2).mT, base.reshape(-1, dims + 1))
+    g = grad_grid.flatten(2, -2)
+    base = _base_points(size, align_corners, g)
+    matrix = (params.unsqueeze(1) if params.dim() == 3 else params).to(g.dtype)
+    by_controls = None
+    if source == Source.TPS:
+        assert control_points is not None
+        controls, rows, moves = control_points.to(g.dtype), [], []
+        for part, offset, log, basis in _spline_parts(controls, base):
+            rows.append(basis.mT @ g)
+            if control_grad:
+                weights = matrix[..., : len(controls), :][..., part, :]
+                pull = (g @ weights.mT) * torch.where(offset.square().sum(-1) > 0, -2 * (log + 1), 0.0)
+                moves.append((pull.unsqueeze(-1) * offset).sum((0, 1, 2)))
+        grad = torch.cat([*rows, base.mT @ g], -2)
+        if control_grad:
+            by_controls = torch.cat(moves).to(control_points.dtype)
+    else:
+        if source == Source.PROJECTIVE:
+            inverse, seen = _horizon(matrix, base)
+            grid = (base @ matrix[..., :2, :].mT) * inverse.unsqueeze(-1)
+            g = torch.where(seen.unsqueeze(-1), g * inverse.unsqueeze(-1), 0.0)
+            g = torch.cat([g, -(g * torch.where(seen.unsqueeze(-1), grid, 0.0)).sum(-1, keepdim=True)], -1)
+        grad = g.mT @ base
     if params.shape[0] == 1:
         grad = grad.sum(0, keepdim=True)
-    return grad.reshape(params.shape).to(params.dtype)
+    return grad.reshape(params.shape).to(params.dtype), by_controls
+
+
+def _pixel_scales(in_size: torch.Size, align_corners: bool) -> list[float]:
+    """Pixels per normalised unit, x first."""
+    return [(size - int(align_corners)) / 2 for size in reversed(in_size)]
+
+
+def _unnormalise(grid: Tensor, in_size: torch.Size, align_corners: bool) -> Tensor:
+    scales = _pixel_scales(in_size, align_corners)
+    axes = zip(grid.unbind(-1), scales, reversed(in_size), strict=True)
+    return torch.stack([x * scale + (size - 1) / 2 for x, scale, size in axes], -1)
+
+
+def _flow_grid(flow: Tensor, align_corners: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The output's identity grid and the displacement, (1 and N, 1, *size, dims)."""
+    size = tuple(flow.shape[2:])
+    displacement = flow.to(dtype).movedim(1, -1).unsqueeze(1)
+    base = _base_points(size, align_corners, displacement)[:, :-1]
+    return base.view(1, 1, *size, len(size)), displacement
 
 
 # --------------------------------------------------------------------------------------- tap by tap
@@ -179,15 +261,13 @@ def _axis_taps(
 
 
 def _pixel_taps(
-    input: Tensor, grid: Tensor, interpolation: Interpolation, padding: Padding, align_corners: bool
+    input: Tensor, pixels: Tensor, interpolation: Interpolation, padding: Padding, align_corners: bool
 ) -> list[list[_Tap]]:
-    """``_axis_taps`` of x, y[, z], each of shape (N, P) for the P coordinates of an image's grid."""
-    axes = []
-    for k, size in enumerate(reversed(input.shape[2:])):
-        scale, center = (size - int(align_corners)) / 2, (size - 1) / 2
-        pixel = grid[..., k].flatten(1) * scale + center
-        axes.append(_axis_taps(pixel, size, interpolation, padding, align_corners))
-    return axes
+    """``_axis_taps`` of x, y[, z], each of shape (N, P) for the P pixel coordinates of an image."""
+    return [
+        _axis_taps(pixels[..., k].flatten(1), size, interpolation, padding, align_corners)
+        for k, size in enumerate(reversed(input.shape[2:]))
+    ]
 
 
 def _combinations(
@@ -219,14 +299,21 @@ def _combinations(
 def sample_taps(
     input: Tensor, grid: Tensor, interpolation: Interpolation, padding: Padding, align_corners: bool
 ) -> Tensor:
-    """(N, C, *in_size) and (N, *size, dims) -> (N, C, *size), differentiable by autograd."""
+    """(N, C, *in_size) and a normalised (N, *size, dims) -> (N, C, *size), differentiable by autograd."""
+    pixels = _unnormalise(grid, input.shape[2:], align_corners)
+    return _sample_pixels(input, pixels, interpolation, padding, align_corners)
+
+
+def _sample_pixels(
+    input: Tensor, pixels: Tensor, interpolation: Interpolation, padding: Padding, align_corners: bool
+) -> Tensor:
     flat = input.flatten(2)
     output = torch.zeros((), dtype=input.dtype, device=input.device)
-    axes = _pixel_taps(input, grid, interpolation, padding, align_corners)
+    axes = _pixel_taps(input, pixels, interpolation, padding, align_corners)
     for index, inside, weight, _ in _combinations(axes, input.shape[2:]):
-        pixels = flat.gather(2, index.expand(-1, flat.shape[1], -1))
-        output = output + torch.where(inside, pixels, 0.0) * weight
-    return output.unflatten(2, grid.shape[1:-1])
+        values = flat.gather(2, index.expand(-1, flat.shape[1], -1))
+        output = output + torch.where(inside, values, 0.0) * weight
+    return output.unflatten(2, pixels.shape[1:-1])
 
 
 def sample_taps_backward(
@@ -238,18 +325,30 @@ def sample_taps_backward(
     align_corners: bool,
 ) -> tuple[Tensor, Tensor]:
     """d input and d grid, written out."""
+    pixels = _unnormalise(grid, input.shape[2:], align_corners)
+    modes = interpolation, padding, align_corners
+    grad_input, grad_pixels = _sample_pixels_backward(grad_output, input, pixels, *modes)
+    return grad_input, grad_pixels * grad_pixels.new_tensor(_pixel_scales(input.shape[2:], align_corners))
+
+
+def _sample_pixels_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    pixels: Tensor,
+    interpolation: Interpolation,
+    padding: Padding,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor]:
     g, flat = grad_output.flatten(2), input.flatten(2)
     grad_input = torch.zeros_like(flat)
-    grad_pixel = [torch.zeros_like(grid[..., 0].flatten(1)) for _ in range(grid.shape[-1])]
-    axes = _pixel_taps(input, grid, interpolation, padding, align_corners)
+    grad_axes = [torch.zeros_like(pixels[..., 0].flatten(1)) for _ in range(pixels.shape[-1])]
+    axes = _pixel_taps(input, pixels, interpolation, padding, align_corners)
     for index, inside, weight, slopes in _combinations(axes, input.shape[2:]):
         index = index.expand(-1, flat.shape[1], -1)
         grad_input = grad_input.scatter_add(2, index, torch.where(inside, weight * g, 0.0))
         product = (torch.where(inside, flat.gather(2, index), 0.0) * g).sum(1)
-        grad_pixel = [total + slope * product for total, slope in zip(grad_pixel, slopes, strict=True)]
-    scales = [(size - int(align_corners)) / 2 for size in reversed(input.shape[2:])]
-    grad_grid = torch.stack([total * scale for total, scale in zip(grad_pixel, scales, strict=True)], -1)
-    return grad_input.view(input.shape), grad_grid.view(grid.shape)
+        grad_axes = [total + slope * product for total, slope in zip(grad_axes, slopes, strict=True)]
+    return grad_input.view(input.shape), torch.stack(grad_axes, -1).view(pixels.shape)
 
 
 # ------------------------------------------------------------------------------------------- by ATen
@@ -287,9 +386,41 @@ def _fold_transforms(grid: Tensor, batch: int) -> Tensor:
     return grid.expand(batch, *grid.shape[1:]).flatten(1, 2)
 
 
+def _normalised_grid(
+    source: Source,
+    params: Tensor,
+    control_points: Tensor | None,
+    size: tuple[int, ...],
+    in_size: torch.Size,
+    align_corners: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    if source == Source.FLOW:
+        base, displacement = _flow_grid(params, align_corners, dtype)
+        return base + displacement / displacement.new_tensor(_pixel_scales(in_size, align_corners))
+    return coordinates(source, params, control_points, size, align_corners, dtype)
+
+
+def _input_pixels(
+    source: Source,
+    params: Tensor,
+    control_points: Tensor | None,
+    size: tuple[int, ...],
+    in_size: torch.Size,
+    align_corners: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    if source == Source.FLOW:
+        base, displacement = _flow_grid(params, align_corners, dtype)
+        return _unnormalise(base, in_size, align_corners) + displacement
+    grid = coordinates(source, params, control_points, size, align_corners, dtype)
+    return _unnormalise(grid, in_size, align_corners)
+
+
 def sample(
     input: Tensor,
     params: Tensor,
+    control_points: Tensor | None,
     source: Source,
     size: tuple[int, ...],
     interpolation: Interpolation,
@@ -298,13 +429,16 @@ def sample(
 ) -> Tensor:
     """(N, T, C, *size), in the input's dtype. Sizes must not be 0."""
     dtype = compute_dtype(input, params)
-    grid = coordinates(source, params, size, align_corners, dtype)
-    image, folded = input.to(dtype), _fold_transforms(grid, input.shape[0])
+    image, modes = input.to(dtype), (interpolation, padding, align_corners)
+    place = source, params, control_points, size, input.shape[2:], align_corners, dtype
     if _aten_fits(input, interpolation, align_corners):
+        grid = _normalised_grid(*place)
         forward, _ = _sampler(len(size))
-        output = forward(image, _tame(folded, padding), int(interpolation), int(padding), align_corners)
+        folded = _tame(_fold_transforms(grid, input.shape[0]), padding)
+        output = forward(image, folded, int(interpolation), int(padding), align_corners)
     else:
-        output = sample_taps(image, folded, interpolation, padding, align_corners)
+        grid = _input_pixels(*place)
+        output = _sample_pixels(image, _fold_transforms(grid, input.shape[0]), *modes)
     return output.unflatten(2, (grid.shape[1], size[0])).movedim(2, 1).to(input.dtype)
 
 
@@ -312,32 +446,44 @@ def sample_backward(
     grad_output: Tensor,
     input: Tensor,
     params: Tensor,
+    control_points: Tensor | None,
     source: Source,
     interpolation: Interpolation,
     padding: Padding,
     align_corners: bool,
     input_grad: bool = True,
     params_grad: bool = True,
+    control_grad: bool = False,
     *,
     by_taps: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """d input and d params, as far as asked for, from d output, (N, T, C, *size).
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """d input, d params and d control points, as far as asked for, from d output, (N, T, C, *size).
 
     With ``by_taps`` never by ATen, whose backward cannot be differentiated again.
     """
     dtype = compute_dtype(input, params)
-    size = tuple(grad_output.shape[3:])
-    grid = coordinates(source, params, size, align_corners, dtype)
-    image, folded = input.to(dtype), _fold_transforms(grid, input.shape[0])
+    size, in_size = tuple(grad_output.shape[3:]), input.shape[2:]
+    image, modes = input.to(dtype), (interpolation, padding, align_corners)
+    place = source, params, control_points, size, in_size, align_corners, dtype
     g = grad_output.to(dtype).movedim(1, 2).flatten(2, 3)
+    scales = g.new_tensor(_pixel_scales(in_size, align_corners))
     if not by_taps and _aten_fits(input, interpolation, align_corners):
+        folded = _tame(_fold_transforms(_normalised_grid(*place), input.shape[0]), padding)
         _, backward = _sampler(len(size))
-        modes = int(interpolation), int(padding), align_corners
-        grad_input, grad_grid = backward(g, image, _tame(folded, padding), *modes, [input_grad, True])
+        codes = int(interpolation), int(padding), align_corners
+        grad_input, grad_grid = backward(g, image, folded, *codes, [input_grad, True])
+        grad_pixels = grad_grid / scales if source == Source.FLOW else None
     else:
-        grad_input, grad_grid = sample_taps_backward(g, image, folded, interpolation, padding, align_corners)
-    grad_params = None
-    if params_grad:
+        folded = _fold_transforms(_input_pixels(*place), input.shape[0])
+        grad_input, grad_pixels = _sample_pixels_backward(g, image, folded, *modes)
+        grad_grid = grad_pixels * scales
+    by_params, by_controls = None, None
+    if source == Source.FLOW and params_grad:
+        assert grad_pixels is not None
+        by_params = grad_pixels.movedim(-1, 1).sum_to_size(params.shape).to(params.dtype)
+    elif params_grad or control_grad:
         grad_grid = grad_grid.view(input.shape[0], -1, *size, len(size))
-        grad_params = coordinates_backward(source, grad_grid, params, align_corners)
-    return grad_input.to(input.dtype) if input_grad else None, grad_params
+        by_params, by_controls = coordinates_backward(
+            source, grad_grid, params, control_points, align_corners, control_grad
+        )
+    return grad_input.to(input.dtype) if input_grad else None, by_params, by_controls

@@ -1,8 +1,10 @@
 """What the tests share: cases, the float64 witness, tolerances, and the band around kinks."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import gc
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +177,10 @@ def quick_interpreter(overflow_checks=True):
     """Triton's interpreter about twice as fast, to the same results; nothing where it is not in use.
 
     It searches ``triton.language`` for functions to replace at each call of a device function: here once a
-    launch. Without its integer overflow checks it is faster by half again.
+    launch. It makes many objects, to no good of a frequent garbage collector. And where Python's stack
+    happens to cross the end of a 16 KiB chunk in an inner loop, as it does under pytest and hypothesis,
+    every call maps and unmaps a chunk: a launch here has a thread, and with it a stack, of its own. Without
+    the integer overflow checks it is faster by half again.
     """
     from stn_triton import backend
 
@@ -203,15 +208,20 @@ def quick_interpreter(overflow_checks=True):
     def launch(self, *args, **kwargs):
         done.clear()
         try:
-            return call(self, *args, **kwargs)
+            return thread.submit(call, self, *args, **kwargs).result()
         finally:
             done.clear()
 
+    thread = concurrent.futures.ThreadPoolExecutor(1)
+    threshold = gc.get_threshold()
+    gc.set_threshold(100_000, *threshold[1:])
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch
     if not overflow_checks and hasattr(options, "sanitize_overflow"):
         interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
     try:
         yield
     finally:
+        thread.shutdown()
+        gc.set_threshold(*threshold)
         interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, call
         interpreter.interpreter_builder.options = options

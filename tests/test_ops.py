@@ -13,6 +13,7 @@ from stn_triton import backend, ops
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
 NAMESPACE = torch.ops.stn_triton
+SOURCES = [Source.GRID, Source.AFFINE]
 FORMATS = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": lambda x: x.contiguous(
@@ -34,29 +35,41 @@ def arguments(source, dims, device, layout="contiguous", transforms=None, dtype=
     else:
         params = random_theta(2 * (transforms or 1), dims, torch.float32, device)
         params = params.view(2, transforms, dims, dims + 1) if transforms else params
-    return input, params, int(source), list(size), int(Interpolation.BILINEAR), int(Padding.BORDER), True
+    return (
+        input,
+        params,
+        None,
+        int(source),
+        list(size),
+        int(Interpolation.BILINEAR),
+        int(Padding.BORDER),
+        True,
+    )
+
+
+def without_size(sample_arguments):
+    return (*sample_arguments[:4], *sample_arguments[5:])
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("source", list(Source), ids=lambda s: s.name.lower())
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.name.lower())
 def test_opcheck(either_backend, device, source, dims):
     """PyTorch's own checks of schema and fake, for each operator."""
     utilities = ("test_schema", "test_faketensor")
     sample_arguments = arguments(source, dims, device)
     torch.library.opcheck(NAMESPACE.sample.default, sample_arguments, test_utils=utilities)
     output = NAMESPACE.sample(*sample_arguments)
-    input, params, *modes = sample_arguments
-    modes.pop(1)
     for wanted in itertools.product([True, False], repeat=2):
-        backward_arguments = (torch.randn_like(output), input, params, *modes, *wanted)
+        backward_arguments = (torch.randn_like(output), *without_size(sample_arguments), *wanted, False)
         torch.library.opcheck(NAMESPACE.sample_backward.default, backward_arguments, test_utils=utilities)
     if source != Source.GRID:
-        size = sample_arguments[3]
-        grid = NAMESPACE.grid(params, int(source), size, True)
-        torch.library.opcheck(NAMESPACE.grid.default, (params, int(source), size, True), test_utils=utilities)
+        params, size = sample_arguments[1], sample_arguments[4]
+        place = params, None, int(source)
+        grid = NAMESPACE.grid(*place, size, True)
+        torch.library.opcheck(NAMESPACE.grid.default, (*place, size, True), test_utils=utilities)
         torch.library.opcheck(
             NAMESPACE.grid_backward.default,
-            (torch.randn_like(grid), params, int(source), True),
+            (torch.randn_like(grid), *place, True, False),
             test_utils=utilities,
         )
 
@@ -73,11 +86,11 @@ def test_fakes_tell_the_truth(either_backend, device, dims, source, transforms, 
     """Shape, strides, dtype and device of every result, from arguments of any layout."""
     real = arguments(source, dims, device, layout, transforms, dtype)
     outputs = [NAMESPACE.sample(*real)]
-    outputs += NAMESPACE.sample_backward(outputs[0], *real[:3], *real[4:], True, True)
+    outputs += NAMESPACE.sample_backward(outputs[0], *without_size(real), True, True, False)
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in real]
         fakes = [NAMESPACE.sample(*fake)]
-        fakes += NAMESPACE.sample_backward(fakes[0], *fake[:3], *fake[4:], True, True)
+        fakes += NAMESPACE.sample_backward(fakes[0], *without_size(fake), True, True, False)
     for result, promise in zip(outputs, fakes, strict=True):
         assert result.shape == promise.shape
         assert result.stride() == promise.stride()
@@ -130,7 +143,7 @@ def test_no_transforms(either_backend, device):
 
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("source", list(Source), ids=lambda s: s.name.lower())
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.name.lower())
 def test_second_derivatives(device, source, dims, mode):
     """gradgradcheck for both arguments, and what a gradient penalty needs: a graph behind d params."""
     input, params, *_ = arguments(source, dims, device, dtype=torch.float64)

@@ -207,18 +207,20 @@ def test_import_starts_nothing(tmp_path):
 ANY = None
 ALLOWED_IMPORTS = {
     "kernels": {"kernels"},
-    "transforms": {"transforms"},
-    "reference": {"reference", "transforms", "kernels.modes"},
-    "ops": {"ops", "kernels", "reference"},
-    "functional": {"functional", "ops", "reference", "transforms", "kernels.modes"},
-    "nn": {"nn", "functional", "transforms"},
-    "patch": {"patch", "ops", "functional", "reference", "kernels.modes"},
-    "viz": {"viz", "functional", "transforms", "reference"},
+    "backend": set(),
+    "checks": {"kernels.modes"},
+    "transforms": {"checks"},
+    "reference": {"kernels.modes"},
+    "ops": {"kernels", "backend", "reference"},
+    "functional": {"ops", "transforms", "checks", "kernels.modes"},
+    "nn": {"functional", "transforms", "checks", "backend"},
+    "patch": {"ops", "functional", "reference", "kernels.modes"},
+    "viz": {"functional", "transforms", "checks", "reference"},
     "__init__": ANY,
     "__main__": ANY,
 }
 # These are plain PyTorch: they run where Triton is not installed.
-PURE = {"transforms", "reference", "kernels.modes"}
+PURE = {"checks", "transforms", "reference", "kernels.modes"}
 
 
 def imports_of(path, package):

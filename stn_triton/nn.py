@@ -1,0 +1,343 @@
+"""The spatial transformer as a module, and the paper's localisation nets.
+
+Jaderberg, Simonyan, Zisserman, Kavukcuoglu: Spatial Transformer Networks, 2015, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backend import without_autocast
+from .checks import check_int, check_modes, check_regularization, check_spatial_size, refuse
+from .functional import affine_grid_sample, projective_grid_sample, tps_grid_sample
+from .transforms import attention, control_lattice, similarity
+
+__all__ = ["SpatialTransformer", "localisation_cnn", "localisation_fcn"]
+
+Transform = Literal["affine", "attention", "similarity", "projective", "tps"]
+
+
+class SpatialTransformer(nn.Module):
+    """Looks at an image, decides on a transformation, and resamples the image by it.
+
+    A localisation net turns the image into features; a linear layer, :attr:`regression`, turns the
+    features into the transformation's parameters; a fused kernel samples the image. :meth:`localise`
+    is the first half and :meth:`sample` the second, for images and feature maps other than the one
+    the net looked at::
+
+        self.transformer = stn.nn.SpatialTransformer(stn.nn.localisation_cnn(), size=(28, 28))
+
+        digits = self.transformer(images)
+
+        theta = self.transformer.localise(thumbnails)
+        crops = self.transformer.sample(photographs, theta)
+
+    Convention: parameters map output coordinates to input coordinates, both normalised and x first. With
+    ``align_corners=True`` -1 and 1 are the centres of an image's outermost pixels, with
+    ``align_corners=False`` their outer edges.
+
+    ============== ============================================== ===========================================
+    ``transform``  parameters that the net regresses              :meth:`localise` returns
+    ============== ============================================== ===========================================
+    "affine"       6, the matrix row by row (12 in 3-D)           theta, (N, 2, 3) or (N, 3, 4)
+    "attention"    3: scale, x, y (in 3-D z too); with ``scale``  theta, (N, 2, 3) or (N, 3, 4)
+                   given 2: x, y
+    "similarity"   4: scale, angle in radians, x, y               theta, (N, 2, 3)
+    "projective"   8, the matrix row by row without its last      homography, (N, 3, 3)
+                   entry, which is 1
+    "tps"          2 K: where each of the K control points,       points, (N, K, 2)
+                   a square lattice in the output, is read from
+    ============== ============================================== ===========================================
+
+    Training starts at the identity, or at ``regions``, as the paper's does: the net regresses an update,
+    and the weights and the bias that make it start at zero. The parameters are :attr:`initial`, which is
+    not trained, plus the update, so weight decay pulls to the start. While the weights are zero
+    no gradient reaches the localisation net: the first step moves the weights, the second the net.
+
+    Parameters are float32 (float64 in a float64 module) all the way from the features to the kernel, under
+    autocast and in float16 and bfloat16 modules too, as rounding one to bfloat16 can move samples by a
+    pixel in 512. :attr:`initial` stays float32 when the module becomes half.
+
+    Args:
+        localisation: the localisation net: any module that maps the images to features, (N, ...), which
+            are flattened. ``nn.Flatten()`` will do.
+        transform: "affine", "attention", "similarity", "projective" or "tps".
+        size: the output's spatial size, (H_out, W_out) or (D_out, H_out, W_out). Default: the input's.
+        mode: "bilinear" (trilinear for volumes), "nearest" or "bicubic". No gradient reaches the net through
+            "nearest".
+        padding_mode: "zeros", "border" or "reflection".
+        align_corners: see the convention.
+        transforms: T, how many transformers work side by side on each image with one localisation net. If
+            there are several, results have a dimension T after N.
+        regions: (T, 4), boxes (x0, y0, x1, y1) in normalised coordinates that the transformers start from
+            instead of the whole image, (-1, -1, 1, 1); in 3-D (T, 6), (x0, y0, z0, x1, y1, z1). One (4,)
+            is for all. For "attention" and "similarity" they are square. Transformers that start
+            from the same region differ only if what follows treats them differently.
+        features: the number of features. Default: the first batch shows it, as with ``nn.LazyLinear``;
+            ``.to(memory_format=...)``, DDP, FSDP and export then want a batch to have gone through.
+        dims: 2; or 3, for volumes ("affine" and "attention").
+        scale: of "attention": half the window's side, fixed (the paper's birds: 0.5). Default: regressed.
+        lattice: of "tps": the control points along a side; K is its square.
+        regularization: of "tps": see :func:`stn_triton.tps_grid_sample`.
+
+    Raises:
+        TypeError: an argument is not of the type it must be.
+        ValueError: an argument does not fit; the message names it.
+    """
+
+    initial: Tensor
+    """(T, P): the parameters at the start, in the order of the table."""
+
+    def __init__(
+        self,
+        localisation: nn.Module,
+        transform: Transform = "affine",
+        size: Sequence[int] | None = None,
+        mode: str = "bilinear",
+        padding_mode: str = "zeros",
+        align_corners: bool = False,
+        transforms: int = 1,
+        *,
+        regions: Tensor | Sequence[Any] | None = None,
+        features: int | None = None,
+        dims: int = 2,
+        scale: float | None = None,
+        lattice: int = 4,
+        regularization: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(localisation, nn.Module):
+            refuse(TypeError, "localisation", "a torch.nn.Module", type(localisation).__name__)
+        if transform not in get_args(Transform):
+            refuse(
+                ValueError,
+                "transform",
+                f"one of {', '.join(map(repr, get_args(Transform)))}",
+                repr(transform),
+            )
+        if dims not in (2, 3) or (dims == 3 and transform not in ("affine", "attention")):
+            expected = "2, or 3 for 'affine' and 'attention'"
+            refuse(ValueError, "dims", expected, f"{dims!r} for {transform!r}")
+        check_modes(mode, padding_mode, align_corners)
+        check_int("transforms", transforms, 1)
+        if features is not None:
+            check_int("features", features, 0)
+        for name, given, owner in (
+            ("scale", scale is not None, "attention"),
+            ("lattice", lattice != 4, "tps"),
+            ("regularization", regularization != 0, "tps"),
+        ):
+            if given and transform != owner:
+                refuse(ValueError, name, f"left out unless transform={owner!r}", f"transform={transform!r}")
+        if scale is not None:
+            if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+                refuse(TypeError, "scale", "a number", repr(scale))
+            if not 0 < scale < math.inf:
+                refuse(ValueError, "scale", "finite and positive", scale)
+        check_int("lattice", lattice, 2)
+        check_regularization(regularization)
+
+        self.transform = transform
+        self.size = None if size is None else check_spatial_size(size, dims)
+        self.mode, self.padding_mode, self.align_corners = mode, padding_mode, align_corners
+        self.transforms, self.dims = transforms, dims
+        self.scale, self.lattice, self.regularization = scale, lattice, regularization
+        self.register_buffer("initial", self._start(regions))
+        self.localisation = localisation
+        outputs = self.initial.numel()
+        self.regression = _LazyRegression(outputs) if features is None else _Regression(features, outputs)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) or (N, C, D, H, W) -> (N, C, *size), or (N, T, C, *size) for several transformers, in
+        the input's dtype and memory format."""
+        return self.sample(input, self.localise(input))
+
+    def localise(self, input: Tensor) -> Tensor:
+        """The transformations of a batch of images; see the table. Several transformers: (N, T, ...)."""
+        if not isinstance(input, Tensor):
+            refuse(TypeError, "input", "a tensor", type(input).__name__)
+        if input.dim() != self.dims + 2:
+            layout = "(N, C, H, W)" if self.dims == 2 else "(N, C, D, H, W)"
+            refuse(ValueError, "input", layout, f"shape {tuple(input.shape)}")
+        features = self.localisation(input)
+        if not isinstance(features, Tensor):
+            refuse(TypeError, "localisation", "a module that returns a tensor", type(features).__name__)
+        if features.dim() < 2 or features.shape[0] != input.shape[0]:
+            expected = f"a module that returns ({input.shape[0]}, ...) for this input"
+            refuse(ValueError, "localisation", expected, f"shape {tuple(features.shape)}")
+        update = self.regression(features.flatten(1)).unflatten(-1, self.initial.shape)
+        parameters = self.initial + update  # (N, T, P)
+        return self._assemble(parameters if self.transforms > 1 else parameters.squeeze(1))
+
+    def sample(self, input: Tensor, theta: Tensor) -> Tensor:
+        """Any images by the transformations that :meth:`localise` returned. Their batch may be 1."""
+        arguments = (input, theta, self.size, self.mode, self.padding_mode, self.align_corners)
+        if self.transform == "tps":
+            return tps_grid_sample(*arguments, regularization=self.regularization)
+        if self.transform == "projective":
+            return projective_grid_sample(*arguments)
+        return affine_grid_sample(*arguments)
+
+    # ------------------------------------------------------------------------------------- parameters
+    def _assemble(self, parameters: Tensor) -> Tensor:
+        """(..., P) -> the matrix or the points that the sampler takes."""
+        if self.transform == "affine":
+            return parameters.unflatten(-1, (self.dims, self.dims + 1))
+        if self.transform == "projective":
+            return F.pad(parameters, (0, 1), value=1.0).unflatten(-1, (3, 3))
+        if self.transform == "tps":
+            return parameters.unflatten(-1, (-1, 2))
+        if self.transform == "similarity":
+            return similarity(parameters[..., 0], parameters[..., 1], parameters[..., 2:])
+        if self.scale is None:
+            return attention(parameters[..., 0], parameters[..., 1:])
+        return attention(self.scale, parameters)
+
+    def _start(self, regions: Tensor | Sequence[Any] | None) -> Tensor:
+        """The parameters, (T, P), that map the whole output to boxes of the input."""
+        centre, reach = self._centre_and_reach(regions)
+        if self.transform in ("affine", "projective"):
+            matrix = torch.cat([reach.diag_embed(), centre.unsqueeze(-1)], -1).flatten(1)
+            return matrix if self.transform == "affine" else F.pad(matrix, (0, 2))
+        if self.transform == "tps":
+            points = control_lattice(self.lattice, dtype=centre.dtype)
+            return (centre.unsqueeze(1) + reach.unsqueeze(1) * points).flatten(1)
+        scale = reach[:, :1]
+        if not torch.allclose(reach, scale if self.scale is None else reach.new_tensor(self.scale)):
+            square = "square" if self.scale is None else f"squares of side {2 * self.scale:g}"
+            refuse(ValueError, "regions", f"{square} for this transform", (2 * reach).tolist())
+        if self.transform == "similarity":
+            return torch.cat([scale, torch.zeros_like(scale), centre], -1)
+        return torch.cat([scale, centre], -1) if self.scale is None else centre
+
+    def _centre_and_reach(self, regions: Tensor | Sequence[Any] | None) -> tuple[Tensor, Tensor]:
+        """Of each box the centre and half the sides, (T, dims), in float32 or wider."""
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        if regions is None:
+            centre = torch.zeros(self.transforms, self.dims, dtype=dtype)
+            return centre, torch.full_like(centre, self.scale or 1.0)
+        try:
+            boxes = torch.as_tensor(regions, dtype=dtype).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"regions must be a tensor or nested sequences of numbers: {error}") from None
+        shape = (self.transforms, 2 * self.dims)
+        if boxes.shape not in (shape, shape[1:]):
+            refuse(ValueError, "regions", f"{shape} or {shape[1:]}", f"shape {tuple(boxes.shape)}")
+        low, high = boxes.expand(shape).chunk(2, -1)
+        if not (boxes.isfinite().all() and (low < high).all()):
+            corners = "(x0, y0, x1, y1) with x0 < x1 and y0 < y1"
+            if self.dims == 3:
+                corners = "(x0, y0, z0, x1, y1, z1), each first one the smaller"
+            refuse(ValueError, "regions", corners, boxes.tolist())
+        return (low + high) / 2, (high - low) / 2
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpatialTransformer:
+        """What ``to``, ``half`` and the like call. The start moves with the module, and is not rounded."""
+        initial = self.initial
+        super()._apply(fn, recurse)
+        if self.initial.dtype in (torch.float16, torch.bfloat16):
+            self.initial = initial.to(self.initial.device)
+        return self
+
+    def extra_repr(self) -> str:
+        options = f"transform={self.transform!r}, size={self.size}, mode={self.mode!r}, "
+        options += f"padding_mode={self.padding_mode!r}, align_corners={self.align_corners}"
+        for name, default in (
+            ("transforms", 1),
+            ("dims", 2),
+            ("scale", None),
+            ("lattice", 4),
+            ("regularization", 0.0),
+        ):
+            if getattr(self, name) != default:
+                options += f", {name}={getattr(self, name)}"
+        return options
+
+
+class _Regression(nn.Linear):
+    """A linear layer that starts at zero and computes in float32 or wider, whatever its own dtype."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        with without_autocast(input.device.type):
+            return F.linear(input.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class _LazyRegression(nn.LazyLinear, _Regression):
+    """Becomes a :class:`_Regression` when the first features arrive."""
+
+    cls_to_become = _Regression
+
+
+# ---------------------------------------------------------------------------------- localisation nets
+def localisation_fcn(
+    features: Sequence[int] = (32, 32, 32), *, input_shape: Sequence[int] | None = None
+) -> nn.Sequential:
+    """Fully connected layers, each with a ReLU. The paper's ST-FCN (its appendix) by default.
+
+    Args:
+        features: of each layer. ``(32, 32)`` is SVHN's ST-CNN Multi (section 4.2).
+        input_shape: of one image or volume, (C, H, W) or (C, D, H, W). Default: the first batch shows it.
+
+    Returns:
+        A net from (N, \\*input_shape) to (N, features[-1]).
+    """
+    return _built([nn.Flatten(), *_fully_connected(features)], input_shape)
+
+
+def localisation_cnn(
+    channels: Sequence[int] = (20, 20),
+    features: Sequence[int] = (20,),
+    *,
+    kernel_size: int = 5,
+    padding: int = 0,
+    downsample: int = 2,
+    input_shape: Sequence[int] | None = None,
+) -> nn.Sequential:
+    """Convolutions, each with a ReLU, 2 x 2 max-pooling between them, then fully connected layers.
+
+    By default the paper's ST-CNN (its appendix), which needs images of 28 x 28 or more.
+    ``localisation_cnn((32, 32), (32, 32), padding=2, downsample=1)`` is SVHN's ST-CNN Single (section 4.2).
+    Odd sizes are rounded down when halved.
+
+    Args:
+        channels: of each convolution.
+        features: of each fully connected layer.
+        kernel_size: of the convolutions.
+        padding: of the convolutions, with zeros.
+        downsample: the images are averaged over squares of this side first; 1 leaves them as they are.
+        input_shape: of one image, (C, H, W). Default: the first batch shows it.
+
+    Returns:
+        A net from (N, C, H, W) to (N, features[-1]).
+    """
+    layers: list[nn.Module] = [nn.AvgPool2d(downsample)] if downsample > 1 else []
+    for index, width in enumerate(channels):
+        if index > 0:
+            layers.append(nn.MaxPool2d(2))
+        layers += [nn.LazyConv2d(width, kernel_size, padding=padding), nn.ReLU()]
+    return _built([*layers, nn.Flatten(), *_fully_connected(features)], input_shape)
+
+
+def _fully_connected(features: Sequence[int]) -> list[nn.Module]:
+    return [layer for width in features for layer in (nn.LazyLinear(width), nn.ReLU())]
+
+
+def _built(layers: Sequence[nn.Module], input_shape: Sequence[int] | None) -> nn.Sequential:
+    """The layers as one net; if the shape of its input is known, with no lazy layer left."""
+    net = nn.Sequential(*layers)
+    if input_shape is not None:
+        with torch.no_grad():
+            net(torch.zeros(1, *input_shape))
+    return net

@@ -1,0 +1,498 @@
+"""Projective maps, thin-plate splines and flows: against float64 computations of their own."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from common import MODES, PADDINGS, assert_close, away_from_kinks, witness
+
+import stn_triton as stn
+from stn_triton.kernels import configs
+
+align = pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
+padding = pytest.mark.parametrize("padding_mode", PADDINGS)
+SOURCES = ["projective", "tps", "flow", "flow3d"]
+IN_SIZE = {2: (7, 10), 3: (4, 5, 6)}
+OUT_SIZE = {2: (9, 6), 3: (3, 4, 5)}
+
+
+def dims_of(source):
+    return 3 if source == "flow3d" else 2
+
+
+def parameters(source, batch, dtype, device, controls=9):
+    """Mild transforms of all kinds."""
+    if source == "projective":
+        tilt = torch.tensor([0.25, 0.25, 0.25]).view(3, 1) * torch.tensor([1.0, 1.0, 0.6])
+        params = torch.eye(3) + torch.randn(batch, 3, 3) * tilt
+    elif source == "tps":
+        k = round(controls**0.5)
+        params = stn.transforms.control_lattice(k) + 0.2 * torch.randn(batch, k * k, 2)
+    else:
+        dims = dims_of(source)
+        params = 1.5 * torch.randn(batch, dims, *OUT_SIZE[dims])
+    return params.to(device, dtype)
+
+
+def base(size, align_corners):
+    """(*size, dims): normalised coordinates of the output pixels, x first, float64."""
+    axes = [(2 * torch.arange(n, dtype=torch.float64) - (n - 1)) / max(n - align_corners, 1) for n in size]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1)
+
+
+def exact_grid(source, params, size, in_size, align_corners, control_points=None, regularization=0.0):
+    """The coordinates (N, *size, dims) by the textbook, float64, differentiable."""
+    points = base(size, align_corners)
+    if source == "projective":
+        homogeneous = torch.cat([points, torch.ones(*size, 1, dtype=torch.float64)], -1)
+        mapped = torch.einsum("nij,hwj->nhwi", params, homogeneous)
+        return mapped[..., :2] / mapped[..., 2:]
+    if source == "tps":
+        k = params.shape[1]
+        if control_points is None:
+            control_points = base((round(k**0.5),) * 2, True).reshape(-1, 2)
+
+        def kernel(squared):
+            positive = torch.where(squared > 0, squared, 1.0)
+            return torch.where(squared > 0, positive * positive.log(), 0.0)
+
+        def affine(at):
+            return torch.cat([at, torch.ones(*at.shape[:-1], 1, dtype=torch.float64)], -1)
+
+        between = (control_points[:, None] - control_points).square().sum(-1)
+        top = torch.cat(
+            [kernel(between) + regularization * torch.eye(k, dtype=torch.float64), affine(control_points)], 1
+        )
+        bottom = torch.cat([affine(control_points).T, torch.zeros(3, 3, dtype=torch.float64)], 1)
+        target = torch.cat([params, torch.zeros(len(params), 3, 2, dtype=torch.float64)], 1)
+        coefficients = torch.linalg.solve(torch.cat([top, bottom]), target)
+        distance = (points[..., None, :] - control_points).square().sum(-1)
+        return torch.cat([kernel(distance), affine(points)], -1) @ coefficients[:, None]
+    scale = torch.tensor([(n - align_corners) / 2 for n in in_size[::-1]], dtype=torch.float64)
+    return points + params.movedim(1, -1) / scale
+
+
+def ours(source, input, params, mode="bilinear", padding_mode="zeros", align_corners=False, **options):
+    options = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners, **options}
+    if source == "projective":
+        return stn.projective_grid_sample(input, params, OUT_SIZE[2], **options)
+    if source == "tps":
+        return stn.tps_grid_sample(input, params, OUT_SIZE[2], **options)
+    return stn.flow_grid_sample(input, params, **options)
+
+
+def image(source, batch, dtype, device, channels=2):
+    return torch.randn(batch, channels, *IN_SIZE[dims_of(source)], dtype=dtype, device=device)
+
+
+def check(source, input, params, mode, padding_mode, align_corners, dtype=None, **options):
+    """Values and all gradients of one call."""
+    input, params = input.detach().requires_grad_(), params.detach().requires_grad_()
+    output = ours(source, input, params, mode, padding_mode, align_corners, **options)
+    dims = dims_of(source)
+    leaves = [tensor.detach().double().cpu().requires_grad_() for tensor in (input, params)]
+    grid = exact_grid(
+        source,
+        leaves[1].expand(len(input), *params.shape[1:]),
+        OUT_SIZE[dims],
+        IN_SIZE[dims],
+        align_corners,
+        **options,
+    )
+    wanted = witness(leaves[0], grid, mode, padding_mode, align_corners)
+    smooth = away_from_kinks(grid.detach(), IN_SIZE[dims], mode, align_corners).unsqueeze(1)
+    kept = smooth if mode == "nearest" else torch.ones_like(smooth)
+    assert_close(torch.where(kept.to(output.device), output, 0), torch.where(kept, wanted, 0), dtype)
+    grad_output = (torch.randn(wanted.shape, dtype=torch.float64) * smooth).to(input.dtype)
+    actual = torch.autograd.grad(output, (input, params), grad_output.to(output.device))
+    for result, reference in zip(actual, torch.autograd.grad(wanted, leaves, grad_output.double())):
+        assert_close(result, reference)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("mode", MODES)
+@padding
+@align
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+def test_values_and_gradients(either_backend, device, source, mode, padding_mode, align_corners, dtype):
+    """Forward, d image and d parameters, in every mode."""
+    if source == "flow3d" and mode == "bicubic":
+        mode = "bilinear"  # PyTorch, the witness, has no tricubic; tricubic is tested with its own
+    check(
+        source,
+        image(source, 2, dtype, device),
+        parameters(source, 2, dtype, device),
+        mode,
+        padding_mode,
+        align_corners,
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 5, 9])
+@pytest.mark.parametrize("source", SOURCES)
+def test_batches(device, source, batch):
+    """Splines share their basis among four outputs: whole groups, broken ones, and one parameter for all."""
+    for params_batch in {1, batch}:
+        params = parameters(source, params_batch, torch.float64, device)
+        check(source, image(source, batch, torch.float64, device), params, "bilinear", "zeros", False)
+
+
+@pytest.mark.parametrize("source", ["projective", "tps"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
+def test_many_transforms(either_backend, device, source, shared, memory_format):
+    """(N, T, ...) is T outputs of each image; shared parameters get the sum of the gradients."""
+    n, t = 2, 3
+    input = (
+        image(source, n, torch.float64, device, 8).contiguous(memory_format=memory_format).requires_grad_()
+    )
+    params = parameters(source, (1 if shared else n) * t, torch.float64, device)
+    params = params.view(-1, t, *params.shape[1:]).requires_grad_()
+    output = ours(source, input, params)
+    assert output.shape == (n, t, 8, *OUT_SIZE[2])
+    assert output.flatten(0, 1).is_contiguous(memory_format=memory_format)
+    grad_output = torch.randn_like(output)
+    actual = torch.autograd.grad(output, (input, params), grad_output)
+    each = ours(
+        source, input.repeat_interleave(t, 0), params.expand(n, *params.shape[1:]).flatten(0, 1)
+    ).unflatten(0, (n, t))
+    assert_close(output, each.double())
+    for result, reference in zip(actual, torch.autograd.grad(each, (input, params), grad_output)):
+        assert_close(result, reference)
+    assert actual[0].is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("params_dtype", [torch.float32, None], ids=["fp32-parameters", "half-parameters"])
+def test_half_images(either_backend, device, source, dtype, params_dtype):
+    """The result has the image's dtype; parameters of either width."""
+    params = parameters(source, 2, params_dtype or dtype, device)
+    check(source, image(source, 2, dtype, device), params, "bilinear", "zeros", False, dtype)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@align
+def test_gradcheck(either_backend, device, source, mode, align_corners):
+    """fp64 gradcheck by image and parameters, clear of kinks."""
+    dims = dims_of(source)
+    for seed in range(200):
+        torch.manual_seed(seed)
+        params = parameters(source, 1, torch.float64, device, controls=4)
+        if source.startswith("flow"):
+            params = params[(..., *[slice(2)] * dims)].contiguous()
+        grid = exact_grid(
+            source,
+            params.cpu(),
+            params.shape[2:] if "flow" in source else (2, 2),
+            IN_SIZE[dims],
+            align_corners,
+        )
+        try:
+            if away_from_kinks(grid, IN_SIZE[dims], mode, align_corners, 1e-2).all():
+                break
+        except AssertionError:
+            continue
+    input = image(source, 1, torch.float64, device, 1).requires_grad_()
+
+    def function(x, p):
+        options = {"mode": mode, "padding_mode": "border", "align_corners": align_corners}
+        if source == "projective":
+            return stn.projective_grid_sample(x, p, (2, 2), **options)
+        if source == "tps":
+            return stn.tps_grid_sample(x, p, (2, 2), **options)
+        return stn.flow_grid_sample(x, p, **options)
+
+    fast = {"fast_mode": True, "nondet_tol": 1e-9}
+    assert torch.autograd.gradcheck(function, (input, params.requires_grad_()), eps=1e-5, atol=1e-6, **fast)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_tile_seams(device, source):
+    """No result depends on how the work is cut."""
+    batch = 5 if source == "tps" else 1
+    input = image(source, batch, torch.float64, device, 3)
+    params = parameters(source, batch, torch.float64, device)
+    for tile in (
+        {"rows": 8, "columns": 4, "channels": 1, "unroll": 2, "splits": 2},
+        {"rows": 4, "columns": 8, "channels": 2, "unroll": 1, "splits": 1},
+    ):
+        with configs.override(**tile):
+            check(source, input, params, "bilinear", "zeros", False)
+
+
+# ---------------------------------------------------------------------------------------- projective
+def test_scale_of_a_homography_means_nothing(either_backend, device):
+    """H and -3 H are one map; the gradient along H itself is 0."""
+    input = image("projective", 2, torch.float64, device)
+    homography = parameters("projective", 2, torch.float64, device).requires_grad_()
+    output = ours("projective", input, homography)
+    assert_close(ours("projective", input, -3 * homography), output.double())
+    (grad,) = torch.autograd.grad(output.square().sum(), homography)
+    along = (grad * homography).sum((1, 2)) / (grad.norm(dim=(1, 2)) * homography.norm(dim=(1, 2)))
+    assert along.abs().max() < 1e-10
+
+
+@padding
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "third",
+    [(0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 0, -1), (0, 0, 1e-39), (float("nan"), 0, 1), (float("inf"), 0, 1)],
+    ids=str,
+)
+def test_horizon(either_backend, device, mode, padding_mode, third):
+    """w = 0, tiny, negative or not finite: finite pixels out, finite gradients of the image and of H."""
+    input = image("projective", 1, torch.float32, device).requires_grad_()
+    homography = torch.eye(3, device=device)[None].clone()
+    homography[0, 2] = torch.tensor(third, device=device)
+    homography.requires_grad_()
+    # 9 x 7: the middle row and column lie at 0 exactly
+    output = stn.projective_grid_sample(input, homography, (9, 7), mode, padding_mode)
+    assert output.isfinite().all()
+    by_input, by_homography = torch.autograd.grad(output.sum(), (input, homography))
+    assert by_input.isfinite().all()
+    assert by_homography.isfinite().all()
+    grid = stn.projective_grid(homography.detach(), (1, 1, 9, 7))
+    if padding_mode == "zeros":
+        unseen = grid.isnan().any(-1)
+        assert output[unseen[:, None].expand_as(output)].count_nonzero() == 0
+    if third == (1, 0, 0):
+        assert grid[0, :, 3].isnan().all()  # and nothing else is the horizon
+        assert grid[0, :, [0, 1, 2, 4, 5, 6]].isfinite().all()
+
+
+# ------------------------------------------------------------------------------- thin-plate splines
+@pytest.mark.parametrize("regularization", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+def test_tps_grid_is_scipys(either_backend, device, regularization, dtype):
+    """Against SciPy's thin-plate spline, scattered control points."""
+    interpolate = pytest.importorskip("scipy.interpolate")
+    control_points = torch.rand(12, 2, dtype=torch.float64) * 2 - 1
+    points = control_points + 0.3 * torch.randn(12, 2, dtype=torch.float64)
+    # SciPy's kernel is r^2 log r, half of ours: its smoothing weighs twice as much
+    spline = interpolate.RBFInterpolator(
+        control_points.numpy(),
+        points.numpy(),
+        kernel="thin_plate_spline",
+        degree=1,
+        smoothing=regularization / 2,
+    )
+    size = (5, 8)
+    grid = stn.tps_grid(
+        points[None].to(device, dtype), (1, 1, *size), control_points.to(device, dtype), regularization
+    )
+    at = base(size, False)
+    wanted = exact_grid("tps", points[None], size, None, False, control_points, regularization)
+    assert np.allclose(spline(at.reshape(-1, 2).numpy()), wanted.reshape(-1, 2).numpy(), atol=1e-9)
+    scale = {torch.float64: 1.0, torch.float32: 30.0}[dtype]  # large weights of either sign cancel
+    assert_close(grid, wanted, dtype, scale=scale)
+
+
+@pytest.mark.parametrize("controls", [3, 4, 16, 25, 64, 256])
+def test_numbers_of_control_points(device, controls):
+    """From 3 to 256, forward and backward, in one block of 16 and in many."""
+    generator = torch.Generator().manual_seed(controls)
+    control_points = torch.rand(controls, 2, generator=generator, dtype=torch.float64) * 2 - 1
+    points = (
+        control_points + 0.05 * torch.randn(2, controls, 2, generator=generator, dtype=torch.float64)
+    ).to(device)
+    input = image("tps", 2, torch.float64, device).requires_grad_()
+    points.requires_grad_()
+    output = ours("tps", input, points, control_points=control_points.to(device))
+    leaves = [input.detach().cpu().requires_grad_(), points.detach().cpu().requires_grad_()]
+    grid = exact_grid("tps", leaves[1], OUT_SIZE[2], IN_SIZE[2], False, control_points)
+    wanted = witness(leaves[0], grid, "bilinear", "zeros", False)
+    largest = 1e4 if controls > 100 else 1e2  # the system's condition
+    assert_close(output, wanted, scale=largest)
+    grad_output = torch.randn_like(wanted)
+    actual = torch.autograd.grad(output, (input, points), grad_output.to(device))
+    for result, reference in zip(actual, torch.autograd.grad(wanted, leaves, grad_output)):
+        assert_close(result, reference, scale=largest * reference.abs().max().item())
+
+
+def test_gradient_of_control_points(either_backend, device):
+    """Through the system and through the basis; also for several images, and beside the other gradients."""
+    torch.manual_seed(5)
+    control_points = (torch.rand(6, 2, dtype=torch.float64) * 2 - 1).to(device).requires_grad_()
+    points = (
+        control_points.detach() + 0.1 * torch.randn(5, 6, 2, dtype=torch.float64, device=device)
+    ).requires_grad_()
+    input = image("tps", 5, torch.float64, device).requires_grad_()
+    output = ours("tps", input, points, mode="bicubic", control_points=control_points)
+    leaves = [tensor.detach().cpu().requires_grad_() for tensor in (input, points, control_points)]
+    grid = exact_grid("tps", leaves[1], OUT_SIZE[2], IN_SIZE[2], False, leaves[2])
+    wanted = witness(leaves[0], grid, "bicubic", "zeros", False)
+    grad_output = torch.randn_like(wanted)
+    actual = torch.autograd.grad(
+        output, (input, points, control_points), grad_output.to(device), retain_graph=True
+    )
+    reference = torch.autograd.grad(wanted, leaves, grad_output)
+    for result, expected in zip(actual, reference):
+        assert_close(result, expected, scale=100 * expected.abs().max().item())
+    (alone,) = torch.autograd.grad(output, control_points, grad_output.to(device))
+    assert_close(alone, reference[2], scale=100 * reference[2].abs().max().item())
+
+
+def test_lattice_as_control_points(either_backend, device):
+    """The default is the lattice; pixels on control points (the corners, aligned) have finite gradients."""
+    lattice = stn.transforms.control_lattice(3, device=device, dtype=torch.float64)
+    points = (lattice + 0.1 * torch.randn(2, 9, 2, dtype=torch.float64, device=device)).requires_grad_()
+    input = image("tps", 2, torch.float64, device)
+    control_points = lattice.clone().requires_grad_()
+    options = {"align_corners": True, "padding_mode": "border"}
+    by_default = stn.tps_grid_sample(input, points, (5, 5), **options)
+    given = stn.tps_grid_sample(input, points, (5, 5), control_points=control_points, **options)
+    assert_close(given, by_default.double())
+    for gradient in torch.autograd.grad(given.sum(), (points, control_points)):
+        assert gradient.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------- grids
+@pytest.mark.parametrize("source", ["projective", "tps"])
+@align
+def test_grids(either_backend, device, source, align_corners):
+    """``*_grid`` gives the coordinates that ``*_grid_sample`` reads at, and has its own gradient."""
+    params = parameters(source, 2, torch.float64, device).requires_grad_()
+    make = stn.projective_grid if source == "projective" else stn.tps_grid
+    grid = make(params, (2, 3, *OUT_SIZE[2]), align_corners=align_corners)
+    input = image(source, 2, torch.float64, device)
+    fused = ours(source, input, params, align_corners=align_corners)
+    assert_close(stn.grid_sample(input, grid, align_corners=align_corners), fused.double())
+    leaf = params.detach().cpu().requires_grad_()
+    wanted = exact_grid(source, leaf, OUT_SIZE[2], IN_SIZE[2], align_corners)
+    assert_close(grid, wanted)
+    grad = torch.randn_like(wanted)
+    assert_close(
+        torch.autograd.grad(grid, params, grad.to(device))[0], torch.autograd.grad(wanted, leaf, grad)[0]
+    )
+
+
+# ---------------------------------------------------------------------------------------------- flow
+@align
+def test_flow_is_in_pixels(either_backend, device, align_corners):
+    """A displacement of (1, -2) pixels shifts the image by whole pixels; one-pixel axes included."""
+    for size in ((5, 6), (1, 6), (5, 1)):
+        input = torch.randn(1, 2, *size, device=device)
+        flow = torch.zeros(1, 2, *size, device=device)
+        assert_close(stn.flow_grid_sample(input, flow, align_corners=align_corners), input.double())
+        flow[:, 0], flow[:, 1] = 1, -2
+        wanted = torch.zeros_like(input)
+        if size[0] > 2 and size[1] > 1:
+            wanted[..., 2:, :-1] = input[..., :-2, 1:]
+        shifted = stn.flow_grid_sample(input, flow, mode="nearest", align_corners=align_corners)
+        assert torch.equal(shifted, wanted)
+
+
+# -------------------------------------------------------------------------------------- derivatives
+@pytest.mark.parametrize("source", SOURCES)
+def test_second_derivatives(device, source):
+    """gradgradcheck by image and parameters."""
+    from stn_triton import backend
+
+    torch.manual_seed(1)
+    params = parameters(source, 1, torch.float64, device, controls=4)
+    if source.startswith("flow"):
+        params = params[(..., *[slice(2)] * dims_of(source))].contiguous()
+    input = image(source, 1, torch.float64, device, 1).requires_grad_()
+
+    def function(x, p):
+        if source == "projective":
+            return stn.projective_grid_sample(x, p, (2, 2), "bicubic")
+        if source == "tps":
+            return stn.tps_grid_sample(x, p, (2, 2), "bicubic")
+        return stn.flow_grid_sample(x, p, "bilinear" if source == "flow3d" else "bicubic")
+
+    with backend.use("torch"):
+        options = {"eps": 1e-6, "atol": 1e-4, "nondet_tol": 1e-9, "fast_mode": True}
+        assert torch.autograd.gradgradcheck(function, (input, params.requires_grad_()), **options)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_empty(either_backend, device, source):
+    """No batch, no channels."""
+    for batch, channels in ((0, 2), (2, 0)):
+        input = image(source, batch, torch.float32, device, channels).requires_grad_()
+        params = parameters(source, batch, torch.float32, device).requires_grad_()
+        output = ours(source, input, params)
+        assert output.shape == (batch, channels, *OUT_SIZE[dims_of(source)])
+        for gradient in torch.autograd.grad(output.sum(), (input, params)):
+            assert gradient.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("source", ["projective", "tps"])
+def test_parameter_gradients_are_repeatable(device, source):
+    """Bit for bit, with several programs for each output."""
+    input = image(source, 5, torch.float32, device)
+    params = parameters(source, 5, torch.float32, device).requires_grad_()
+    with configs.override(rows=4, columns=4, channels=1, splits=2):
+        first, *others = (
+            torch.autograd.grad(ours(source, input, params).square().sum(), params)[0] for _ in range(3)
+        )
+    assert all(torch.equal(first, other) for other in others)
+
+
+# -------------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize(
+    ("name", "call", "kind"),
+    [
+        ("homography", lambda x: stn.projective_grid_sample(x, torch.eye(3)), ValueError),
+        ("homography", lambda x: stn.projective_grid_sample(x, torch.zeros(3, 3, 3)), ValueError),
+        (
+            "homography",
+            lambda x: stn.projective_grid_sample(x, torch.zeros(2, 3, 3, dtype=torch.int64)),
+            TypeError,
+        ),
+        ("homography", lambda x: stn.projective_grid_sample(x, [[1.0]]), TypeError),
+        (
+            "homography",
+            lambda x: stn.projective_grid_sample(x, torch.zeros(2, 3, 3, device="meta")),
+            ValueError,
+        ),
+        ("homography", lambda x: stn.projective_grid(torch.zeros(2, 2, 3), (2, 1, 4, 4)), ValueError),
+        ("input", lambda x: stn.projective_grid_sample(x[..., None], torch.zeros(2, 3, 3)), ValueError),
+        ("size", lambda x: stn.projective_grid_sample(x, torch.zeros(2, 3, 3), (4,)), ValueError),
+        ("size", lambda x: stn.projective_grid(torch.zeros(2, 3, 3), (4, 4)), ValueError),
+        ("size", lambda x: stn.projective_grid(torch.zeros(2, 3, 3), (3, 1, 4, 4)), ValueError),
+        ("align_corners", lambda x: stn.projective_grid(torch.zeros(2, 3, 3), (2, 1, 4, 4), None), TypeError),
+        ("points", lambda x: stn.tps_grid_sample(x, torch.zeros(2, 9, 3)), ValueError),
+        ("points", lambda x: stn.tps_grid_sample(x, torch.zeros(3, 9, 2)), ValueError),
+        ("points", lambda x: stn.tps_grid_sample(x, torch.zeros(2, 7, 2)), ValueError),
+        ("points", lambda x: stn.tps_grid_sample(x, None), TypeError),
+        (
+            "control_points",
+            lambda x: stn.tps_grid_sample(x, torch.zeros(2, 4, 2), control_points=torch.zeros(4, 2)),
+            ValueError,
+        ),
+        (
+            "control_points",
+            lambda x: stn.tps_grid_sample(x, torch.zeros(2, 4, 2), control_points=torch.zeros(5, 2)),
+            ValueError,
+        ),
+        (
+            "regularization",
+            lambda x: stn.tps_grid_sample(x, torch.zeros(2, 4, 2), regularization=-1.0),
+            ValueError,
+        ),
+        ("flow", lambda x: stn.flow_grid_sample(x, torch.zeros(2, 3, 4, 4)), ValueError),
+        ("flow", lambda x: stn.flow_grid_sample(x, torch.zeros(3, 2, 4, 4)), ValueError),
+        ("flow", lambda x: stn.flow_grid_sample(x, torch.zeros(2, 2, 4, 4, 4)), ValueError),
+        ("mode", lambda x: stn.flow_grid_sample(x, torch.zeros(2, 2, 4, 4), "cubic"), ValueError),
+    ],
+)
+def test_errors_name_the_argument(name, call, kind):
+    with pytest.raises(kind, match=rf"\b{name}\b"):
+        call(torch.zeros(2, 1, 4, 5))
+
+
+def test_gradients_only_where_needed(device):
+    """Each argument alone."""
+    for source, which in itertools.product(SOURCES, (0, 1)):
+        tensors = [image(source, 2, torch.float32, device), parameters(source, 2, torch.float32, device)]
+        tensors[which].requires_grad_()
+        ours(source, *tensors).square().sum().backward()
+        assert tensors[which].grad is not None
+        assert tensors[1 - which].grad is None
