@@ -26,9 +26,10 @@ __all__ = [
     "sample_taps_backward",
 ]
 
-# Beyond this many image widths nothing is inside the image, and float32 cannot place a reflection.
+# Beyond this many image widths nothing is inside the image. Beyond these a reflection cannot be placed: by
+# float32, and by ATen, which counts the turns in 32 bits.
 _FAR = 1e4
-_UNPLACEABLE = 2.0**24
+_UNPLACEABLE = {torch.float32: 2.0**24, torch.float64: 2.0**32}
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -369,7 +370,7 @@ def _tame(grid: Tensor, padding: Padding) -> Tensor:
     NaN reads nothing under zeros, else pixel 0; what cannot be placed is reflected to the lower edge.
     """
     if padding == Padding.REFLECTION:
-        return torch.where(grid.abs() < _UNPLACEABLE, grid, -1.0)
+        return torch.where(grid.abs() < _UNPLACEABLE[grid.dtype], grid, -1.0)
     return grid.nan_to_num(nan=-_FAR).clamp(-_FAR, _FAR)
 
 

@@ -225,3 +225,62 @@ def quick_interpreter(overflow_checks=True):
         gc.set_threshold(*threshold)
         interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, call
         interpreter.interpreter_builder.options = options
+
+
+def _addresses(tensor):
+    """The address of every element, in order."""
+    offsets = torch.zeros((), dtype=torch.int64)
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
+    return offsets.flatten().unique() * tensor.element_size() + tensor.data_ptr()
+
+
+class _CheckedMemory:
+    """The interpreter's access to memory, for the elements of a launch's tensors alone."""
+
+    def __init__(self, memory):
+        self.memory, self.allowed = memory, None
+
+    def __getattr__(self, name):
+        return getattr(self.memory, name)
+
+    def check(self, what, pointers, mask):
+        touched = torch.from_numpy(pointers[mask].astype("int64"))
+        strangers = ~torch.isin(touched, self.allowed)
+        assert not strangers.any(), f"{what} of {int(strangers.sum())} addresses outside every tensor"
+
+    def load(self, pointers, mask, *rest):
+        self.check("load", pointers, mask)
+        return self.memory.load(pointers, mask, *rest)
+
+    def store(self, pointers, value, mask):
+        self.check("store", pointers, mask)
+        return self.memory.store(pointers, value, mask)
+
+    def atomic_rmw(self, operation, pointers, value, mask, *rest):
+        self.check("atomic", pointers, mask)
+        return self.memory.atomic_rmw(operation, pointers, value, mask, *rest)
+
+
+@contextlib.contextmanager
+def checked_addresses():
+    """Every address that a kernel touches is that of an element of an argument; in the interpreter alone."""
+    from stn_triton import backend
+
+    if not backend.interpreting():
+        yield
+        return
+    from triton.runtime import interpreter
+
+    call, memory = interpreter.GridExecutor.__call__, _CheckedMemory(interpreter._interpreter)
+
+    def launch(self, *args, **kwargs):
+        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)]
+        memory.allowed = torch.cat([_addresses(tensor) for tensor in tensors])
+        return call(self, *args, **kwargs)
+
+    interpreter._interpreter, interpreter.GridExecutor.__call__ = memory, launch
+    try:
+        yield
+    finally:
+        interpreter._interpreter, interpreter.GridExecutor.__call__ = memory.memory, call
