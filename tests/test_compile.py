@@ -45,3 +45,45 @@ for kernel, axes in s.AXES.items():
 """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, timeout=300)
+
+
+SPLINE = """
+import itertools, pathlib, subprocess, sys, tempfile
+import torch, triton
+from stn_triton.kernels import sample, specialisations
+from stn_triton.kernels.modes import Interpolation, Padding, Source
+tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+for controls, batch, backward in itertools.product((16, 64), (1, 4), (False, True)):
+    image = torch.empty(batch, 3, 256, 256, device="meta")
+    spline = torch.empty(batch, controls + 3, 2, device="meta"), torch.empty(controls, 2, device="meta")
+    modes = Source.TPS, Interpolation.BILINEAR, Padding.ZEROS, False
+    with specialisations.compiling("sm_90") as compiled:
+        if backward:
+            sample.sample_backward(image, image, *spline, torch.empty_like(image), *modes, True)
+        else:
+            sample.sample_forward(image, *spline, torch.empty_like(image), *modes)
+        kernel = compiled[-1]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    assert "STL" not in code and "LDL" not in code, ("spills", controls, batch, backward)
+    assert "ex2.approx" not in kernel.asm["ptx"]
+    logs = code.count("MUFU.LG2")
+    if not backward and batch == 4:  # the loop over control points, not unrolled: two pixels a lane
+        assert logs == 2, logs
+    assert logs > 0
+    print(controls, batch, backward, logs)
+"""
+
+
+def test_splines_have_hardware_logarithms_and_no_spills():
+    """On sm_90: one logarithm for each (pixel, control point), shared by four images; registers suffice."""
+    triton = pytest.importorskip("triton")
+    if not (Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump").exists():
+        pytest.skip("this Triton carries no disassembler")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", SPLINE]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 8
