@@ -1,9 +1,10 @@
 """Spatial Transformer Networks as Triton kernels: fused, differentiable image warps for PyTorch.
 
-Importing the package needs no GPU and starts nothing: Triton is imported at the first launch.
+Importing the package needs no GPU and starts nothing: Triton is imported at the first launch, and
+matplotlib at the first drawing.
 """
 
-from . import nn, transforms
+from . import nn, transforms, viz
 from .functional import (
     affine_grid,
     affine_grid_sample,
@@ -29,4 +30,5 @@ __all__ = [
     "tps_grid",
     "tps_grid_sample",
     "transforms",
+    "viz",
 ]

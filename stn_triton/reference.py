@@ -125,6 +125,8 @@ def coordinates_backward(
         return grad_grid.squeeze(1).sum_to_size(params.shape).to(params.dtype), None
     size = tuple(grad_grid.shape[2:-1])
     g = grad_grid.flatten(2, -2)
+    if g.device.type == "cpu":  # a matrix product's sums over all pixels, which a spline's system magnifies
+        g = g.double()
     base = _base_points(size, align_corners, g)
     matrix = (params.unsqueeze(1) if params.dim() == 3 else params).to(g.dtype)
     by_controls = None

@@ -9,9 +9,18 @@ import pytest
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("skimage")
+pytest.importorskip("sklearn")
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = ("bilinear, four crops", "bilinear ", "bicubic", "nearest", "bilinear, channels last", "float16")
+CASES = (
+    "affine, four crops",
+    "affine, bicubic",
+    "affine, nearest",
+    "affine, float16 image",
+    "projective, channels last",
+    "thin-plate spline",
+    "flow ",
+)
 
 
 def run_demo(*arguments, **environment):
@@ -25,7 +34,7 @@ def run_demo(*arguments, **environment):
 def demo(tmp_path_factory):
     """What the demo printed, and its figure."""
     figure = tmp_path_factory.mktemp("demo") / "new" / "figure.png"
-    result = run_demo("--size", 48, "--output", figure)
+    result = run_demo("--size", 48, "--steps", 20, "--output", figure)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout, figure
 
@@ -53,20 +62,27 @@ def test_figure_is_drawn(demo):
     from matplotlib import image
 
     pixels = image.imread(demo[1])[..., :3]
-    height, width, _ = pixels.shape
-    assert width == 1600
-    # every panel has something in it: no large part of the figure is of one colour
-    for rows in (slice(40, height // 3), slice(height // 3, 2 * height // 3), slice(2 * height // 3, -40)):
-        for column in range(4):
-            assert pixels[rows, column * width // 4 : (column + 1) * width // 4].std() > 0.05
+    assert pixels.shape == (1198, 1600, 3)
+    # Every panel has something in it: no large part of the figure is of one colour.
+    for row in range(3):
+        for column in range(5):
+            top, left = 54 + 314 * row, 31 + 314 * column
+            assert pixels[top : top + 306, left : left + 306].std() > 0.04, (row, column)
+    digits, eyes = pixels[1025:1160, 31:960], pixels[1025:1160, 975:1590]
+    assert digits.std() > 0.1
+    assert eyes.std() > 0.1
 
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["--size", "2"], "--size must be 16 or more, got 2"), (["--size", "x"], "invalid int value")],
-    ids=["too-small", "no-number"],
+    [
+        (["--size", "2"], "--size must be 16 or more, got 2"),
+        (["--size", "x"], "invalid int value"),
+        (["--steps", "0"], "--steps must be 1 or more, got 0"),
+    ],
+    ids=["too-small", "no-number", "no-steps"],
 )
-def test_bad_size_is_refused(arguments, message):
+def test_bad_number_is_refused(arguments, message):
     result = run_demo(*arguments)
     assert result.returncode == 2
     assert message in result.stderr
