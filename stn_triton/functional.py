@@ -354,7 +354,7 @@ def flow_grid_sample(
     dims = _check_image(input)
     check_tensor("flow", flow)
     batch = input.shape[0]
-    if flow.dim() != dims + 2 or flow.shape[1] != dims or flow.shape[0] not in (batch, 1):
+    if flow.dim() != dims + 2 or flow.shape[1] != dims or (flow.shape[0] != batch and flow.shape[0] != 1):
         sizes = "H, W" if dims == 2 else "D, H, W"
         expected = f"({batch} or 1, {dims}, {sizes}) for this {input.dim()}-D input"
         refuse(ValueError, "flow", expected, f"shape {tuple(flow.shape)}")
@@ -440,9 +440,13 @@ def _check_image(input: Tensor, dims: int | None = None) -> int:
 def _check_parameter(name: str, value: Tensor, matrix: tuple[int, int], input: Tensor) -> None:
     """(N, *matrix) or (N, T, *matrix), N that of the images or 1, on their device."""
     check_tensor(name, value)
-    batch = input.shape[0]
-    if value.dim() not in (3, 4) or tuple(value.shape[-2:]) != matrix or value.shape[0] not in (batch, 1):
-        rows, columns = matrix
+    batch, (rows, columns) = input.shape[0], matrix
+    if (
+        value.dim() not in (3, 4)
+        or value.shape[-2] != rows
+        or value.shape[-1] != columns
+        or (value.shape[0] != batch and value.shape[0] != 1)
+    ):
         expected = (
             f"({batch}, {rows}, {columns}) or ({batch}, T, {rows}, {columns}), or the same with batch 1,"
         )
@@ -454,7 +458,11 @@ def _check_points(points: Tensor, input: Tensor) -> None:
     """(N, K, 2) or (N, T, K, 2), N that of the images or 1, on their device. (K is the spline's to check.)"""
     check_tensor("points", points)
     batch = input.shape[0]
-    if points.dim() not in (3, 4) or points.shape[-1] != 2 or points.shape[0] not in (batch, 1):
+    if (
+        points.dim() not in (3, 4)
+        or points.shape[-1] != 2
+        or (points.shape[0] != batch and points.shape[0] != 1)
+    ):
         expected = f"({batch}, K, 2) or ({batch}, T, K, 2), or the same with batch 1"
         refuse(ValueError, "points", expected, f"shape {tuple(points.shape)}")
     check_device("points", points, "input", input)

@@ -313,7 +313,9 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:3]
-        found = _SampleBackward.apply(grad_output, *ctx.saved_tensors, ctx.source, *ctx.modes, *wanted)
+        # the compiler differentiates once, and does not trace a Function within a Function's backward
+        backward = _sample_backward_op if torch.compiler.is_compiling() else _SampleBackward.apply
+        found = backward(grad_output, *ctx.saved_tensors, ctx.source, *ctx.modes, *wanted)
         gradients = (g if want else None for g, want in zip(found, wanted, strict=True))
         return *gradients, None, None, None, None, None
 
@@ -451,7 +453,8 @@ class _Grid(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_grid: Tensor) -> tuple[Tensor | None, ...]:
         params_grad, control_grad = ctx.needs_input_grad[:2]
-        by_params, by_controls = _GridBackward.apply(
+        backward = _grid_backward_op if torch.compiler.is_compiling() else _GridBackward.apply
+        by_params, by_controls = backward(
             grad_grid, *ctx.saved_tensors, ctx.source, ctx.align_corners, control_grad
         )
         return by_params if params_grad else None, by_controls if control_grad else None, None, None, None

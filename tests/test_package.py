@@ -268,3 +268,21 @@ def test_imports_run_one_way(layer, package, path):
         if within(f"{package}.{path.stem}", PURE):
             known = top in ("stn_triton", "torch") or top in sys.stdlib_module_names
             assert known, f"{package}.{path.stem} imports {name}, and may import only torch"
+
+
+def test_readme_snippets_run():
+    """The README's code, on the CPU and with small images."""
+    import torch
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    first, second = (block.partition("```")[0] for block in text.split("```python\n")[1:3])
+    names = {}
+    exec(first.replace(', device="cuda"', "").replace("480, 640", "24, 32").replace("224", "8"), names)
+    assert names["crops"].shape == (8, 3, 8, 8)
+    assert names["theta"].grad.shape == (8, 2, 3)
+    names["homography"] = torch.eye(3).repeat(8, 1, 1)
+    names["points"] = names["stn"].transforms.identity(8, "tps")
+    names["flow"] = torch.zeros(8, 2, 24, 32)
+    names["digits"] = torch.rand(8, 1, 28, 28)
+    exec(second, names)
+    assert names["straightened"].shape == (8, 1, 28, 28)
