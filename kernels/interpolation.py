@@ -70,6 +70,7 @@ def linear_taps(padded, size, PADDING: tl.constexpr):
     if PADDING == ZEROS:
         inside = in_bounds(i, size)
     else:
+        i = tl.minimum(i, size - 1)  # float32 may have rounded the last pixel's number up, from 2^24 on
         inside = i >= 0  # always true: the coordinate was limited to the image
     return (i, i + 1), (inside, in_bounds(i + 1, size)), padded - down
 
@@ -80,6 +81,7 @@ def nearest_tap(padded, size, PADDING: tl.constexpr):
     if PADDING == ZEROS:
         inside = in_bounds(i, size)
     else:
+        i = tl.minimum(i, size - 1)  # as in linear_taps
         inside = i >= 0
     return i, inside
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from . import configs, sources
 from .coordinates import NEAREST
 from .interpolation import axis_tap_count, axis_taps, axis_taps_grad
-from .launch import channel_dim, compute_dtypes, has_fast_log, index_dtype, launch, vector_width
+from .launch import INT32_MAX, channel_dim, compute_dtypes, has_fast_log, index_dtype, launch, vector_width
 from .modes import Interpolation, Padding, Source
 from .tiles import axes, existing, output_pixels, pixel_offset, rounded, strides
 
@@ -559,7 +559,8 @@ def _plan(gathered, output, params, tensors, source, interpolation, backward) ->
         rows=rows,
         columns=columns,
         element_size=gathered.element_size(),
-        channels_last=gathered.stride(1) == 1,
+        # a spline's partial sums are many: its tiles are of pixels, not of channels
+        channels_last=gathered.stride(1) == 1 and not (source == Source.TPS and backward),
         interpolation=interpolation,
         dims=dims,
         backward=backward,
@@ -570,6 +571,9 @@ def _plan(gathered, output, params, tensors, source, interpolation, backward) ->
     splits = triton.cdiv(blocks, split_blocks)
     column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
     compute = compute_dtypes(gathered, params)[0]
+    index = index_dtype(*tensors, params)
+    if source in sources.DENSE and output.shape[-dims:].numel() * dims > INT32_MAX:
+        index = tl.int64  # the gradient's buffer holds what an expanded grid does not
     shared = {
         **dict(zip(("in_width", "in_height", "in_depth"), axes(gathered.shape[2:]))),
         **dict(zip(("out_width", "out_height", "out_depth"), axes(output.shape[-dims:]))),
@@ -584,7 +588,7 @@ def _plan(gathered, output, params, tensors, source, interpolation, backward) ->
         "INTERPOLATION": int(interpolation),
         "DIMS": dims,
         "COMPUTE": compute,
-        "INDEX": index_dtype(*tensors, params),
+        "INDEX": index,
         "GROUP": group,
         "FAST_LOG": source == Source.TPS and has_fast_log(gathered.device, compute),
         "EVEN_CHANNELS": channels % block == 0,

@@ -103,6 +103,7 @@ def matrix_backward(
 
     The buffer is (batch, ROWS * (DIMS + 1), programs).
     """
+    programs = tl.cast(programs, tl.int64)
     base = gradient_ptr + b.to(tl.int64) * (ROWS * (DIMS + 1)) * programs + program
     for r in tl.static_range(ROWS):
         for k in tl.static_range(DIMS + 1):
@@ -205,7 +206,8 @@ def projective_inverse(row, pixels, COMPUTE: tl.constexpr):
     w = matrix_apply(row, pixels, 2)
     size = tl.abs(row[0] * pixels[0]) + tl.abs(row[1] * pixels[1]) + tl.abs(row[2])
     ROUNDING: tl.constexpr = 2.0**-50 if COMPUTE == tl.float64 else 2.0**-21
-    seen = (tl.abs(w) > ROUNDING * size) & (tl.abs(w) > 1e-30)
+    TINY: tl.constexpr = 1e-300 if COMPUTE == tl.float64 else 1e-37  # below, 1 / w overflows
+    seen = (tl.abs(w) > ROUNDING * size) & (tl.abs(w) > TINY)
     one = tl.full(w.shape, 1.0, COMPUTE)
     return tl.where(seen, true_divide(one, tl.where(seen, w, 1.0), COMPUTE), 0.0), seen
 
@@ -222,14 +224,15 @@ def projective_coordinates(source, n, t, pixels, COMPUTE: tl.constexpr):
 
 @triton.jit
 def projective_backward(source, n, t, gradients, pixels, COMPUTE: tl.constexpr):
-    """The gradients by the numerators and by the denominator; 0 where nothing is seen."""
+    """The gradients by the numerators and by the denominator; 0 where nothing finite is seen."""
     rows = matrix_rows(source, n, t, 3, 2, COMPUTE)
     inverse, seen = projective_inverse(rows[2], pixels, COMPUTE)
-    x = tl.where(seen, matrix_apply(rows[0], pixels, 2) * inverse, 0.0)
-    y = tl.where(seen, matrix_apply(rows[1], pixels, 2) * inverse, 0.0)
-    by_x = gradients[0] * inverse
-    by_y = gradients[1] * inverse
-    return by_x, by_y, -(by_x * x + by_y * y)
+    x = matrix_apply(rows[0], pixels, 2) * inverse
+    y = matrix_apply(rows[1], pixels, 2) * inverse
+    placed = seen & (tl.abs(x) < float("inf")) & (tl.abs(y) < float("inf"))
+    by_x = tl.where(placed, gradients[0] * inverse, 0.0)
+    by_y = tl.where(placed, gradients[1] * inverse, 0.0)
+    return by_x, by_y, -(by_x * tl.where(placed, x, 0.0) + by_y * tl.where(placed, y, 0.0))
 
 
 # ------------------------------------------------------------------------------ thin-plate spline
@@ -314,6 +317,7 @@ def tps_backward(
     entries = 2 * (controls + 3)
     if CONTROL_GRAD:
         entries += 2 * controls
+    programs = tl.cast(programs, tl.int64)  # times the number of entries it may pass 2^31
     BLOCK: tl.constexpr = 16
     for k0 in range(0, controls, BLOCK):
         k = k0 + tl.arange(0, BLOCK)

@@ -20,7 +20,7 @@ PADDINGS = {"zeros": Padding.ZEROS, "border": Padding.BORDER, "reflection": Padd
 
 
 def refuse(kind: type[Exception], name: str, expected: str, got: object) -> NoReturn:
-    raise kind(f"{name} must be {expected}, got {got}")
+    raise kind(f"{name} must be {expected.rstrip(',')}, got {got}")
 
 
 def check_tensor(name: str, value: object) -> None:

@@ -68,8 +68,8 @@ def grid_sample(
         (N, C, H_out, W_out) or (N, C, D_out, H_out, W_out), contiguous, of the input's dtype.
 
     Coordinates, weights and sums are float32 (float64 for float64 images), whatever the dtype of the
-    image. A NaN coordinate, and with zeros padding an infinite one, reads nothing: 0. With border
-    and reflection padding NaN reads the first pixel; infinity reads the border, or the first pixel.
+    image. A NaN coordinate, and with zeros padding an infinite one, reads nothing: 0. With border padding
+    NaN reads the first pixel and infinity the border; with reflection both read the lower edge.
     Under autocast the arguments are promoted as PyTorch does.
 
     Differentiable any number of times in ``input`` and ``grid`` (from the second on in plain PyTorch, with
@@ -82,6 +82,8 @@ def grid_sample(
     if isinstance(input, Tensor) and isinstance(grid, Tensor):
         input, grid = _autocast(input, grid)
     if not _grid_sample_fits(input, grid, mode, padding_mode, align_corners):
+        if mode == "bicubic" and isinstance(input, Tensor) and input.dim() == 5:
+            arguments = (*arguments[:2], "bilinear", *arguments[3:])  # tricubic is not what is wrong
         return _ask_pytorch(torch.nn.functional.grid_sample, *arguments)
     if align_corners is None:
         _warn(_DEFAULT_ALIGN_CORNERS)
@@ -223,7 +225,7 @@ def affine_grid_sample(
     Returns:
         (N, C, *size), or (N, T, C, *size) for T transforms, in the input's dtype and memory format.
 
-    No grid and no gradient of a grid is held in memory. Coordinates, weights and sums are float32
+    The kernels hold no grid and no gradient of a grid in memory. Coordinates, weights and sums are float32
     (float64 where an argument is float64); bad coordinates are treated as in :func:`grid_sample`.
     Differentiable any number of times in ``input`` and ``theta`` (from the second on in plain PyTorch,
     with its memory); the gradient of a broadcast ``theta`` is summed. The
@@ -256,7 +258,8 @@ def projective_grid_sample(
     Args:
         input: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
         homography: (N, 3, 3); or (N, T, 3, 3) for T transforms of each image, not copied. A batch of 1
-            is broadcast over N. Any floating dtype. Its scale, and its sign, mean nothing.
+            is broadcast over N. Any floating dtype. Its scale, and its sign, mean nothing (as long as W stays
+            above 1e-37, or 1e-300 in float64).
         size, mode, padding_mode, align_corners: as in :func:`affine_grid_sample`.
 
     Returns:
@@ -265,8 +268,8 @@ def projective_grid_sample(
     On the horizon, where W cannot be told from 0 (its terms cancel up to rounding), the coordinate is NaN:
     it reads nothing under zeros padding, and adds nothing to the gradient of ``homography``. So does a
     homography of zeros or NaN. What lies beyond the horizon (W of the other sign) is read where the
-    formula puts it. No grid is held in memory; the gradient of ``homography`` is the same to the bit each
-    time. Differentiable any number of times (from the second on in plain PyTorch, with its memory).
+    formula puts it. The kernels hold no grid in memory. The gradient of ``homography`` is the same to the bit
+    each time. Differentiable any number of times (from the second on in plain PyTorch, with its memory).
 
     Raises:
         TypeError, ValueError: as :func:`affine_grid_sample`.
@@ -319,6 +322,8 @@ def tps_grid_sample(
     _check_points(points, input)
     size = _check_size(size, input)
     modes = check_modes(mode, padding_mode, align_corners)
+    if input.dtype == torch.float64:
+        points = points.double()
     coefficients, control_points = _spline(points, control_points, regularization)
     return ops.sample(input, coefficients, Source.TPS, size, *modes, control_points)
 

@@ -121,6 +121,7 @@ class SpatialTransformer(nn.Module):
                 f"one of {', '.join(map(repr, get_args(Transform)))}",
                 repr(transform),
             )
+        check_int("dims", dims, 2)
         if dims not in (2, 3) or (dims == 3 and transform not in ("affine", "attention")):
             expected = "2, or 3 for 'affine' and 'attention'"
             refuse(ValueError, "dims", expected, f"{dims!r} for {transform!r}")
@@ -322,6 +323,7 @@ def localisation_cnn(
     Returns:
         A net from (N, C, H, W) to (N, features[-1]).
     """
+    check_int("downsample", downsample, 1)
     layers: list[nn.Module] = [nn.AvgPool2d(downsample)] if downsample > 1 else []
     for index, width in enumerate(channels):
         if index > 0:

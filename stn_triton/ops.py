@@ -65,6 +65,12 @@ def _new_output(input: Tensor, params: Tensor, source: int, size: Any) -> Tensor
     return _new_images(input, input.shape[0], size, memory_format)
 
 
+def _packed(tensor: Tensor) -> Tensor:
+    """Contiguous with the strides a new tensor has, those of axes of one element included."""
+    packed = tensor.new_empty(tensor.shape)
+    return tensor if tensor.stride() == packed.stride() else packed.copy_(tensor)
+
+
 def _new_grid(params: Tensor, size: Any) -> Tensor:
     return params.new_empty((params.shape[0], *size, len(size)))
 
@@ -197,9 +203,9 @@ def _sample_backward(
         if total is not None and total is not grad_input:
             grad_input.copy_(total)
     if params_grad and by_params is not None:
-        grad_params = by_params.contiguous()
+        grad_params = _packed(by_params)
     if control_grad and by_controls is not None:
-        grad_controls = by_controls.contiguous()
+        grad_controls = _packed(by_controls)
     return grad_input, grad_params, grad_controls
 
 
@@ -241,11 +247,12 @@ def _vector_jacobian(
     again = torch.is_grad_enabled()
     device = next(tensor.device for tensor in tensors if tensor is not None)
     with torch.enable_grad(), backend.without_autocast(device.type):
-        if not again:
-            tensors = tuple(
-                None if t is None else t.detach().requires_grad_(need)
-                for t, need in zip(tensors, needed, strict=True)
-            )
+        # fresh tensors: in the graph outside, one argument may depend on another, and those paths are
+        # the outer engine's to follow
+        tensors = tuple(
+            None if t is None else t.view_as(t) if again else t.detach().requires_grad_(need)
+            for t, need in zip(tensors, needed, strict=True)
+        )
         pairs = [
             (result, cotangent)
             for result, cotangent in zip(function(*tensors), cotangents, strict=True)
@@ -389,7 +396,7 @@ def _grid_backward(
         by_params, by_controls = grid_backward(
             grad_grid, params, control_points, Source(source), align_corners, control_grad
         )
-    return by_params.contiguous(), params.new_empty(0) if by_controls is None else by_controls.contiguous()
+    return _packed(by_params), params.new_empty(0) if by_controls is None else _packed(by_controls)
 
 
 def _grid_backward_fake(

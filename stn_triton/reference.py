@@ -63,8 +63,8 @@ def _horizon(matrix: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
     """1 / w of every point, (N, T, P), and whether w can be told from 0; the kernels' rule and reason."""
     row = matrix[..., 2, :].unsqueeze(-2)
     w = (row * base).sum(-1)
-    rounding = 2.0**-50 if w.dtype == torch.float64 else 2.0**-21
-    seen = (w.abs() > rounding * (row * base).abs().sum(-1)) & (w.abs() > 1e-30)
+    rounding, tiny = (2.0**-50, 1e-300) if w.dtype == torch.float64 else (2.0**-21, 1e-37)
+    seen = (w.abs() > rounding * (row * base).abs().sum(-1)) & (w.abs() > tiny)
     return torch.where(seen, 1 / torch.where(seen, w, 1.0), 0.0), seen
 
 
@@ -112,6 +112,11 @@ def coordinates(
     return grid.unflatten(2, size)
 
 
+def _sum_over_pixels(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b. On the CPU in float64: what is summed here a spline's system may magnify."""
+    return a.double().mT @ b.double() if a.device.type == "cpu" else a.mT @ b
+
+
 def coordinates_backward(
     source: Source,
     grad_grid: Tensor,
@@ -125,8 +130,6 @@ def coordinates_backward(
         return grad_grid.squeeze(1).sum_to_size(params.shape).to(params.dtype), None
     size = tuple(grad_grid.shape[2:-1])
     g = grad_grid.flatten(2, -2)
-    if g.device.type == "cpu":  # a matrix product's sums over all pixels, which a spline's system magnifies
-        g = g.double()
     base = _base_points(size, align_corners, g)
     matrix = (params.unsqueeze(1) if params.dim() == 3 else params).to(g.dtype)
     by_controls = None
@@ -134,21 +137,22 @@ def coordinates_backward(
         assert control_points is not None
         controls, rows, moves = control_points.to(g.dtype), [], []
         for part, offset, log, basis in _spline_parts(controls, base):
-            rows.append(basis.mT @ g)
+            rows.append(_sum_over_pixels(basis, g))
             if control_grad:
                 weights = matrix[..., : len(controls), :][..., part, :]
                 pull = (g @ weights.mT) * torch.where(offset.square().sum(-1) > 0, -2 * (log + 1), 0.0)
                 moves.append((pull.unsqueeze(-1) * offset).sum((0, 1, 2)))
-        grad = torch.cat([*rows, base.mT @ g], -2)
+        grad = torch.cat([*rows, _sum_over_pixels(base, g)], -2)
         if control_grad:
             by_controls = torch.cat(moves).to(control_points.dtype)
     else:
         if source == Source.PROJECTIVE:
             inverse, seen = _horizon(matrix, base)
             grid = (base @ matrix[..., :2, :].mT) * inverse.unsqueeze(-1)
-            g = torch.where(seen.unsqueeze(-1), g * inverse.unsqueeze(-1), 0.0)
-            g = torch.cat([g, -(g * torch.where(seen.unsqueeze(-1), grid, 0.0)).sum(-1, keepdim=True)], -1)
-        grad = g.mT @ base
+            placed = (seen & grid.isfinite().all(-1)).unsqueeze(-1)
+            g = torch.where(placed, g * inverse.unsqueeze(-1), 0.0)
+            g = torch.cat([g, -(g * torch.where(placed, grid, 0.0)).sum(-1, keepdim=True)], -1)
+        grad = _sum_over_pixels(g, base)
     if params.shape[0] == 1:
         grad = grad.sum(0, keepdim=True)
     return grad.reshape(params.shape).to(params.dtype), by_controls
@@ -205,6 +209,11 @@ def _fold(x: Tensor, low: float, span: float) -> tuple[Tensor, Tensor]:
     return span - (along - span).abs() + low, slope
 
 
+def _within(i: Tensor, size: int, padding: Padding) -> Tensor:
+    """float32 may have rounded the last pixel's number up, from 2^24 on."""
+    return i if padding == Padding.ZEROS else i.clamp(max=size - 1)
+
+
 _Tap = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -251,11 +260,11 @@ def _axis_taps(
             x, slope = _limit(x, 0, size - 1)
             slope = slope * fold
         if interpolation == Interpolation.NEAREST:
-            i = x.detach().round().long()
+            i = _within(x.detach().round().long(), size, padding)
             taps = [(i, (i >= 0) & (i < size), torch.ones_like(x), torch.zeros_like(x))]
         else:
             down = x.detach().floor()
-            i, t = down.long(), x - down
+            i, t = _within(down.long(), size, padding), x - down
             taps = [
                 (i, (i >= 0) & (i < size), 1 - t, -slope),
                 (i + 1, (i + 1 >= 0) & (i + 1 < size), t, slope),
@@ -362,7 +371,9 @@ def _aten_fits(input: Tensor, interpolation: Interpolation, align_corners: bool)
     infinities: there no other coordinate stands for them.
     """
     has_mode = input.dim() == 4 or interpolation != Interpolation.BICUBIC
-    return has_mode and not (align_corners and 1 in input.shape[2:])
+    # past 2^24 float32 rounds the number of the last pixel up, and ATen reads there
+    exact = input.dtype == torch.float64 or max(input.shape[2:]) <= 2**24
+    return has_mode and exact and not (align_corners and 1 in input.shape[2:])
 
 
 def _tame(grid: Tensor, padding: Padding) -> Tensor:

@@ -496,3 +496,86 @@ def test_gradients_only_where_needed(device):
         ours(source, *tensors).square().sum().backward()
         assert tensors[which].grad is not None
         assert tensors[1 - which].grad is None
+
+
+# --------------------------------------------------------------------------- what a review found
+def call(source, x, p):
+    if source == "affine":
+        return stn.affine_grid_sample(x, p, (3, 4), "bicubic")
+    if source == "flow":
+        return stn.flow_grid_sample(x, p, "bicubic")
+    return (
+        stn.projective_grid_sample(x, p, (3, 4), "bicubic")
+        if source == "projective"
+        else stn.tps_grid_sample(x, p, (3, 4), "bicubic")
+    )
+
+
+@pytest.mark.parametrize("source", ["affine", "projective", "tps", "flow"])
+def test_second_derivatives_where_arguments_depend_on_each_other(device, source):
+    """The gradient that comes in depends on the parameters, and these on the image: nothing counts twice."""
+    from torch.autograd.functional import hessian
+
+    from stn_triton import backend
+
+    image = torch.rand(1, 1, 5, 5, dtype=torch.float64, device=device)
+    if source == "affine":
+        params = 0.9 * torch.eye(2, 3, dtype=torch.float64, device=device)[None]
+    elif source == "flow":
+        params = 0.3 + 0.1 * torch.rand(1, 2, 3, 4, dtype=torch.float64, device=device)
+    else:
+        params = parameters(source, 1, torch.float64, device, controls=4)
+    with backend.use("torch"):
+        plain = hessian(lambda p: call(source, image, p).square().sum(), params)
+        again = hessian(lambda p: call(source, image, p).square().sum(), params, create_graph=True)
+        assert_close(again.detach(), plain)
+        # parameters made from the image, a penalty on the gradient: against finite differences
+        weight = 0.01 * torch.rand(params.numel(), 25, dtype=torch.float64, device=device)
+
+        def penalty(x):
+            made = params + (weight @ x.flatten()).view(params.shape)
+            (grad,) = torch.autograd.grad(call(source, x, made).square().sum(), x, create_graph=True)
+            return grad.square().sum()
+
+        leaf = image.clone().requires_grad_()
+        assert torch.autograd.gradcheck(penalty, leaf, eps=1e-6, atol=1e-4, fast_mode=True)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+@pytest.mark.parametrize("padding_mode", ["border", "reflection"])
+def test_axes_past_what_float32_counts(either_backend, device, mode, padding_mode):
+    """On an axis of 2^24 + 4 pixels the last one's number rounds up, past the end: nothing is read there."""
+    width = 2**24 + 4
+    memory = torch.full((width + 8,), float("nan"), device=device)
+    memory[:width] = 1.0
+    image = memory[:width].view(1, 1, 1, width)
+    grid = torch.tensor([[[[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0], [0.9999999, 0.0]]]], device=device)
+    output = stn.grid_sample(image, grid, mode, padding_mode, align_corners=False)
+    assert_close(output, torch.ones(1, 1, 1, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "diagonal", [(float("nan"), 1, 1), (float("inf"), 1, 1), (1e20, 1, 1e-20)], ids=["nan", "inf", "overflow"]
+)
+@pytest.mark.parametrize("padding_mode", PADDINGS)
+def test_partly_bad_homography(either_backend, device, padding_mode, diagonal):
+    """One bad row leaves no NaN in the gradients."""
+    image = torch.rand(1, 1, 4, 4, device=device, requires_grad=True)
+    homography = torch.diag(torch.tensor(diagonal, device=device))[None].requires_grad_()
+    output = stn.projective_grid_sample(image, homography, padding_mode=padding_mode)
+    assert output.isfinite().all()
+    for gradient in torch.autograd.grad(output.sum(), (image, homography)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-31, 1e25])
+def test_small_and_large_homographies(either_backend, device, scale):
+    image = torch.rand(1, 1, 4, 5, device=device)
+    output = stn.projective_grid_sample(image, scale * torch.eye(3, device=device)[None])
+    assert_close(output, image.double())
+
+
+def test_float64_image_makes_a_float64_spline(either_backend, device):
+    image = torch.rand(1, 1, 5, 6, dtype=torch.float64, device=device)
+    points = parameters("tps", 1, torch.float32, device)
+    assert_close(stn.tps_grid_sample(image, points), stn.tps_grid_sample(image, points.double()))
