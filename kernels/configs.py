@@ -81,8 +81,8 @@ def choose(
 ) -> Tile:
     """The tile for ``images`` outputs of ``channels`` x ``rows`` x ``columns``.
 
-    ``channels_last`` says that neighbouring channels are neighbours in memory, in all tensors of one
-    element per channel that the kernel reads.
+    ``channels_last`` says that neighbouring channels are neighbours in memory, in the image that is gathered
+    from or added to: it is touched several times for each output pixel, everything else once.
     """
     taps = (
         1 if interpolation == Interpolation.NEAREST else 2 if interpolation == Interpolation.BILINEAR else 4
