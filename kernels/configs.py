@@ -98,8 +98,8 @@ def choose(
         columns_tile = min(_power_of_2(columns), pixels)
         tile = Tile(pixels // columns_tile, columns_tile, width, 1, 4, 1)
     else:
-        # Lanes along x: a mild warp then gathers neighbouring addresses. The set-up of a program (the
-        # map's coefficients, four divisions) is shared by two pixels per lane.
+        # Lanes along x: a mild warp then gathers neighbouring addresses. Two pixels per lane share the set-up
+        # of a program, the loads of its parameters.
         pixels = 256 if taps <= 8 and not backward else 128
         columns_tile = min(_power_of_2(columns), 32)
         unroll = channels if channels <= 4 else 4
