@@ -518,7 +518,7 @@ def test_samplers(device, base_seed, kind):
         generator = random.Random(f"{base_seed} {kind}")
         for _ in range(math.ceil(examples * 0.7)):
             case = draw_case(generator.choice, source, dims, modes)
-            with told(f"STN_FUZZ_CASE='{case}'"):
+            with told(f'STN_FUZZ_CASE="{case}"'):
                 check(case, device, counts)
         search(
             cases(source, dims, modes),
