@@ -340,7 +340,7 @@ def test_grid_kernel_stays_inside(device, monkeypatch, dims, align_corners, layo
     dense = "gaps" if layout.startswith("expanded") else layout
     grid = place(torch.full(expected.shape, CANARY), dense, CANARY, device)
     grad_grid = place(torch.randn(expected.shape), layout, device=device)
-    with configs.override(rows=2, columns=4), banded_buffers(monkeypatch):
+    with configs.override(rows=4, columns=4), banded_buffers(monkeypatch):
         grid_forward(theta, None, grid, Source.AFFINE, align_corners)
         by_theta, _ = grid_backward(grad_grid, theta, None, Source.AFFINE, align_corners)
     assert_close(grid, expected.detach())
