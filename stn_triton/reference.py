@@ -91,7 +91,7 @@ def coordinates(
     """The normalised grid (N or 1, T, *size, dims) of a source, in ``dtype``.
 
     GRID: params (N, *size, dims). AFFINE: (N, [T,] dims, dims + 1). PROJECTIVE: (N, [T,] 3, 3). TPS:
-    coefficients (N, [T,] K + 3, 2), control points (K, 2). (A flow is in pixels: see ``_input_pixels``.)
+    coefficients (N, [T,] K + 3, 2), control points (K, 2). (A flow is in pixels: see ``_places``.)
     """
     params = params.to(dtype)
     if source == Source.GRID:
@@ -400,7 +400,7 @@ def _fold_transforms(grid: Tensor, batch: int) -> Tensor:
     return grid.expand(batch, *grid.shape[1:]).flatten(1, 2)
 
 
-def _normalised_grid(
+def _places(
     source: Source,
     params: Tensor,
     control_points: Tensor | None,
@@ -408,27 +408,20 @@ def _normalised_grid(
     in_size: torch.Size,
     align_corners: bool,
     dtype: torch.dtype,
+    *,
+    in_pixels: bool,
 ) -> Tensor:
+    """Where the input is read, (N or 1, T, *size, dims): normalised, or in pixels. A flow adds pixels."""
+    displacement = None
     if source == Source.FLOW:
-        base, displacement = _flow_grid(params, align_corners, dtype)
-        return base + displacement / displacement.new_tensor(_pixel_scales(in_size, align_corners))
-    return coordinates(source, params, control_points, size, align_corners, dtype)
-
-
-def _input_pixels(
-    source: Source,
-    params: Tensor,
-    control_points: Tensor | None,
-    size: tuple[int, ...],
-    in_size: torch.Size,
-    align_corners: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    if source == Source.FLOW:
-        base, displacement = _flow_grid(params, align_corners, dtype)
-        return _unnormalise(base, in_size, align_corners) + displacement
-    grid = coordinates(source, params, control_points, size, align_corners, dtype)
-    return _unnormalise(grid, in_size, align_corners)
+        grid, displacement = _flow_grid(params, align_corners, dtype)
+    else:
+        grid = coordinates(source, params, control_points, size, align_corners, dtype)
+    if in_pixels:
+        grid = _unnormalise(grid, in_size, align_corners)
+    elif displacement is not None:
+        displacement = displacement / displacement.new_tensor(_pixel_scales(in_size, align_corners))
+    return grid if displacement is None else grid + displacement
 
 
 def sample(
@@ -446,12 +439,12 @@ def sample(
     image, modes = input.to(dtype), (interpolation, padding, align_corners)
     place = source, params, control_points, size, input.shape[2:], align_corners, dtype
     if _aten_fits(input, interpolation, align_corners):
-        grid = _normalised_grid(*place)
+        grid = _places(*place, in_pixels=False)
         forward, _ = _sampler(len(size))
         folded = _tame(_fold_transforms(grid, input.shape[0]), padding)
         output = forward(image, folded, int(interpolation), int(padding), align_corners)
     else:
-        grid = _input_pixels(*place)
+        grid = _places(*place, in_pixels=True)
         output = _sample_pixels(image, _fold_transforms(grid, input.shape[0]), *modes)
     return output.unflatten(2, (grid.shape[1], size[0])).movedim(2, 1).to(input.dtype)
 
@@ -482,13 +475,13 @@ def sample_backward(
     g = grad_output.to(dtype).movedim(1, 2).flatten(2, 3)
     scales = g.new_tensor(_pixel_scales(in_size, align_corners))
     if not by_taps and _aten_fits(input, interpolation, align_corners):
-        folded = _tame(_fold_transforms(_normalised_grid(*place), input.shape[0]), padding)
+        folded = _tame(_fold_transforms(_places(*place, in_pixels=False), input.shape[0]), padding)
         _, backward = _sampler(len(size))
         codes = int(interpolation), int(padding), align_corners
         grad_input, grad_grid = backward(g, image, folded, *codes, [input_grad, True])
         grad_pixels = grad_grid / scales if source == Source.FLOW else None
     else:
-        folded = _fold_transforms(_input_pixels(*place), input.shape[0])
+        folded = _fold_transforms(_places(*place, in_pixels=True), input.shape[0])
         grad_input, grad_pixels = _sample_pixels_backward(g, image, folded, *modes)
         grad_grid = grad_pixels * scales
     by_params, by_controls = None, None
