@@ -25,7 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from . import grid, launch, sample
+from . import gather, grid, launch, sample
 from .modes import Interpolation, Padding, Source
 
 TARGETS = {
@@ -95,6 +95,12 @@ AXES: dict[str, dict[str, tuple]] = {
         **MODES,
         **WIDTHS,
     },
+    "gather": {
+        "source": (Source.AFFINE, Source.PROJECTIVE),
+        "dtypes": tuple(itertools.product(DTYPES, DTYPES)),
+        **MODES,
+        **WIDTHS,
+    },
     "grid": {
         "direction": ("forward", "backward", "control"),
         "source": (Source.AFFINE, Source.PROJECTIVE, Source.TPS),
@@ -108,6 +114,8 @@ AXES: dict[str, dict[str, tuple]] = {
 SUBSET_AXES = {
     kernel: {**axes, "dtypes": COMMON_DTYPES} if "dtypes" in axes else axes for kernel, axes in AXES.items()
 }
+# tiles and vectors are chosen as for "backward": half of the layouts meet all other axes
+SUBSET_AXES["gather"]["layout"] = LAYOUTS[1::2]
 Case = dict[str, Any]
 
 
@@ -233,7 +241,9 @@ def compile_case(case: Case) -> list[Any]:
     input = _tensor((batch, channels, *(9,) * dims), dtype, last=layout.input_last, **memory)
     output = _tensor((batch, channels, *size), dtype, last=layout.output_last, **memory)
     params, control_points = _parameters(case, params_dtype, size, batch)
-    if case["kernel"] == "forward":
+    if case["kernel"] == "gather":
+        gather.gather_backward(output, params, input, *modes)
+    elif case["kernel"] == "forward":
         sample.sample_forward(input, params, control_points, output, *modes)
     else:
         total = None
