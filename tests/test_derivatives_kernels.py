@@ -57,8 +57,15 @@ every_source = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
+def _quick():
+    with quick_interpreter(overflow_checks=False):
+        yield
+
+
+@pytest.fixture
 def _checked():
-    with quick_interpreter(), checked_addresses():
+    """Every address that is touched is checked."""
+    with checked_addresses():
         yield
 
 
@@ -217,8 +224,8 @@ class Problem:
         self.hvp_check(by_input, by_coordinates, scale)
         assert_band(self.output, CANARY)
         assert_band(self.grad_input, CANARY)
-        for tensor in (self.input, self.tangent, self.params, self.grad_output):
-            assert tensor is None or not len(tensor.shape) or assert_band(tensor) is None
+        for tensor in (self.input, self.params, self.grad_output):
+            assert_band(tensor)
 
     def hvp_check(self, by_input, by_coordinates, scale=None):
         actual = self.hvp(input_grad=self.moved is not None)
@@ -358,6 +365,7 @@ def test_channels(device, channels, layout):
 ROLES = ("input", "tangent", "moved", "params", "grad_output", "output", "grad_input")
 
 
+@pytest.mark.usefixtures("_checked")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("role", ROLES)
 def test_each_layout_of_each_tensor(device, role, layout):
@@ -372,6 +380,7 @@ def test_each_layout_of_each_tensor(device, role, layout):
         Problem(device, 2, source, params=params, layouts={role: layout}).check()
 
 
+@pytest.mark.usefixtures("_checked")
 @pytest.mark.parametrize("index", range(4))
 @pytest.mark.parametrize("dims, source", [(2, Source.TPS), (3, Source.GRID)])
 def test_every_tensor_in_a_layout_of_its_own(device, dims, source, index):
@@ -380,8 +389,7 @@ def test_every_tensor_in_a_layout_of_its_own(device, dims, source, index):
     layouts = {role: dense[(index * (k + 1) + k) % len(dense)] for k, role in enumerate(ROLES)}
     transforms = 3 if source == Source.TPS else None
     with configs.override(**RAGGED):
-        interpolation = BICUBIC if dims == 2 else BILINEAR
-        Problem(device, dims, source, interpolation, transforms=transforms, layouts=layouts).check()
+        Problem(device, dims, source, transforms=transforms, layouts=layouts).check()
 
 
 def test_wide_offsets(device, monkeypatch):
@@ -414,6 +422,7 @@ def test_wide_offsets(device, monkeypatch):
     assert seen == [tl.int64]
 
 
+@pytest.mark.usefixtures("_checked")
 @pytest.mark.parametrize("source", [Source.AFFINE, Source.GRID], ids=name)
 def test_pixels_that_do_not_exist_move_nothing(device, source):
     """A tile's pixels beyond the output read real memory, where an image may hold NaN: to no effect."""
@@ -438,6 +447,7 @@ def test_pixels_that_do_not_exist_move_nothing(device, source):
 BAD = (NAN, float("inf"), -float("inf"), 1e30, -1e30, 2.0**31, -(2.0**31), torch.finfo(F32).max)
 
 
+@pytest.mark.usefixtures("_checked")
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("interpolation", Interpolation, ids=name)
 @padding_modes
@@ -454,6 +464,7 @@ def test_bad_coordinates(device, dims, interpolation, padding, align_corners):
     assert_band(problem.grad_input, CANARY)
 
 
+@pytest.mark.usefixtures("_checked")
 @pytest.mark.parametrize("source", [Source.PROJECTIVE, Source.AFFINE], ids=name)
 def test_coordinates_that_are_nan_read_nothing(device, source):
     """The horizon of a homography crosses the output; a matrix of NaN."""
