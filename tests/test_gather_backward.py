@@ -102,6 +102,20 @@ def test_tiles(device, padding, way):
 
 
 @pytest.mark.parametrize("way", list(WAYS))
+@PADDINGS
+def test_far_beyond_the_border(device, padding, way):
+    """Whole blocks of outputs on all sides of the image, and tiles that they pass by."""
+    theta = torch.eye(2, 3, dtype=torch.float64, device=device)[None] * 3
+    grad_output = torch.randn(1, 1, 20, 24, dtype=torch.float64, device=device)
+    for shift in ((0, 0), (2.5, 1.5), (-2.5, -4.5)):
+        theta[0, :, 2] = theta.new_tensor(shift)
+        modes = Interpolation.BILINEAR, padding, False
+        with configs.override(rows=4, columns=4, out_rows=2, out_columns=2):
+            result = gather(grad_output, theta, (1, 1, 12, 8), modes, candidates=WAYS[way])
+        assert_close(result, scatter(grad_output, theta, (1, 1, 12, 8), modes))
+
+
+@pytest.mark.parametrize("way", list(WAYS))
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 def test_many_transforms(device, shared, way):
     """Transforms of one image are summed, and parameters of one image serve all."""
@@ -308,6 +322,34 @@ def _hard_matrices(entries, count, generator):
     return matrix.float()
 
 
+def _aimed(matrices, in_size, size, align_corners, generator):
+    """The matrices moved so that an output reads just inside the image, and a pixel that it reads.
+
+    Some are scaled up first: the errors of their coordinates then are a part of a pixel.
+    """
+    count = len(matrices)
+
+    def choose(n):
+        return torch.tensor([torch.randint(m, (), generator=generator) for m in n for _ in range(count)])
+
+    exact = matrices.double()
+    scale = 10.0 ** (4 * torch.rand(count, 1, 1, generator=generator, dtype=torch.float64))
+    exact[:, :2, :2] *= torch.where(torch.arange(count)[:, None, None] % 4 == 0, scale, 1.0)
+    sizes = torch.tensor(size[::-1])
+    o = choose(size[::-1]).view(2, count).T
+    u = (2 * o - (sizes - 1)) / (sizes - int(align_corners)).clamp(min=1)
+    pixels = choose(in_size[::-1]).view(2, count).T
+    sizes = torch.tensor(in_size[::-1])
+    # so far that the output just reads the pixel, or just not
+    aim = pixels + (torch.randint(2, (count, 2), generator=generator) * 2 - 1) * (
+        1 - 1e-6 * torch.rand(count, 2, generator=generator)
+    )
+    aim = (aim - (sizes - 1) / 2) / ((sizes - int(align_corners)) / 2)
+    w = exact[:, 2, :2].mul(u).sum(-1, keepdim=True) + exact[:, 2, 2:] if exact.shape[1] == 3 else 1.0
+    exact[:, :2, 2] = aim * w - (exact[:, :2, :2] @ u[..., None].double()).squeeze(-1)
+    return exact.float(), pixels.int().contiguous()
+
+
 @pytest.mark.parametrize("source", [Source.AFFINE, Source.PROJECTIVE], ids=["affine", "projective"])
 @ALIGN
 def test_no_reader_is_left_out(device, source, align_corners):
@@ -317,9 +359,7 @@ def test_no_reader_is_left_out(device, source, align_corners):
     block, readers, visited = 1024, 0, 0
     for in_size, size in itertools.product([(5, 7), (2, 300), (64, 9)], [(6, 10), (3, 21)]):
         matrices = _hard_matrices(entries, block, generator)
-        pixels = torch.stack(
-            [torch.randint(n, (block,), generator=generator) for n in in_size[::-1]], -1
-        ).int()
+        matrices, pixels = _aimed(matrices, in_size, size, align_corners, generator)
         outputs = triton.next_power_of_2(size[0] * size[1])
         first = torch.zeros(block, 2, dtype=torch.int32, device=device)
         last, at = torch.zeros_like(first), torch.full((block, outputs, 2), float("nan"), device=device)
