@@ -30,6 +30,8 @@ AFFINE = tl.constexpr(Source.AFFINE.value)
 PROJECTIVE = tl.constexpr(Source.PROJECTIVE.value)
 TPS = tl.constexpr(Source.TPS.value)
 FLOW = tl.constexpr(Source.FLOW.value)
+# The interpreter rounds the product of a multiply-add.
+FUSED = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 # -------------------------------------------------------------------------------- what sources share
@@ -43,6 +45,20 @@ def true_divide(a, b, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def whole_quotient(a, b, COMPUTE: tl.constexpr):
+    """a / b rounded to nearest, for whole a and many a to one b: its reciprocal and two multiply-adds.
+
+    Markstein's correction: the remainder of the first try is exact, and what it adds rounds as a / b does.
+    """
+    if FUSED and COMPUTE == tl.float32:
+        inverse = tl.div_rn(1.0, b)
+        first = a * inverse
+        return tl.fma(tl.fma(-first, b, a), inverse, first)
+    else:
+        return true_divide(a, b, COMPUTE)
+
+
+@triton.jit
 def normalised(o, size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
     """The normalised coordinate of output pixel ``o``; 0 on an axis of one pixel.
 
@@ -50,7 +66,7 @@ def normalised(o, size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
     denominator into theta would give all pixels the same error, which the sum of d theta does not even out.
     """
     doubled = (2 * o - (size - 1)).to(COMPUTE)
-    return true_divide(doubled, tl.maximum(size - ALIGN_CORNERS, 1).to(COMPUTE), COMPUTE)
+    return whole_quotient(doubled, tl.maximum(size - ALIGN_CORNERS, 1).to(COMPUTE), COMPUTE)
 
 
 @triton.jit
