@@ -143,14 +143,19 @@ def output_weight(
 
 
 @triton.jit
-def output_offset(i, sizes, strides, AXES: tl.constexpr, VECTOR: tl.constexpr, INDEX: tl.constexpr):
+def output_offset(i, sizes, strides, AXES: tl.constexpr, VECTOR: tl.constexpr):
     """The offset of output pixel ``i`` of an image, whose pixels lie along AXES axes, innermost first."""
-    offset = tl.zeros(i.shape, INDEX)
-    for axis in tl.static_range(AXES - 1):
-        further = i // sizes[axis]
-        offset += (i - further * sizes[axis]) * strides[axis]
-        i = further
-    return tl.multiple_of(offset + i * strides[AXES - 1], (VECTOR, VECTOR))
+    if AXES == 1:
+        offset = i * strides[0]
+    else:
+        further = i // sizes[0]
+        offset = (i - further * sizes[0]) * strides[0]
+        for axis in tl.static_range(1, AXES - 1):
+            i = further
+            further = i // sizes[axis]
+            offset += (i - further * sizes[axis]) * strides[axis]
+        offset += further * strides[AXES - 1]
+    return tl.multiple_of(offset, (VECTOR, VECTOR))
 
 
 @triton.jit
@@ -192,7 +197,7 @@ def add_outputs(
     weight = output_weight(
         record, read, q, in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE, MOVED
     )
-    target = image + output_offset(i, out_sizes, out_strides, AXES, VECTOR, INDEX)
+    target = image + output_offset(i, out_sizes, out_strides, AXES, VECTOR)
     new = ()
     for step in tl.static_range(UNROLL):
         c, exists = channel_block(block * UNROLL + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX)
@@ -424,8 +429,8 @@ def sorted_sum_kernel(
         sums = ()
         for step in tl.static_range(UNROLL):
             sums += (tl.zeros([PIXELS, BLOCK_CHANNELS], COMPUTE),)
-        for part in range(lists):
-            part = tl.cast(part, tl.int64)
+        for number in range(lists):
+            part = tl.cast(number, tl.int64)
             order = order_ptr + part * length
             before = n * outputs - part * length
             starts = starts_ptr + part * (images * cells + 1) + n * cells
@@ -436,11 +441,11 @@ def sorted_sum_kernel(
                 left = tl.maximum(end - begin - ALONE, 0)
                 together = ALONE + tl.sum(tl.sum((left + (PIXELS - 1)) // PIXELS, 1), 0)
                 steps = tl.where(together < alone, ALONE, alone)
-                for step in range(steps):
+                for k in range(steps):
                     sums = add_outputs(
                         sums,
-                        begin + step,
-                        begin + step < end,
+                        begin + k,
+                        begin + k < end,
                         q,
                         order,
                         before,
