@@ -5,8 +5,8 @@ For any coordinate source, always the same bits (``kernels/README.md`` has the p
 1. ``sorted_keys_kernel``, for each output pixel: its pixel coordinates, and as its key the cell they lie in,
    which is an input pixel;
 2. a stable sort of the keys, and a table of where each cell's outputs begin;
-3. ``sorted_sum_kernel``, for each input pixel: the outputs of the cells around it are all that can read it. They
-   are added up in their order in the list, and the sum is stored once.
+3. ``sorted_sum_kernel``, for each input pixel: only outputs of the cells around it read it; they are added up
+   in the list's order, and the sum is stored once.
 
 Pixels are a column and channels a row of every block, as in ``sample.py``.
 """
@@ -20,7 +20,7 @@ from .coordinates import BICUBIC, in_bounds, unnormalise_grad
 from .interpolation import axis_tap_count, axis_taps, axis_taps_grad
 from .launch import INT32_MAX, channel_dim, compute_dtypes, has_fast_log, index_dtype, launch, vector_width
 from .modes import Interpolation, Padding, Source
-from .sample import CHANNEL_STRIDES, channel_block
+from .sample import channel_block
 from .tiles import axes, existing, output_pixels, pixel_offset, rounded, strides
 
 # Images are done together as long as their outputs are not more than this: beyond, memory would grow and
@@ -54,6 +54,7 @@ UNSPECIALIZED = (
     "splits",
     "split_blocks",
 )
+CHANNEL_STRIDES = ("stride_out_c", "stride_in_c")
 
 
 @triton.jit
@@ -67,8 +68,8 @@ def axis_cell(
 ):
     """The cell of pixel coordinate ``x``, in [0, size), and whether any pixel is read from there.
 
-    It is the lower one of the pixels that the one tap or the two middle taps read, so that with n taps pixel q
-    is read only from cells q - n // 2 to q - n // 2 + n - 1.
+    It is the lower one of the pixels that the one tap or the two middle taps read: of n taps, pixel q is one
+    in cells q - n // 2 to q - n // 2 + n - 1 alone.
     """
     indices, inside, _ = axis_taps(x, size, INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE)
     if INTERPOLATION == BICUBIC:
@@ -427,7 +428,7 @@ def sorted_sum_kernel(
     last = tl.minimum(first + split_blocks, tl.cdiv(channels, BLOCK_CHANNELS * UNROLL))
     for block in range(first, last):
         sums = ()
-        for step in tl.static_range(UNROLL):
+        for _ in tl.static_range(UNROLL):
             sums += (tl.zeros([PIXELS, BLOCK_CHANNELS], COMPUTE),)
         for number in range(lists):
             part = tl.cast(number, tl.int64)
@@ -478,7 +479,7 @@ def sorted_sum_kernel(
                     if DIMS == 3:
                         pixel += (at(q[2], chosen),)
                     shares = ()
-                    for step in tl.static_range(UNROLL):
+                    for _ in tl.static_range(UNROLL):
                         shares += (tl.zeros([PIXELS, BLOCK_CHANNELS], COMPUTE),)
                     stop = at(end, chosen)
                     for start in range(at(begin, chosen) + steps, stop, PIXELS):
@@ -524,9 +525,9 @@ def sorted_sum_kernel(
 
 # ------------------------------------------------------------------------------------ launchers
 def _pixel_axes(tensor: torch.Tensor, dims: int) -> list[tuple[int, int]]:
-    """(size, stride) of the pixels of an image (N, C, ...) or (N, T, C, ...): the fewest axes, innermost first.
+    """(size, stride) of the axes of an image's pixels, innermost first: as few as tell (T, ...) apart.
 
-    Contiguous images have one, with transforms two: the fewer, the fewer divisions find a pixel.
+    A contiguous image has one, with transforms two: the fewer, the fewer divisions find a pixel.
     """
     channel = channel_dim(tensor, dims)
     joined: list[tuple[int, int]] = []
@@ -537,6 +538,68 @@ def _pixel_axes(tensor: torch.Tensor, dims: int) -> list[tuple[int, int]]:
         elif size > 1:
             joined.append((size, stride))
     return joined or [(1, 0)]
+
+
+def _tiles(tile: configs.Tile, columns: int, rows: int) -> tuple[int, int]:
+    return triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
+
+
+def _keys(
+    params: torch.Tensor,
+    control_points: torch.Tensor | None,
+    moved: torch.Tensor | None,
+    keys: torch.Tensor,
+    records: torch.Tensor,
+    images: int,
+    size: torch.Size,
+    source: Source,
+    interpolation: Interpolation,
+    small: bool,
+    shared: dict,
+) -> None:
+    """Fills ``keys`` and ``records``."""
+    columns, rows = size[-1], size[:-1].numel()
+    batch = keys.numel() // size.numel()
+    group = sources.group_size(source, batch)
+    tile = configs.choose(
+        keys.device,
+        images=triton.cdiv(batch, group),
+        channels=1,
+        rows=rows,
+        columns=columns,
+        element_size=records.element_size(),
+        channels_last=False,
+        interpolation=interpolation,
+        dims=len(size),
+        backward=False,
+    )
+    column_tiles, row_tiles = _tiles(tile, columns, rows)
+    stride_moved: tuple = (0,) * 6
+    if moved is not None:
+        stride_moved = *moved.stride()[:2], *axes(moved.stride()[2:-1]), moved.stride(-1)
+    launch(
+        sorted_keys_kernel,
+        triton.cdiv(batch, group) * column_tiles * row_tiles,
+        keys.device,
+        keys,
+        records,
+        records if moved is None else moved,
+        *sources.pack(source, params, control_points),
+        *stride_moved,
+        **dict(zip(("out_width", "out_height", "out_depth"), axes(size))),
+        batch=batch,
+        transforms=batch // images,
+        column_tiles=column_tiles,
+        row_tiles=row_tiles,
+        SOURCE=int(source),
+        INDEX=index_dtype(params, *(() if moved is None else (moved,))) if small else tl.int64,
+        GROUP=group,
+        FAST_LOG=source == Source.TPS and has_fast_log(keys.device, shared["COMPUTE"]),
+        BLOCK_ROWS=tile.rows,
+        BLOCK_COLUMNS=tile.columns,
+        num_warps=tile.warps,
+        **shared,
+    )
 
 
 def _sort(keys: torch.Tensor, length: int, cells: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -552,6 +615,78 @@ def _sort(keys: torch.Tensor, length: int, cells: int) -> tuple[torch.Tensor, to
     return torch.cat(orders), torch.cat(starts)
 
 
+def _sums(
+    grad_output: torch.Tensor,
+    grad_input: torch.Tensor,
+    records: torch.Tensor,
+    order: torch.Tensor,
+    starts: torch.Tensor,
+    length: int,
+    small: bool,
+    shared: dict,
+) -> None:
+    """Fills ``grad_input``."""
+    dims, (images, channels) = grad_input.dim() - 2, grad_input.shape[:2]
+    columns, rows = grad_input.shape[-1], grad_input.shape[2:-1].numel()
+    stride_out_c = grad_output.stride(channel_dim(grad_output, dims))
+    tile = configs.choose(
+        grad_input.device,
+        images=images,
+        channels=channels,
+        rows=rows,
+        columns=columns,
+        element_size=grad_output.element_size(),
+        channels_last=stride_out_c == 1,
+        # a pixel adds up one output at a time: registers are for channels, however many taps there are
+        interpolation=Interpolation.BILINEAR,
+        dims=2,
+        backward=True,
+    )
+    block = tile.channels * tile.unroll
+    blocks = triton.cdiv(channels, block)
+    split_blocks = triton.cdiv(blocks, tile.splits)
+    splits = triton.cdiv(blocks, split_blocks)
+    column_tiles, row_tiles = _tiles(tile, columns, rows)
+    out_sizes, out_strides = zip(*_pixel_axes(grad_output, dims))
+    stride_in_n, _, *stride_in = strides(grad_input, dims)
+    launch(
+        sorted_sum_kernel,
+        images * column_tiles * row_tiles * splits,
+        grad_input.device,
+        grad_output,
+        grad_input,
+        records,
+        order,
+        starts,
+        grad_output.stride(0),
+        stride_out_c,
+        *(*out_strides, 0, 0, 0)[:4],
+        *(*out_sizes, 0, 0)[:3],
+        stride_in_n,
+        *stride_in,
+        images=images,
+        outputs=order.numel() // images,
+        channels=channels,
+        length=length,
+        lists=triton.cdiv(order.numel(), length),
+        column_tiles=column_tiles,
+        row_tiles=row_tiles,
+        splits=splits,
+        split_blocks=split_blocks,
+        AXES=len(out_sizes),
+        INDEX=index_dtype(grad_output, grad_input) if small else tl.int64,
+        VECTOR_OUT=vector_width(grad_output, dims),
+        VECTOR_IN=vector_width(grad_input, dims),
+        EVEN_CHANNELS=channels % block == 0,
+        BLOCK_ROWS=tile.rows,
+        BLOCK_COLUMNS=tile.columns,
+        BLOCK_CHANNELS=tile.channels,
+        UNROLL=tile.unroll,
+        num_warps=tile.warps,
+        **shared,
+    )
+
+
 def sorted_backward(
     grad_output: torch.Tensor,
     params: torch.Tensor,
@@ -565,54 +700,18 @@ def sorted_backward(
 ) -> None:
     """Fills ``grad_input``, of any strides and dtype, with d image: always the same bits.
 
-    ``moved``, (N, T, *size, dims) of any strides: a tangent of the source's coordinates (normalised; of a flow
-    pixels). Then it is the tangent of d image, which is linear in it.
+    ``moved``, (N, T, *size, dims) of any strides: a tangent of the source's coordinates (normalised; of a
+    flow, in pixels). Then it is the tangent of d image, which is linear in it.
     """
-    dims = grad_input.dim() - 2
+    dims, size = grad_input.dim() - 2, grad_output.shape[2 - grad_input.dim() :]
     images, cells = grad_input.shape[0], grad_input.shape[2:].numel()
-    outputs = grad_output.shape[1 : channel_dim(grad_output, dims)].numel() * grad_output.shape[-dims:].numel()
+    outputs = grad_output.shape[1 : channel_dim(grad_output, dims)].numel() * size.numel()
     if grad_input.numel() == 0:
         return
     if outputs == 0 or (moved is not None and interpolation == Interpolation.NEAREST):
         grad_input.zero_()
         return
-    at_once = max(1, min(images, OUTPUTS_AT_ONCE // outputs, (INT32_MAX - 1) // cells))
-    modes = source, interpolation, padding, align_corners
-    for first in range(0, images, at_once):
-        part = slice(first, first + at_once)
-        _sorted_backward(
-            grad_output[part],
-            params if params.shape[0] == 1 else params[part],
-            control_points,
-            grad_input[part],
-            None if moved is None else moved[part],
-            *modes,
-        )
-
-
-def _sorted_backward(
-    grad_output: torch.Tensor,
-    params: torch.Tensor,
-    control_points: torch.Tensor | None,
-    grad_input: torch.Tensor,
-    moved: torch.Tensor | None,
-    source: Source,
-    interpolation: Interpolation,
-    padding: Padding,
-    align_corners: bool,
-) -> None:
-    """``sorted_backward`` of a few images."""
-    dims, device = grad_input.dim() - 2, grad_input.device
-    images, channels = grad_input.shape[:2]
-    cells = grad_input.shape[2:].numel()
-    transforms = grad_output.shape[1] if channel_dim(grad_output, dims) == 2 else 1
-    batch, size = images * transforms, grad_output.shape[-dims:]
     compute, compute_torch = compute_dtypes(grad_output, params)
-    record = 2 * dims if moved is not None else dims
-    key = torch.int32 if images * cells < INT32_MAX else torch.int64
-    keys = torch.empty(batch * size.numel(), dtype=key, device=device)
-    records = torch.empty((keys.numel(), record), dtype=compute_torch, device=device)
-    small = transforms * size.numel() * record <= INT32_MAX
     shared = {
         **dict(zip(("in_width", "in_height", "in_depth"), axes(grad_input.shape[2:]))),
         "INTERPOLATION": int(interpolation),
@@ -622,106 +721,28 @@ def _sorted_backward(
         "COMPUTE": compute,
         "MOVED": moved is not None,
     }
-
-    group = sources.group_size(source, batch)
-    columns, rows = size[-1], size[:-1].numel()
-    choice = {"interpolation": interpolation, "dims": dims, "element_size": 4, "channels_last": False}
-    tile = configs.choose(
-        device,
-        images=triton.cdiv(batch, group),
-        channels=1,
-        rows=rows,
-        columns=columns,
-        backward=False,
-        **choice,
-    )
-    column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
-    tangents = (params,) if moved is None else (params, moved)
-    stride_moved = (0,) * 6
-    if moved is not None:
-        stride_moved = *moved.stride()[:2], *axes(moved.stride()[2:-1]), moved.stride(-1)
-    launch(
-        sorted_keys_kernel,
-        triton.cdiv(batch, group) * column_tiles * row_tiles,
-        device,
-        keys,
-        records,
-        records if moved is None else moved,
-        *sources.pack(source, params, control_points),
-        *stride_moved,
-        **dict(zip(("out_width", "out_height", "out_depth"), axes(size))),
-        batch=batch,
-        transforms=transforms,
-        column_tiles=column_tiles,
-        row_tiles=row_tiles,
-        SOURCE=int(source),
-        INDEX=index_dtype(*tangents) if small else tl.int64,
-        GROUP=group,
-        FAST_LOG=source == Source.TPS and has_fast_log(device, compute),
-        BLOCK_ROWS=tile.rows,
-        BLOCK_COLUMNS=tile.columns,
-        num_warps=tile.warps,
-        **shared,
-    )
-
-    length = min(keys.numel(), LIST_LENGTH)
-    lists = triton.cdiv(keys.numel(), length)
-    order, starts = _sort(keys, length, images * cells)
-    del keys
-    columns, rows = grad_input.shape[-1], grad_input.shape[2:-1].numel()
-    tile = configs.choose(
-        device,
-        images=images,
-        channels=channels,
-        rows=rows,
-        columns=columns,
-        element_size=grad_output.element_size(),
-        channels_last=grad_output.stride(channel_dim(grad_output, dims)) == 1,
-        # one output at a time is added to a pixel: registers are for channels, not for taps
-        interpolation=Interpolation.BILINEAR,
-        dims=2,
-        backward=True,
-    )
-    block = tile.channels * tile.unroll
-    blocks = triton.cdiv(channels, block)
-    split_blocks = triton.cdiv(blocks, tile.splits)
-    splits = triton.cdiv(blocks, split_blocks)
-    column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
-    out_sizes, out_strides = zip(*_pixel_axes(grad_output, dims))
-    stride_in_n, _, *stride_in = strides(grad_input, dims)
-    launch(
-        sorted_sum_kernel,
-        images * column_tiles * row_tiles * splits,
-        device,
-        grad_output,
-        grad_input,
-        records,
-        order,
-        starts,
-        grad_output.stride(0),
-        grad_output.stride(channel_dim(grad_output, dims)),
-        *(*out_strides, 0, 0, 0)[:4],
-        *(*out_sizes, 0, 0)[:3],
-        stride_in_n,
-        *stride_in,
-        images=images,
-        outputs=transforms * size.numel(),
-        channels=channels,
-        length=length,
-        lists=lists,
-        column_tiles=column_tiles,
-        row_tiles=row_tiles,
-        splits=splits,
-        split_blocks=split_blocks,
-        AXES=len(out_sizes),
-        INDEX=index_dtype(grad_output, grad_input) if small and key == torch.int32 else tl.int64,
-        VECTOR_OUT=vector_width(grad_output, dims),
-        VECTOR_IN=vector_width(grad_input, dims),
-        EVEN_CHANNELS=channels % block == 0,
-        BLOCK_ROWS=tile.rows,
-        BLOCK_COLUMNS=tile.columns,
-        BLOCK_CHANNELS=tile.channels,
-        UNROLL=tile.unroll,
-        num_warps=tile.warps,
-        **shared,
-    )
+    record = dims if moved is None else 2 * dims
+    small = max(outputs * record, cells) < INT32_MAX
+    at_once = max(1, min(OUTPUTS_AT_ONCE // outputs, (INT32_MAX - 1) // cells))
+    for first in range(0, images, at_once):
+        part = slice(first, first + at_once)
+        count = min(at_once, images - first)
+        key = torch.int32 if count * cells < INT32_MAX else torch.int64
+        keys = grad_input.new_empty(count * outputs, dtype=key)
+        records = grad_input.new_empty((count * outputs, record), dtype=compute_torch)
+        _keys(
+            params if params.shape[0] == 1 else params[part],
+            control_points,
+            None if moved is None else moved[part],
+            keys,
+            records,
+            count,
+            size,
+            source,
+            interpolation,
+            small,
+            shared,
+        )
+        length = min(count * outputs, LIST_LENGTH)
+        order, starts = _sort(keys, length, count * cells)
+        _sums(grad_output[part], grad_input[part], records, order, starts, length, small, shared)

@@ -32,7 +32,7 @@ PADDING = dict(zip(PADDINGS, Padding))
 INF = float("inf")
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 IN_SIZE = {2: (5, 7), 3: (3, 4, 3)}
-OUT_SIZE = {2: (4, 6), 3: (2, 2, 3)}
+OUT_SIZE = {2: (4, 6), 3: (2, 2, 2)}
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 
@@ -72,7 +72,7 @@ def places(params, control_points, in_size, size, source, align_corners):
 
 
 def expected(grad_output, grid, grad_input, source, interpolation, padding, align_corners, moved=None):
-    """d image in float64, tap by tap; with ``moved`` its derivative along it, by forward-mode differentiation."""
+    """d image in float64, tap by tap; with ``moved`` its derivative along it, by forward differentiation."""
     n = grad_input.shape[0]
     g = grad_output.double().cpu()
     g = (g if g.dim() > grad_input.dim() else g.unsqueeze(1)).movedim(1, 2).flatten(2, 3)
@@ -149,7 +149,9 @@ def test_every_mode(device, request, dims, source, mode, padding, align_corners)
     index = [case.id for case in CASES].index(request.node.callspec.id)
     dtype = (F64, F32, BF16)[(index + index // 3 + index // 9) % 3]
     transforms = (None, 2)[index % 2] if source not in (Source.GRID, Source.FLOW) else None
-    batch = 1 if (dims, mode) == (3, "bicubic") else 2
+    batch = 2
+    if (dims, mode) == (3, "bicubic"):  # the interpreter takes a second for each
+        batch, transforms = 1, None
     check(device, dims, source, mode, padding, align_corners, dtype, transforms, batch=batch, channels=2)
 
 
@@ -169,21 +171,48 @@ def test_every_source_moved(device, source):
     check(device, 2, source, "bilinear", "border", True, F32, transforms, move=True)
 
 
-@pytest.mark.parametrize("in_size, size", [
-    ((1, 1), (1, 1)), ((1, 40), (3, 2)), ((39, 1), (2, 5)), ((2, 3), (23, 17)), ((17, 40), (1, 33)), ((38, 31), (40, 37)),
-    ((1, 1, 1), (2, 3, 1)), ((1, 5, 9), (4, 1, 3)), ((7, 2, 5), (5, 3, 6)),
-])  # fmt: skip
+SIZES = (
+    ((1, 1), (1, 1)),
+    ((1, 40), (3, 2)),
+    ((39, 1), (2, 5)),
+    ((2, 3), (23, 17)),
+    ((17, 40), (1, 33)),
+    ((38, 31), (40, 37)),
+    ((1, 1, 1), (2, 3, 1)),
+    ((1, 5, 9), (4, 1, 3)),
+    ((7, 2, 5), (5, 3, 6)),
+)
+
+
+@pytest.mark.parametrize("in_size, size", SIZES, ids=str)
 @pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
 def test_sizes(device, in_size, size, align_corners):
     """Sizes of 1 to 40, alike or not; tiles that divide none of them."""
     tile = {"rows": 64, "columns": 16} if min(in_size) > 1 else {}
     modes = "bilinear", PADDINGS[sum(size) % 3], align_corners
-    check(device, len(size), Source.GRID, *modes, F64, in_size=in_size, size=size, batch=1, channels=2, tile=tile)
+    check(
+        device,
+        len(size),
+        Source.GRID,
+        *modes,
+        F64,
+        in_size=in_size,
+        size=size,
+        batch=1,
+        channels=2,
+        tile=tile,
+    )
+
+
+BLOCKS = {
+    "chosen": {},
+    "unrolled": {"channels": 4, "unroll": 2},
+    "split": {"channels": 2, "unroll": 1, "splits": 2},
+}
 
 
 @pytest.mark.parametrize("channels", [1, 5, 8])
-@pytest.mark.parametrize("tile", [{}, {"channels": 4, "unroll": 2}, {"channels": 2, "unroll": 1, "splits": 2}],
-                         ids=["chosen", "unrolled", "split"])  # fmt: skip
+@pytest.mark.parametrize("tile", BLOCKS.values(), ids=BLOCKS)
 def test_blocks_of_channels(device, channels, tile):
     """Even and uneven blocks, several of them, and programs that share them."""
     check(device, 2, Source.AFFINE, "bilinear", "reflection", False, channels=channels, tile=tile)
@@ -203,9 +232,16 @@ def test_shared_parameters(device):
 
 
 # ------------------------------------------------------------------------------- many on one pixel
-@pytest.mark.parametrize("dims, mode, move", [
-    (2, "bilinear", False), (2, "nearest", False), (2, "bicubic", True), (3, "bilinear", True), (3, "bilinear", False),
-])  # fmt: skip
+CROWDS = (
+    (2, "bilinear", False),
+    (2, "nearest", False),
+    (2, "bicubic", True),
+    (3, "bilinear", True),
+    (3, "bilinear", False),
+)
+
+
+@pytest.mark.parametrize("dims, mode, move", CROWDS, ids=str)
 def test_collapsed_maps(device, dims, mode, move):
     """All outputs but a few lie on one place: the program shares the work of its pixels."""
     modes = Source.GRID, INTERPOLATION[mode], Padding.BORDER, False
@@ -308,7 +344,7 @@ def test_empty(device):
 
 @pytest.mark.parametrize("source", list(Source), ids=lambda source: source.name.lower())
 def test_parts(device, monkeypatch, source):
-    """Images done one after the other give the same bits; lists that are cut, and 64-bit numbers, the same sums."""
+    """Images done in turn give the same bits; lists that are cut, and 64-bit numbers, the same sums."""
     from stn_triton.kernels import sorted
 
     size, in_size = (3, 4), (5, 4)
@@ -332,10 +368,10 @@ def test_parts(device, monkeypatch, source):
 
 
 def test_widths(monkeypatch):
-    """Past 2^31 pixels keys are 64 bits wide, past 2^31 elements offsets are, and lists are shorter than that."""
-    from stn_triton.kernels import sorted, specialisations
+    """Past 2^31 pixels keys have 64 bits, past 2^31 elements offsets have; lists are never longer."""
+    from stn_triton.kernels import sorted
 
-    kernels = {"grad": [], "keys": [], "lists": []}
+    kernels = {"keys": [], "lists": []}
 
     def launched(kernel, programs, device, *args, **kwargs):
         if kernel is sorted.sorted_keys_kernel:
@@ -356,8 +392,7 @@ def test_widths(monkeypatch):
         sorted.sorted_backward(grad_output, grid, None, grad_input, *modes)
         return kernels["keys"], kernels["lists"]
 
-    del specialisations
-    small, wide = (torch.int32, "int32"), (torch.int64, "int32")
+    small, wide = (torch.int32, "int32"), (torch.int64, "int64")
     assert widths((2, 3, 9, 9), (2, 3, 9, 9)) == ([small], [(1, "int32")])
     assert widths((1, 3, 30000, 30000), (1, 3, 9, 9)) == ([small], [(1, "int64")])  # 2.7e9 elements
     assert widths((1, 1, 50000, 50000), (1, 1, 9, 9)) == ([wide], [(1, "int64")])  # 2.5e9 pixels
@@ -392,7 +427,7 @@ def test_same_bits_each_time(device, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=lambda dtype: str(dtype)[6:])
 def test_error_is_no_larger_than_pytorchs(device, mode, dtype):
-    """Root mean square against float64, from the same arguments; a warp of 28 x 32 outputs of 24 x 25 pixels."""
+    """Root mean square against float64, from the same arguments."""
     errors = torch.zeros(2, dtype=F64)
     for padding in PADDINGS:
         lines = torch.linspace(-1.1, 1.1, 32), torch.linspace(-1.1, 1.1, 28)
@@ -411,4 +446,5 @@ def test_error_is_no_larger_than_pytorchs(device, mode, dtype):
         (theirs,) = torch.autograd.grad(output, image, grad_output)
         for k, result in enumerate((grad_input.cpu(), theirs)):
             errors[k] += (result.double() - exact).square().mean()
-    print(mode, dtype, errors.sqrt().tolist())
+    ours, theirs = errors.sqrt().tolist()
+    assert ours <= theirs * 1.01  # in float32 the same sums, perhaps in another order
