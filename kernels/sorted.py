@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import configs, sources
-from .coordinates import BICUBIC, in_bounds, unnormalise_grad
+from .coordinates import in_bounds, unnormalise_grad
 from .interpolation import axis_tap_count, axis_taps, axis_taps_grad
 from .launch import INT32_MAX, channel_dim, compute_dtypes, has_fast_log, index_dtype, launch, vector_width
 from .modes import Interpolation, Padding, Source
@@ -71,13 +71,11 @@ def axis_cell(
     It is the lower one of the pixels that the one tap or the two middle taps read: of n taps, pixel q is one
     in cells q - n // 2 to q - n // 2 + n - 1 alone.
     """
+    TAPS: tl.constexpr = axis_tap_count(INTERPOLATION)
     indices, inside, _ = axis_taps(x, size, INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE)
-    if INTERPOLATION == BICUBIC:
-        cell = tl.minimum(indices[1], indices[2])
-    else:
-        cell = indices[0]
+    cell = tl.minimum(indices[(TAPS - 1) // 2], indices[TAPS // 2])
     read = inside[0]
-    for k in tl.static_range(1, axis_tap_count(INTERPOLATION)):
+    for k in tl.static_range(1, TAPS):
         read = read | inside[k]
     return tl.minimum(tl.maximum(cell, 0), size - 1), read
 
