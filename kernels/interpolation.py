@@ -1,9 +1,10 @@
 """Interpolation along one axis: which pixels a coordinate reads, and with what weight.
 
-``axis_taps`` and ``axis_taps_grad`` are the whole interface. Both return tuples with one entry for each
-of the ``axis_tap_count`` taps: the first the pixel's index, whether it may be read, and its weight; the
-second the weight's derivative by the (unpadded) pixel coordinate. Kernels take the tensor product over
-the axes, so an interpolation that is added here works in 2-D and 3-D, forward and backward.
+``axis_taps``, ``axis_taps_grad`` and ``axis_taps_curvature`` are the whole interface. They return tuples
+with one entry for each of the ``axis_tap_count`` taps: the first the pixel's index, whether it may be read,
+and its weight; the others the weight's first and second derivative by the (unpadded) pixel coordinate.
+Kernels take the tensor product over the axes, so an interpolation that is added here works in 2-D and 3-D,
+forward and backward.
 """
 
 import triton
@@ -31,6 +32,12 @@ def axis_tap_count(interpolation):
     return {Interpolation.BILINEAR: 2, Interpolation.NEAREST: 1, Interpolation.BICUBIC: 4}[interpolation]
 
 
+@triton.constexpr_function
+def has_curvature(interpolation):
+    """Whether the weights have second derivatives along their axis."""
+    return interpolation == Interpolation.BICUBIC
+
+
 @triton.jit
 def round_half_even(x):
     """The nearest whole number; halves go to the even one."""
@@ -52,6 +59,11 @@ def cubic_near_grad(t):
 
 
 @triton.jit
+def cubic_near_curvature(t):
+    return 6.0 * (CUBIC_A + 2.0) * t - 2.0 * (CUBIC_A + 3.0)
+
+
+@triton.jit
 def cubic_far(t):
     """The cubic convolution kernel for 1 <= t <= 2."""
     return ((CUBIC_A * t - 5.0 * CUBIC_A) * t + 8.0 * CUBIC_A) * t - 4.0 * CUBIC_A
@@ -60,6 +72,11 @@ def cubic_far(t):
 @triton.jit
 def cubic_far_grad(t):
     return (3.0 * CUBIC_A * t - 10.0 * CUBIC_A) * t + 8.0 * CUBIC_A
+
+
+@triton.jit
+def cubic_far_curvature(t):
+    return 6.0 * CUBIC_A * t - 10.0 * CUBIC_A
 
 
 @triton.jit
@@ -146,3 +163,28 @@ def axis_taps_grad(
         return -slope, slope
     else:
         return (tl.zeros(x.shape, COMPUTE),)
+
+
+@triton.jit
+def axis_taps_curvature(
+    x,
+    size,
+    INTERPOLATION: tl.constexpr,
+    PADDING: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The second derivatives of ``axis_taps``'s weights by ``x``; 0 wherever weights are made of lines."""
+    if INTERPOLATION == BICUBIC:
+        near = cubic_coordinate(x, size, PADDING, ALIGN_CORNERS, COMPUTE)
+        t = near - tl.floor(near)
+        return (
+            cubic_far_curvature(t + 1.0),
+            cubic_near_curvature(t),
+            cubic_near_curvature(1.0 - t),
+            cubic_far_curvature(2.0 - t),
+        )
+    elif INTERPOLATION == BILINEAR:
+        return (0.0, 0.0)
+    else:
+        return (0.0,)

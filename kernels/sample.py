@@ -541,10 +541,13 @@ def sample_backward_kernel(
 
 
 # ------------------------------------------------------------------------------------ launchers
-def _plan(gathered, output, params, tensors, source, interpolation, backward) -> tuple[int, int, int, dict]:
+def _plan(
+    gathered, output, params, tensors, source, interpolation, backward, dense=False
+) -> tuple[int, int, int, dict]:
     """Outputs, programs for each group of them, programs that share its channels, and shared arguments.
 
     ``gathered`` is the image that is read or added to at the sampled coordinates: its layout decides.
+    ``dense``: a gradient by the coordinates is written out as it is, whatever the source.
     """
     dims = gathered.dim() - 2
     batch = output.shape[: channel_dim(output, dims)].numel()
@@ -560,7 +563,7 @@ def _plan(gathered, output, params, tensors, source, interpolation, backward) ->
         columns=columns,
         element_size=gathered.element_size(),
         # a spline's partial sums are many: its tiles are of pixels, not of channels
-        channels_last=gathered.stride(1) == 1 and not (source == Source.TPS and backward),
+        channels_last=gathered.stride(1) == 1 and not (source == Source.TPS and backward and not dense),
         interpolation=interpolation,
         dims=dims,
         backward=backward,
@@ -572,7 +575,7 @@ def _plan(gathered, output, params, tensors, source, interpolation, backward) ->
     column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
     compute = compute_dtypes(gathered, params)[0]
     index = index_dtype(*tensors, params)
-    if source in sources.DENSE and output.shape[-dims:].numel() * dims > INT32_MAX:
+    if (dense or source in sources.DENSE) and output.shape[-dims:].numel() * dims > INT32_MAX:
         index = tl.int64  # the gradient's buffer holds what an expanded grid does not
     shared = {
         **dict(zip(("in_width", "in_height", "in_depth"), axes(gathered.shape[2:]))),

@@ -444,6 +444,27 @@ def input_pixels(
 
 
 @triton.jit
+def in_pixels(
+    values,
+    in_size,
+    SOURCE: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    DIMS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Changes of a source's coordinates as changes of pixel coordinates; or, as this scaling is its own
+    transpose, gradients by pixel coordinates as gradients by the source's. A flow's unit is the pixel.
+    """
+    if SOURCE == FLOW:
+        return values
+    else:
+        scaled = ()
+        for axis in tl.static_range(DIMS):
+            scaled += (values[axis] * unnormalise_grad(in_size[axis], ALIGN_CORNERS, COMPUTE),)
+        return scaled
+
+
+@triton.jit
 def backward(
     gradient_ptr,
     source,
@@ -528,15 +549,9 @@ def input_pixels_backward(
     FAST_LOG: tl.constexpr,
 ):
     """``backward`` from gradients by pixel coordinates."""
-    if SOURCE != FLOW:
-        scaled = ()
-        for g in tl.static_range(GROUP):
-            by_axis = ()
-            for axis in tl.static_range(DIMS):
-                by_axis += (gradients[g][axis] * unnormalise_grad(in_size[axis], ALIGN_CORNERS, COMPUTE),)
-            scaled += (by_axis,)
-    else:
-        scaled = gradients
+    scaled = ()
+    for g in tl.static_range(GROUP):
+        scaled += (in_pixels(gradients[g], in_size, SOURCE, ALIGN_CORNERS, DIMS, COMPUTE),)
     backward(
         gradient_ptr,
         source,

@@ -25,7 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from . import grid, launch, sample
+from . import derivatives, grid, launch, sample
 from .modes import Interpolation, Padding, Source
 
 TARGETS = {
@@ -95,6 +95,22 @@ AXES: dict[str, dict[str, tuple]] = {
         **MODES,
         **WIDTHS,
     },
+    "derivatives": {
+        # of the samples along a tangent, what moved, or both; of both gradients, either or both
+        "wanted": (
+            "along_tangent",
+            "along_moved",
+            "along_both",
+            "input",
+            "coordinates_tangent",
+            "coordinates_moved",
+            "both",
+        ),
+        "source": tuple(Source),
+        "dtypes": tuple(itertools.product(DTYPES, DTYPES)),
+        **MODES,
+        **WIDTHS,
+    },
     "grid": {
         "direction": ("forward", "backward", "control"),
         "source": (Source.AFFINE, Source.PROJECTIVE, Source.TPS),
@@ -107,6 +123,12 @@ AXES: dict[str, dict[str, tuple]] = {
 }
 SUBSET_AXES = {
     kernel: {**axes, "dtypes": COMMON_DTYPES} if "dtypes" in axes else axes for kernel, axes in AXES.items()
+}
+# They are made of the other samplers' parts: of their widths, those that change what is compiled most.
+SUBSET_AXES["derivatives"] |= {
+    "dtypes": ((F32, F32), (F64, F64), (BF16, BF16), (F16, F32), (F32, F64)),
+    "layout": tuple(layout for layout in LAYOUTS if layout.channels in (3, 5, 64)),
+    "columns": (1, 8, 32),
 }
 Case = dict[str, Any]
 
@@ -235,6 +257,8 @@ def compile_case(case: Case) -> list[Any]:
     params, control_points = _parameters(case, params_dtype, size, batch)
     if case["kernel"] == "forward":
         sample.sample_forward(input, params, control_points, output, *modes)
+    elif case["kernel"] == "derivatives":
+        _compile_derivatives(case["wanted"], input, output, params, control_points, modes, layout, memory)
     else:
         total = None
         wanted = case["gradients"]
@@ -245,6 +269,37 @@ def compile_case(case: Case) -> list[Any]:
             output, input, params, control_points, total, *modes, wanted != "input", wanted == "control"
         )
     return _compiled[start:]
+
+
+def _compile_derivatives(
+    wanted: str,
+    input: torch.Tensor,
+    output: torch.Tensor,
+    params: torch.Tensor,
+    control_points: torch.Tensor | None,
+    modes: tuple[Source, Interpolation, Padding, bool],
+    layout: Layout,
+    memory: dict[str, bool],
+) -> None:
+    """The tangent has the output's layout; what moved is dense."""
+    dims, compute = input.dim() - 2, launch.compute_dtypes(input, params)[1]
+    shape, dtype = tuple(input.shape), input.dtype
+    tangent = moved = total = None
+    if wanted not in ("along_moved", "input", "coordinates_moved"):
+        tangent = _tensor(shape, dtype, last=layout.output_last, **memory)
+    if wanted not in ("along_tangent", "coordinates_tangent"):
+        rows = (shape[0], 1, *output.shape[2:], dims)
+        moved = _tensor(rows, compute, last=False, wide=False, aligned=True)
+    if wanted in ("input", "both"):
+        total = _tensor(shape, compute, last=layout.input_last, **memory)
+    image = None if moved is None or wanted == "input" else input
+    if wanted.startswith("along"):
+        derivatives.sample_jvp(image, tangent, params, control_points, moved, output, *modes)
+    else:
+        by_coordinates = wanted != "input"
+        derivatives.sample_hvp(
+            output, image, tangent, params, control_points, moved, total, *modes, by_coordinates
+        )
 
 
 _compiled: list[Any] = []
