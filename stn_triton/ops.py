@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backend, reference
 from .kernels.modes import Interpolation, Padding, Source
@@ -111,12 +112,22 @@ def _sample(
     align_corners: bool,
 ) -> Tensor:
     output = _new_output(input, params, source, size)
-    if output.numel() == 0:
-        return output
     modes = Interpolation(interpolation), Padding(padding), align_corners
+    return output if output.numel() == 0 else _fill(output, input, params, control_points, source, *modes)
+
+
+def _fill(
+    output: Tensor,
+    input: Tensor,
+    params: Tensor,
+    control_points: Tensor | None,
+    source: int,
+    *modes: Any,
+) -> Tensor:
     if backend.select(input.device.type).name == "torch":
+        size = tuple(output.shape[2 - input.dim() :])
         with backend.without_autocast(input.device.type):
-            samples = reference.sample(input, params, control_points, Source(source), tuple(size), *modes)
+            samples = reference.sample(input, params, control_points, Source(source), size, *modes)
         return output.copy_(samples.view(output.shape))
     from .kernels.sample import sample_forward
 
@@ -288,18 +299,18 @@ def _sample_jvp(
         moved = None
     if output.numel() == 0 or (moved is None and tangent is None):
         return output.zero_()
+    modes = Interpolation(interpolation), Padding(padding), align_corners
     if moved is None:  # samples are linear in the image
-        return output.copy_(
-            _sample(tangent, params, control_points, source, size, interpolation, padding, align_corners)
-        )
-    place = Source(source), tuple(size), Interpolation(interpolation), Padding(padding), align_corners
+        assert tangent is not None
+        return _fill(output, tangent, params, control_points, source, *modes)
     if backend.select(output.device.type).name == "torch":
+        place = Source(source), tuple(size), *modes
         with backend.without_autocast(output.device.type):
             samples = reference.sample_jvp(input, tangent, params, control_points, moved, *place)
         return output.copy_(samples.view(output.shape))
     from .kernels.derivatives import sample_jvp
 
-    sample_jvp(input, tangent, params, control_points, moved, output, place[0], *place[2:])
+    sample_jvp(input, tangent, params, control_points, moved, output, Source(source), *modes)
     return output
 
 
@@ -512,6 +523,46 @@ _grid_backward_op = _register(
 )
 
 
+# --------------------------------------------------------------------------------------------- compiling
+def _apply(
+    traced: type[torch.autograd.Function], function: type[torch.autograd.Function], *inputs: Any
+) -> Tensor:
+    """``function``, or ``traced`` in its place where Dynamo is at work."""
+    if not torch.compiler.is_compiling():
+        return function.apply(*inputs)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _apply_untraced(function, *inputs)  # Dynamo would take the operator for a constant
+    return traced.apply(*inputs)
+
+
+_untraced: Callable[[Any], Any] = torch.compiler.disable(
+    reason="Dynamo traces neither function transforms nor forward mode of stn_triton's functions"
+)
+
+
+@_untraced
+def _apply_untraced(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
+    return function.apply(*inputs)
+
+
+def _is_tracked() -> bool:
+    """Whether what is computed may be differentiated: else the operators do without their Functions."""
+    return (
+        torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+class _Function(torch.autograd.Function):
+    """One whose derivatives Dynamo leaves to run as they are."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("backward", "jvp", "vmap"):
+            setattr(cls, name, staticmethod(_untraced(getattr(cls, name))))
+
+
 # ------------------------------------------------------------------------------------------------ vmap
 # The axis of each kind of tensor into which a mapped dimension goes.
 _IMAGES = {"image": 0, "output": 0, "params": 0, "coordinates": 0, "grid": 0}
@@ -623,7 +674,8 @@ def _vector_jacobian(
     if not weights or not any(needed):
         return [None] * len(tensors)
     chosen, narrowed = _narrowed(function, tensors, needed, cotangents)
-    found = iter(torch.func.vjp(narrowed, *chosen)[1](weights))
+    _, pullback, *_ = torch.func.vjp(narrowed, *chosen)
+    found = iter(pullback(weights))
     return [next(found) if need else None for need in needed]
 
 
@@ -640,9 +692,9 @@ def _jacobian_vector(
     """
     asked = tuple(True if want else None for want in wanted)
     chosen, narrowed = _narrowed(function, tensors, tuple(t is not None for t in tangents), asked)
-    results, pullback = torch.func.vjp(narrowed, *chosen)
+    results, pullback, *_ = torch.func.vjp(narrowed, *chosen)
     directions = tuple(tangent for tangent in tangents if tangent is not None)
-    _, transposed = torch.func.vjp(pullback, tuple(torch.zeros_like(result) for result in results))
+    _, transposed, *_ = torch.func.vjp(pullback, tuple(torch.zeros_like(result) for result in results))
     found = iter(transposed(directions)[0])
     return [next(found) if want else None for want in wanted]
 
@@ -701,8 +753,8 @@ def _moved(
             elif source == Source.FLOW:
                 moved = of_params.to(dtype).movedim(1, -1).unsqueeze(1)
             elif source == Source.PROJECTIVE:
-                homographies = (_by_transform(t, dtype) for t in (params, of_params))
-                moved = reference.projective_jvp(*homographies, tuple(size), align_corners)
+                homography, tangent = _by_transform(params, dtype), _by_transform(of_params, dtype)
+                moved = reference.projective_jvp(homography, tangent, tuple(size), align_corners)
             else:  # linear in the parameters
                 tangent = _by_transform(of_params, dtype)
                 outputs, *matrix = tangent.shape[:2].numel(), *tangent.shape[2:]
@@ -874,7 +926,7 @@ def _second(
     )
 
 
-class _SampleHvp(torch.autograd.Function):
+class _SampleHvp(_Function):
     """Second derivatives in a direction. Its own derivatives are taken in plain PyTorch."""
 
     @staticmethod
@@ -941,7 +993,7 @@ class _SampleHvp(torch.autograd.Function):
         return _vmap(_SampleHvp, arguments, results, info, in_dims, inputs)
 
 
-class _SampleJvp(torch.autograd.Function):
+class _SampleJvp(_Function):
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
         return _sample_jvp_op(*inputs)
@@ -1075,7 +1127,7 @@ def _twice_moved(
     return samples if several else samples.squeeze(1)
 
 
-class _SampleBackward(torch.autograd.Function):
+class _SampleBackward(_Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _sample_backward_op(*inputs)
@@ -1095,20 +1147,18 @@ class _SampleBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        grad_output, *saved = ctx.saved_tensors
+        grad_output, input, params, control_points = ctx.saved_tensors
         tangents = [c if want else None for c, want in zip(cotangents, ctx.wanted, strict=True)]
-        by_output = None
-        if ctx.needs_input_grad[0]:
-            by_output = _directional(*saved, tangents, ctx.place, ctx.dtype)
-        found = _second(grad_output, *saved, tangents, ctx.place, ctx.needs_input_grad[1:4])
-        return by_output, *found, *[None] * 9
+        at = input, params, control_points, tangents, ctx.place
+        by_output = _directional(*at, ctx.dtype) if ctx.needs_input_grad[0] else None
+        return by_output, *_second(grad_output, *at, ctx.needs_input_grad[1:4]), *[None] * 9
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_output, *saved = ctx.saved_tensors
-        of_output, *of_saved = tangents[:4]
+        grad_output, input, params, control_points = ctx.saved_tensors
+        saved, of_output = (input, params, control_points), tangents[0]
         found: Sequence[Tensor | None]
-        found = _second(grad_output, *saved, of_saved, ctx.place, ctx.wanted)
+        found = _second(grad_output, *saved, tangents[1:4], ctx.place, ctx.wanted)
         if of_output is None and any(want and f is None for f, want in zip(found, ctx.wanted, strict=True)):
             of_output = grad_output.new_zeros(()).expand(grad_output.shape)
         if of_output is not None:
@@ -1123,12 +1173,22 @@ class _SampleBackward(torch.autograd.Function):
         return _vmap(_SampleBackward, ("output", *kinds), results, info, in_dims, inputs)
 
 
-class _Sample(torch.autograd.Function):
-    """Without forward mode: Dynamo refuses Functions that have it."""
+class _TracedSample(torch.autograd.Function):
+    """``_Sample`` for Dynamo, which traces no Function that has a ``jvp`` and none within a backward."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        return _sample_op(*inputs)
+    def forward(
+        input: Tensor,
+        params: Tensor,
+        control_points: Tensor | None,
+        source: int,
+        size: Any,
+        interpolation: int,
+        padding: int,
+        align_corners: bool,
+    ) -> Tensor:
+        modes = interpolation, padding, align_corners
+        return _sample_op(input, params, control_points, source, size, *modes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -1141,38 +1201,46 @@ class _Sample(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[:3]
-        image = ctx.source, ctx.in_shape, ctx.channels_last, *ctx.modes
-        # the compiler differentiates once, and does not trace a Function within a Function's backward
-        backward = _sample_backward_op if torch.compiler.is_compiling() else _SampleBackward.apply
-        found = backward(grad_output, *ctx.saved_tensors, *image, *wanted)
-        gradients = (g if want else None for g, want in zip(found, wanted, strict=True))
-        return *gradients, None, None, None, None, None
+        return _first(_sample_backward_op, ctx, grad_output)
 
 
-class _TransformableSample(_Sample):
+def _first(backward: Callable[..., Any], ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad[:3]
+    image = ctx.source, ctx.in_shape, ctx.channels_last, *ctx.modes
+    found = backward(grad_output, *ctx.saved_tensors, *image, *wanted)
+    gradients = (g if want else None for g, want in zip(found, wanted, strict=True))
+    return *gradients, None, None, None, None, None
+
+
+class _Sample(_Function):
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return _sample_op(*inputs)
+
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _Sample.setup_context(ctx, inputs, output)
+        _TracedSample.setup_context(ctx, inputs, output)
         ctx.save_for_forward(*inputs[:3])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None,) * 8 if grad_output is None else _Sample.backward(ctx, grad_output)
+        if grad_output is None:
+            return (None,) * 8
+        return _first(_SampleBackward.apply if _is_tracked() else _sample_backward_op, ctx, grad_output)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        input, *source = ctx.saved_tensors
+        input, params, control_points = ctx.saved_tensors
         place = _Place(ctx.source, ctx.in_shape, ctx.channels_last, ctx.size, ctx.modes)
-        dtype = reference.compute_dtype(input, source[0])
-        derivative = _directional(input, *source, tangents[:3], place, dtype)
-        return _zero_samples(input, *source, place) if derivative is None else derivative
+        dtype = reference.compute_dtype(input, params)
+        derivative = _directional(input, params, control_points, tangents[:3], place, dtype)
+        return _zero_samples(input, params, control_points, place) if derivative is None else derivative
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         arguments = "image", "params", "control"
-        return _vmap(_TransformableSample, arguments, ("output",), info, in_dims, inputs)
+        return _vmap(_Sample, arguments, ("output",), info, in_dims, inputs)
 
 
 def sample(
@@ -1187,12 +1255,11 @@ def sample(
 ) -> Tensor:
     """(N, C, *size), or (N, T, C, *size) for params (N or 1, T, ...). Arguments are taken as valid."""
     codes = int(interpolation), int(padding), align_corners
-    function = _Sample if torch.compiler.is_compiling() else _TransformableSample
-    return function.apply(input, params, control_points, int(source), size, *codes)
+    return _apply(_TracedSample, _Sample, input, params, control_points, int(source), size, *codes)
 
 
 # ------------------------------------------------------------------------------------ grid's Functions
-class _GridBackward(torch.autograd.Function):
+class _GridBackward(_Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         return _grid_backward_op(*inputs)
@@ -1261,12 +1328,14 @@ def _grid_curvature(
     return _curvature(*found)
 
 
-class _Grid(torch.autograd.Function):
-    """Without forward mode, as ``_Sample``."""
+class _TracedGrid(torch.autograd.Function):
+    """As ``_TracedSample``."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        return _grid_op(*inputs)
+    def forward(
+        params: Tensor, control_points: Tensor | None, source: int, size: Any, align_corners: bool
+    ) -> Tensor:
+        return _grid_op(params, control_points, source, size, align_corners)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -1276,25 +1345,33 @@ class _Grid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_grid: Tensor) -> tuple[Tensor | None, ...]:
-        params_grad, control_grad = ctx.needs_input_grad[:2]
-        backward = _grid_backward_op if torch.compiler.is_compiling() else _GridBackward.apply
-        by_params, by_controls = backward(
-            grad_grid, *ctx.saved_tensors, ctx.source, ctx.align_corners, control_grad
-        )
-        return by_params if params_grad else None, by_controls if control_grad else None, None, None, None
+        return _first_of_grid(_grid_backward_op, ctx, grad_grid)
 
 
-class _TransformableGrid(_Grid):
+def _first_of_grid(backward: Callable[..., Any], ctx: Any, grad_grid: Tensor) -> tuple[Tensor | None, ...]:
+    params_grad, control_grad = ctx.needs_input_grad[:2]
+    rest = ctx.source, ctx.align_corners, control_grad
+    by_params, by_controls = backward(grad_grid, *ctx.saved_tensors, *rest)
+    return by_params if params_grad else None, by_controls if control_grad else None, None, None, None
+
+
+class _Grid(_Function):
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return _grid_op(*inputs)
+
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _Grid.setup_context(ctx, inputs, output)
+        _TracedGrid.setup_context(ctx, inputs, output)
         ctx.shape, ctx.dtype = output.shape, output.dtype
         ctx.save_for_forward(*inputs[:2])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_grid: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None,) * 5 if grad_grid is None else _Grid.backward(ctx, grad_grid)
+        if grad_grid is None:
+            return (None,) * 5
+        return _first_of_grid(_GridBackward.apply if _is_tracked() else _grid_backward_op, ctx, grad_grid)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
@@ -1302,12 +1379,11 @@ class _TransformableGrid(_Grid):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        return _vmap(_TransformableGrid, ("params", "control"), ("grid",), info, in_dims, inputs)
+        return _vmap(_Grid, ("params", "control"), ("grid",), info, in_dims, inputs)
 
 
 def grid(
     params: Tensor, source: Source, size: Any, align_corners: bool, control_points: Tensor | None = None
 ) -> Tensor:
     """The normalised coordinates of a source, (N, *size, dims) in the dtype of ``params``."""
-    function = _Grid if torch.compiler.is_compiling() else _TransformableGrid
-    return function.apply(params, control_points, int(source), size, align_corners)
+    return _apply(_TracedGrid, _Grid, params, control_points, int(source), size, align_corners)

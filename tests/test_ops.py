@@ -47,8 +47,34 @@ def arguments(source, dims, device, layout="contiguous", transforms=None, dtype=
     )
 
 
-def without_size(sample_arguments):
-    return (*sample_arguments[:4], *sample_arguments[5:])
+def place(sample_arguments):
+    """What ``sample_backward`` and ``sample_hvp`` have in place of the output's size."""
+    input, _, _, source, _, *modes = sample_arguments
+    last = torch.channels_last if input.dim() == 4 else torch.channels_last_3d
+    is_last = input.is_contiguous(memory_format=last) or input.stride(1) == 1 < input.shape[1]
+    return source, list(input.shape), is_last, *modes
+
+
+def derivatives(sample_arguments, grad_output):
+    """(operator, arguments) of each derivative, with every argument that may be None once None."""
+    input, params, control_points, *rest = sample_arguments
+    dims, where = input.dim() - 2, place(sample_arguments)
+    source = params, control_points
+    moved = torch.randn(
+        input.shape[0], params.shape[1] if params.dim() == 4 and dims == 2 else 1, *rest[1], dims,
+        device=input.device,
+    )  # fmt: skip
+    for wanted in itertools.product([True, False], repeat=2):
+        image = input if wanted[1] else None
+        yield NAMESPACE.sample_backward.default, (grad_output, image, *source, *where, *wanted, False)
+    tangent = torch.randn_like(input)
+    for image, of_image, shift in (
+        (input, tangent, moved), (None, tangent, None), (input, None, moved[:1].expand_as(moved)),
+    ):  # fmt: skip
+        yield NAMESPACE.sample_jvp.default, (image, of_image, *source, shift, *rest)
+        yield NAMESPACE.sample_hvp.default, (
+            grad_output, image, of_image, *source, shift, *where, shift is not None, True,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -59,9 +85,8 @@ def test_opcheck(either_backend, device, source, dims):
     sample_arguments = arguments(source, dims, device)
     torch.library.opcheck(NAMESPACE.sample.default, sample_arguments, test_utils=utilities)
     output = NAMESPACE.sample(*sample_arguments)
-    for wanted in itertools.product([True, False], repeat=2):
-        backward_arguments = (torch.randn_like(output), *without_size(sample_arguments), *wanted, False)
-        torch.library.opcheck(NAMESPACE.sample_backward.default, backward_arguments, test_utils=utilities)
+    for operator, these in derivatives(sample_arguments, torch.randn_like(output)):
+        torch.library.opcheck(operator, these, test_utils=utilities)
     if source != Source.GRID:
         params, size = sample_arguments[1], sample_arguments[4]
         place = params, None, int(source)
