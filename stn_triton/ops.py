@@ -27,6 +27,7 @@ and everything else of second order is made of these. Only sample_hvp is differe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -563,6 +564,26 @@ class _Function(torch.autograd.Function):
             setattr(cls, name, staticmethod(_untraced(getattr(cls, name))))
 
 
+def _primals(ctx: Any) -> tuple[Any, ...]:
+    """What a ``jvp`` finds saved, without the tangents that it was given with."""
+    return tuple(t if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
+
+
+def _tracked(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``jvp`` whose result can be differentiated in forward mode again.
+
+    PyTorch calls it with forward mode off, and so it stays for the transforms further out, which would
+    take the result for a constant. It must begin with ``_primals``.
+    """
+
+    @functools.wraps(jvp)
+    def tracked(ctx: Any, *tangents: Tensor | None) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(ctx, *tangents)
+
+    return tracked
+
+
 # ------------------------------------------------------------------------------------------------ vmap
 # The axis of each kind of tensor into which a mapped dimension goes.
 _IMAGES = {"image": 0, "output": 0, "params": 0, "coordinates": 0, "grid": 0}
@@ -979,8 +1000,9 @@ class _SampleHvp(_Function):
         return *found, *[None] * 8
 
     @staticmethod
+    @_tracked
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved = _primals(ctx)
         if saved[0].numel() == 0:
             nothing = _new_second_gradients(saved[0], saved[3], *ctx.rest[:3], *ctx.wanted)
             return tuple(t.zero_() if want else None for t, want in zip(nothing, ctx.wanted, strict=True))
@@ -1053,8 +1075,9 @@ class _SampleJvp(_Function):
         return *(g if need else None for g, need in zip(found, needed, strict=True)), *[None] * 5
 
     @staticmethod
+    @_tracked
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        input, tangent, params, control_points, moved = ctx.saved_tensors
+        input, tangent, params, control_points, moved = _primals(ctx)
         of_input, of_tangent, of_params, of_controls, of_moved = tangents[:5]
         place = ctx.place
         source = params, control_points
@@ -1154,8 +1177,9 @@ class _SampleBackward(_Function):
         return by_output, *_second(grad_output, *at, ctx.needs_input_grad[1:4]), *[None] * 9
 
     @staticmethod
+    @_tracked
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_output, input, params, control_points = ctx.saved_tensors
+        grad_output, input, params, control_points = _primals(ctx)
         saved, of_output = (input, params, control_points), tangents[0]
         found: Sequence[Tensor | None]
         found = _second(grad_output, *saved, tangents[1:4], ctx.place, ctx.wanted)
@@ -1230,8 +1254,9 @@ class _Sample(_Function):
         return _first(_SampleBackward.apply if _is_tracked() else _sample_backward_op, ctx, grad_output)
 
     @staticmethod
+    @_tracked
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        input, params, control_points = ctx.saved_tensors
+        input, params, control_points = _primals(ctx)
         place = _Place(ctx.source, ctx.in_shape, ctx.channels_last, ctx.size, ctx.modes)
         dtype = reference.compute_dtype(input, params)
         derivative = _directional(input, params, control_points, tangents[:3], place, dtype)
@@ -1285,8 +1310,9 @@ class _GridBackward(_Function):
         return by_grid, *found, None, None, None
 
     @staticmethod
+    @_tracked
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        grad_grid, *source = ctx.saved_tensors
+        grad_grid, *source = _primals(ctx)
         of_grid, *of_source = tangents[:3]
         by_params, by_controls = _grid_curvature(ctx, grad_grid, source, of_source, (True, ctx.control_grad))
         if of_grid is None and (by_params is None or by_controls is None):
@@ -1374,8 +1400,9 @@ class _Grid(_Function):
         return _first_of_grid(_GridBackward.apply if _is_tracked() else _grid_backward_op, ctx, grad_grid)
 
     @staticmethod
+    @_tracked
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
-        return _grid_moved(ctx, ctx.saved_tensors, tangents[:2], ctx.shape, ctx.dtype)
+        return _grid_moved(ctx, _primals(ctx), tangents[:2], ctx.shape, ctx.dtype)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
