@@ -48,9 +48,14 @@ _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
 
 def _register(schema: str, implementation: Any, fake: Any) -> Any:
+    def untracked(*args: Any) -> Any:
+        # what is returned, a view of a buffer perhaps, is to be no view to autograd: some take no tangents
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return implementation(*args)
+
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=_TAGS)
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, untracked, "CompositeExplicitAutograd")
     torch.library.register_fake(f"stn_triton::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.stn_triton, name).default
 
