@@ -6,14 +6,14 @@ images are (N, C, H, W) or (N, C, D, H, W). With ``align_corners=True`` -1 and 1
 image's outermost pixels, with ``align_corners=False`` their outer edges.
 
 Derivatives: every function is differentiable any number of times in all its tensors, in reverse and in
-forward mode (``torch.func.grad``, ``jvp``, ``jacrev``, ``jacfwd``, ``hessian``; ``torch.autograd.forward_ad``),
-and works under ``torch.func.vmap`` and ``torch.utils.checkpoint``. First and second derivatives are kernels,
-in any mixture of the modes; they hold coordinates' tangents and gradients of the output's size for forward
-mode and second derivatives, nothing of the kind for first ones. From the third on they are taken in plain
-PyTorch, with its memory. Only what a gradient is asked for is computed, and an image is kept for the backward
-pass only if a gradient by its coordinates needs it. At kinks they are one-sided as PyTorch's are.
-``torch.compile`` takes a function and its first gradient whole; function transforms inside of what is compiled
-break the graph.
+forward mode (``torch.func``'s ``grad``, ``jvp``, ``jacrev``, ``jacfwd`` and ``hessian``; dual numbers), and
+works under ``torch.func.vmap`` and ``torch.utils.checkpoint``. First and second derivatives are kernels, in
+any mixture of the modes. For forward mode and second derivatives these hold tangents and gradients of the
+coordinates, which are of the output's size; for first derivatives nothing of the kind. From the third on they
+are taken in plain PyTorch, with its memory. Only what a gradient is asked for is computed, and an image is
+kept for the backward pass only if a gradient by its coordinates needs it. At kinks derivatives are one-sided,
+on the side that is PyTorch's. ``torch.compile`` takes a function and its first gradient whole; function
+transforms and forward mode inside of what is compiled break the graph.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None =
     Returns:
         (N, H, W, 2) or (N, D, H, W, 3) of theta's dtype; computed in float32 or wider.
 
-    :func:`affine_grid_sample` samples without holding this tensor. Differentiable any number of times, in both
-    modes.
+    :func:`affine_grid_sample` samples without holding this tensor. Differentiable any number of times, in
+    both modes.
 
     Raises:
         What PyTorch raises, with PyTorch's message.
@@ -237,9 +237,9 @@ def affine_grid_sample(
 
     The kernels hold no grid and no gradient of a grid in memory. Coordinates, weights and sums are float32
     (float64 where an argument is float64); bad coordinates are treated as in :func:`grid_sample`.
-    Differentiable in ``input`` and ``theta`` any number of times, in both modes (see the module); the gradient
-    of a broadcast ``theta`` is summed. That of ``theta`` is the same to the bit each time. Under ``vmap`` over
-    ``theta`` alone the samples are transforms of the images, which are not copied.
+    Differentiable in ``input`` and ``theta`` any number of times, in both modes (see the module); the
+    gradient of a broadcast ``theta`` is summed. That of ``theta`` is the same to the bit each time. Under
+    ``vmap`` over ``theta`` alone the samples are transforms of the images, which are not copied.
 
     Raises:
         TypeError: an argument is not of the type it must be.

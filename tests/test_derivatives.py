@@ -310,6 +310,20 @@ def test_half_images(either_backend, device, name, dtype):
         assert (result.double() - reference).abs().max() <= 40 * torch.finfo(dtype).eps * max(scale, 1)
 
 
+@pytest.mark.parametrize("name", ["affine-2d", "projective", "tps"])
+def test_autocast(either_backend, device, name):
+    """Derivatives are computed in the type of their arguments, autocast or not."""
+    tensors, size = arguments(name, device, torch.float32)
+    function = sampler(name, size, "bicubic", "zeros")
+    tangents = [torch.randn_like(tensor) for tensor in tensors]
+    weights = torch.ones_like(function(*tensors))
+    expected = second_order(function, tensors, tangents, weights)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        results = second_order(function, tensors, tangents, weights)
+    for result, reference in zip(results, expected, strict=True):
+        assert_close(result, reference, torch.float32)
+
+
 def test_empty(either_backend, device):
     """Nothing in, nothing out, zeros where there is something."""
     for shape, size in (((0, 1, 4, 5), (2, 3)), ((2, 0, 4, 5), (2, 3)), ((2, 1, 4, 5), (0, 3))):

@@ -1,4 +1,4 @@
-"""``torch.func``, ``torch.autograd.functional``, dual numbers, checkpoints, and what compiling makes of them."""
+"""``torch.func``, ``torch.autograd.functional``, dual numbers, checkpoints, and compiling these."""
 
 import itertools
 
