@@ -1,15 +1,18 @@
 """The operators in plain PyTorch: what runs where there is no Triton device, and the tests' oracle.
 
-The values, the gradients and the treatment of bad coordinates are those of the kernels. ATen's own grid
-samplers do the work wherever they give those values; what they lack (tricubic) or do otherwise is done
-tap by tap by ``sample_taps``, which is differentiable any number of times in float64 or float32.
+The values, the derivatives and the treatment of bad coordinates are those of the kernels. ATen's own grid
+samplers do the work wherever they give those values; what they lack (tricubic, second derivatives) or do
+otherwise is done tap by tap. Everything that is done tap by tap autograd can differentiate again, which is
+how third derivatives are made.
 
 Shapes: input (N, C, *in_size); grid (N, T, *size, dims), normalised, x first; size is ([D,] H, W).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,10 +23,13 @@ __all__ = [
     "compute_dtype",
     "coordinates",
     "coordinates_backward",
+    "projective_jvp",
     "sample",
     "sample_backward",
+    "sample_hvp",
+    "sample_jvp",
     "sample_taps",
-    "sample_taps_backward",
+    "spline_control_jvp",
 ]
 
 # Beyond this many image widths nothing is inside the image. Beyond these a reflection cannot be placed: by
@@ -158,12 +164,36 @@ def coordinates_backward(
     return grad.reshape(params.shape).to(params.dtype), by_controls
 
 
-def _pixel_scales(in_size: torch.Size, align_corners: bool) -> list[float]:
+def projective_jvp(homography: Tensor, tangent: Tensor, size: tuple[int, ...], align_corners: bool) -> Tensor:
+    """How the coordinates of (N, T, 3, 3) move, (N, T, *size, 2): by 0 where nothing finite is seen."""
+    base = _base_points(size, align_corners, homography)
+    inverse, seen = _horizon(homography, base)
+    grid = (base @ homography[..., :2, :].transpose(-1, -2)) * inverse.unsqueeze(-1)
+    placed = (seen & grid.isfinite().all(-1)).unsqueeze(-1)
+    terms = base @ tangent.transpose(-1, -2)
+    moved = (terms[..., :2] - torch.where(placed, grid, 0.0) * terms[..., 2:]) * inverse.unsqueeze(-1)
+    return torch.where(placed, moved, 0.0).reshape(*moved.shape[:2], *size, 2)
+
+
+def spline_control_jvp(
+    coefficients: Tensor, control_points: Tensor, tangent: Tensor, size: tuple[int, ...], align_corners: bool
+) -> Tensor:
+    """How the coordinates of (N, T, K + 3, 2) move with the control points, (N, T, *size, 2)."""
+    base = _base_points(size, align_corners, coefficients)
+    moved = torch.zeros_like(base[:, :2])
+    for part, offset, log, _ in _spline_parts(control_points, base):
+        slope = torch.where(offset.square().sum(-1) > 0, -2 * (log + 1), 0.0)
+        along = slope * (offset * tangent[part]).sum(-1)
+        moved = moved + along @ coefficients[..., : len(control_points), :][..., part, :]
+    return moved.reshape(*moved.shape[:2], *size, 2)
+
+
+def _pixel_scales(in_size: Sequence[int], align_corners: bool) -> list[float]:
     """Pixels per normalised unit, x first."""
     return [(size - int(align_corners)) / 2 for size in reversed(in_size)]
 
 
-def _unnormalise(grid: Tensor, in_size: torch.Size, align_corners: bool) -> Tensor:
+def _unnormalise(grid: Tensor, in_size: Sequence[int], align_corners: bool) -> Tensor:
     scales = _pixel_scales(in_size, align_corners)
     axes = zip(grid.unbind(-1), scales, reversed(in_size), strict=True)
     return torch.stack([x * scale + (size - 1) / 2 for x, scale, size in axes], -1)
@@ -178,20 +208,23 @@ def _flow_grid(flow: Tensor, align_corners: bool, dtype: torch.dtype) -> tuple[T
 
 
 # --------------------------------------------------------------------------------------- tap by tap
-def _cubic_near(t: Tensor, a: float = -0.75) -> Tensor:
-    return ((a + 2) * t - (a + 3)) * t * t + 1
+_CUBIC_A = -0.75
 
 
-def _cubic_near_grad(t: Tensor, a: float = -0.75) -> Tensor:
-    return (3 * (a + 2) * t - 2 * (a + 3)) * t
+def _cubic_near(t: Tensor, order: int) -> Tensor:
+    """The cubic convolution kernel for 0 <= t <= 1, or a derivative of it."""
+    a, b = _CUBIC_A + 2, _CUBIC_A + 3
+    if order == 0:
+        return (a * t - b) * t * t + 1
+    return (3 * a * t - 2 * b) * t if order == 1 else 6 * a * t - 2 * b
 
 
-def _cubic_far(t: Tensor, a: float = -0.75) -> Tensor:
-    return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
-
-
-def _cubic_far_grad(t: Tensor, a: float = -0.75) -> Tensor:
-    return (3 * a * t - 10 * a) * t + 8 * a
+def _cubic_far(t: Tensor, order: int) -> Tensor:
+    """The cubic convolution kernel for 1 <= t <= 2, or a derivative of it."""
+    a = _CUBIC_A
+    if order == 0:
+        return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+    return (3 * a * t - 10 * a) * t + 8 * a if order == 1 else 6 * a * t - 10 * a
 
 
 def _limit(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -214,13 +247,14 @@ def _within(i: Tensor, size: int, padding: Padding) -> Tensor:
     return i if padding == Padding.ZEROS else i.clamp(max=size - 1)
 
 
-_Tap = tuple[Tensor, Tensor, Tensor, Tensor]
+# A tap of one axis: the pixel's index, whether it may be read, its weight and the weight's derivatives.
+_Tap = tuple[Tensor, Tensor, list[Tensor]]
+_Modes = tuple[Interpolation, Padding, bool]
 
 
-def _axis_taps(
-    x: Tensor, size: int, interpolation: Interpolation, padding: Padding, align_corners: bool
-) -> list[_Tap]:
-    """(index, in bounds, weight, d weight / d x) of every pixel that coordinate ``x`` reads."""
+def _axis_taps(x: Tensor, size: int, modes: _Modes, order: int) -> list[_Tap]:
+    """Every pixel that coordinate ``x`` reads, with ``order`` derivatives of its weight by ``x``."""
+    interpolation, padding, align_corners = modes
     low = 0.0 if align_corners else -0.5
     span = float(size - int(align_corners))
     if interpolation == Interpolation.BICUBIC:
@@ -232,12 +266,11 @@ def _axis_taps(
             near, _ = _limit(x, -3, size + 2)
         down = near.detach().floor()
         t = near - down
-        weights = [_cubic_far(t + 1), _cubic_near(t), _cubic_near(1 - t), _cubic_far(2 - t)]
-        slopes = [
-            _cubic_far_grad(t + 1),
-            _cubic_near_grad(t),
-            -_cubic_near_grad(1 - t),
-            -_cubic_far_grad(2 - t),
+        jets = [
+            [_cubic_far(t + 1, n) for n in range(order + 1)],
+            [_cubic_near(t, n) for n in range(order + 1)],
+            [(-1) ** n * _cubic_near(1 - t, n) for n in range(order + 1)],
+            [(-1) ** n * _cubic_far(2 - t, n) for n in range(order + 1)],
         ]
         taps = []
         for k in range(4):
@@ -249,7 +282,7 @@ def _axis_taps(
                 i = torch.where(i < 0, -i - mirror, i)
             if padding != Padding.ZEROS:
                 i = i.clamp(0, size - 1)
-            taps.append((i, (i >= 0) & (i < size), weights[k], slopes[k]))
+            taps.append((i, (i >= 0) & (i < size), jets[k]))
     else:
         if padding == Padding.ZEROS:
             x, slope = _limit(x, -2, size + 1)
@@ -259,53 +292,68 @@ def _axis_taps(
                 x, fold = _fold(x, low, span)
             x, slope = _limit(x, 0, size - 1)
             slope = slope * fold
+        flat = torch.zeros_like(x)
         if interpolation == Interpolation.NEAREST:
             i = _within(x.detach().round().long(), size, padding)
-            taps = [(i, (i >= 0) & (i < size), torch.ones_like(x), torch.zeros_like(x))]
+            taps = [(i, (i >= 0) & (i < size), [torch.ones_like(x), flat, flat])]
         else:
             down = x.detach().floor()
             i, t = _within(down.long(), size, padding), x - down
             taps = [
-                (i, (i >= 0) & (i < size), 1 - t, -slope),
-                (i + 1, (i + 1 >= 0) & (i + 1 < size), t, slope),
+                (i, (i >= 0) & (i < size), [1 - t, -slope, flat]),
+                (i + 1, (i + 1 >= 0) & (i + 1 < size), [t, slope, flat]),
             ]
     return taps
 
 
-def _pixel_taps(
-    input: Tensor, pixels: Tensor, interpolation: Interpolation, padding: Padding, align_corners: bool
-) -> list[list[_Tap]]:
-    """``_axis_taps`` of x, y[, z], each of shape (N, P) for the P pixel coordinates of an image."""
-    return [
-        _axis_taps(pixels[..., k].flatten(1), size, interpolation, padding, align_corners)
-        for k, size in enumerate(reversed(input.shape[2:]))
-    ]
+class _Taps:
+    """Every pixel that is read for the (N, *size, dims) pixel coordinates, whose number is P.
+
+    Iterates over (flat index, in bounds, the jets of the axes' weights), each of shape (N, P).
+    """
+
+    def __init__(self, pixels: Tensor, in_size: Sequence[int], modes: _Modes, order: int = 0) -> None:
+        self.in_size = in_size
+        self.axes = [
+            _axis_taps(pixels[..., k].flatten(1), size, modes, order)
+            for k, size in enumerate(reversed(in_size))
+        ]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[list[Tensor]]]]:
+        sizes = list(reversed(self.in_size))
+        for taps in itertools.product(*self.axes):
+            index, inside, stride = torch.zeros_like(taps[0][0]), torch.ones_like(taps[0][1]), 1
+            for tap, size in zip(taps, sizes, strict=True):
+                index = index + tap[0].clamp(0, size - 1) * stride
+                inside = inside & tap[1]
+                stride = stride * size
+            yield index, inside, [tap[2] for tap in taps]
 
 
-def _combinations(
-    axes: list[list[_Tap]], in_size: torch.Size
-) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Tensor]]]:
-    """(flat pixel index, in bounds, weight, d weight by each coordinate) of every tap, each (N, 1, P)."""
-    strides = [1]
-    for size in reversed(in_size[1:]):
-        strides.append(strides[-1] * size)
-    combined: list[tuple[int, ...]] = [()]
-    for axis in axes:
-        combined = [(*chosen, k) for chosen in combined for k in range(len(axis))]
-    for chosen in combined:
-        taps = [axis[k] for axis, k in zip(axes, chosen, strict=True)]
-        index, inside, weight = torch.zeros_like(taps[0][0]), taps[0][1], torch.ones_like(taps[0][2])
-        for tap, stride, size in zip(taps, strides, reversed(in_size), strict=True):
-            index = index + tap[0].clamp(0, size - 1) * stride
-            inside, weight = inside & tap[1], weight * tap[2]
-        slopes = []
-        for k in range(len(taps)):
-            slope = taps[k][3]
-            for other in range(len(taps)):
-                if other != k:
-                    slope = slope * taps[other][2]
-            slopes.append(slope)
-        yield index.unsqueeze(1), inside.unsqueeze(1), weight.unsqueeze(1), slopes
+def _weight(jets: list[list[Tensor]], *by: int) -> Tensor:
+    """The weight of a tap, differentiated by the axes ``by``, (N, P)."""
+    weight = jets[0][by.count(0)]
+    for axis in range(1, len(jets)):
+        weight = weight * jets[axis][by.count(axis)]
+    return weight
+
+
+def _along(jets: list[list[Tensor]], direction: Tensor, *by: int) -> Tensor:
+    """``_weight`` differentiated once more, in a direction (N, P, dims)."""
+    weights = torch.stack([_weight(jets, *by, axis) for axis in range(len(jets))], -1)
+    return (weights * direction).sum(-1)
+
+
+def _read(flat: Tensor, index: Tensor, inside: Tensor) -> Tensor:
+    """(N, C, P) of the images (N, C, pixels)."""
+    values = flat.gather(2, index.unsqueeze(1).expand(-1, flat.shape[1], -1))
+    return torch.where(inside.unsqueeze(1), values, 0.0)
+
+
+def _add(flat: Tensor, index: Tensor, inside: Tensor, values: Tensor) -> Tensor:
+    """The transpose of ``_read``: (N, C, P) added to the images (N, C, pixels)."""
+    index = index.unsqueeze(1).expand(-1, flat.shape[1], -1)
+    return flat.scatter_add(2, index, torch.where(inside.unsqueeze(1), values, 0.0))
 
 
 def sample_taps(
@@ -313,67 +361,67 @@ def sample_taps(
 ) -> Tensor:
     """(N, C, *in_size) and a normalised (N, *size, dims) -> (N, C, *size), differentiable by autograd."""
     pixels = _unnormalise(grid, input.shape[2:], align_corners)
-    return _sample_pixels(input, pixels, interpolation, padding, align_corners)
+    return _sample_pixels(input, pixels, (interpolation, padding, align_corners))
 
 
-def _sample_pixels(
-    input: Tensor, pixels: Tensor, interpolation: Interpolation, padding: Padding, align_corners: bool
-) -> Tensor:
+def _sample_pixels(input: Tensor, pixels: Tensor, modes: _Modes) -> Tensor:
     flat = input.flatten(2)
     output = torch.zeros((), dtype=input.dtype, device=input.device)
-    axes = _pixel_taps(input, pixels, interpolation, padding, align_corners)
-    for index, inside, weight, _ in _combinations(axes, input.shape[2:]):
-        values = flat.gather(2, index.expand(-1, flat.shape[1], -1))
-        output = output + torch.where(inside, values, 0.0) * weight
+    for index, inside, jets in _Taps(pixels, input.shape[2:], modes):
+        output = output + _read(flat, index, inside) * _weight(jets).unsqueeze(1)
     return output.unflatten(2, pixels.shape[1:-1])
 
 
-def sample_taps_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    grid: Tensor,
-    interpolation: Interpolation,
-    padding: Padding,
-    align_corners: bool,
-) -> tuple[Tensor, Tensor]:
-    """d input and d grid, written out."""
-    pixels = _unnormalise(grid, input.shape[2:], align_corners)
-    modes = interpolation, padding, align_corners
-    grad_input, grad_pixels = _sample_pixels_backward(grad_output, input, pixels, *modes)
-    return grad_input, grad_pixels * grad_pixels.new_tensor(_pixel_scales(input.shape[2:], align_corners))
+def _image_gradient(
+    g: Tensor, in_size: Sequence[int], pixels: Tensor, shift: Tensor | None, modes: _Modes
+) -> Tensor:
+    """The transpose of ``_sample_pixels``; differentiated by the pixels' ``shift``, if that is given."""
+    gradient = g.new_zeros((*g.shape[:2], math.prod(in_size)))
+    direction = None if shift is None else shift.flatten(1, -2)
+    for index, inside, jets in _Taps(pixels, in_size, modes, int(shift is not None)):
+        weight = _weight(jets) if direction is None else _along(jets, direction)
+        gradient = _add(gradient, index, inside, weight.unsqueeze(1) * g.flatten(2))
+    return gradient.unflatten(2, tuple(in_size))
 
 
-def _sample_pixels_backward(
-    grad_output: Tensor,
-    input: Tensor,
+def _pixel_gradient(
+    g: Tensor,
+    tangent: Tensor | None,
+    input: Tensor | None,
     pixels: Tensor,
-    interpolation: Interpolation,
-    padding: Padding,
-    align_corners: bool,
-) -> tuple[Tensor, Tensor]:
-    g, flat = grad_output.flatten(2), input.flatten(2)
-    grad_input = torch.zeros_like(flat)
-    grad_axes = [torch.zeros_like(pixels[..., 0].flatten(1)) for _ in range(pixels.shape[-1])]
-    axes = _pixel_taps(input, pixels, interpolation, padding, align_corners)
-    for index, inside, weight, slopes in _combinations(axes, input.shape[2:]):
-        index = index.expand(-1, flat.shape[1], -1)
-        grad_input = grad_input.scatter_add(2, index, torch.where(inside, weight * g, 0.0))
-        product = (torch.where(inside, flat.gather(2, index), 0.0) * g).sum(1)
-        grad_axes = [total + slope * product for total, slope in zip(grad_axes, slopes, strict=True)]
-    return grad_input.view(input.shape), torch.stack(grad_axes, -1).view(pixels.shape)
+    shift: Tensor | None,
+    modes: _Modes,
+) -> Tensor:
+    """d of <g, samples of ``tangent``> by the pixels, and that of <g, samples of ``input``>'s change."""
+    g = g.flatten(2)
+    by_axis = [torch.zeros_like(pixels[..., 0].flatten(1))] * pixels.shape[-1]
+    direction = None if shift is None else shift.flatten(1, -2)
+    image = tangent if tangent is not None else input
+    if image is None:
+        return torch.zeros_like(pixels)
+    for index, inside, jets in _Taps(pixels, image.shape[2:], modes, 1 + int(shift is not None)):
+        if tangent is not None:
+            product = (_read(tangent.flatten(2), index, inside) * g).sum(1)
+            by_axis = [total + _weight(jets, k) * product for k, total in enumerate(by_axis)]
+        if input is not None and direction is not None:
+            product = (_read(input.flatten(2), index, inside) * g).sum(1)
+            by_axis = [total + _along(jets, direction, k) * product for k, total in enumerate(by_axis)]
+    return torch.stack(by_axis, -1).view(pixels.shape)
 
 
 # ------------------------------------------------------------------------------------------- by ATen
-def _aten_fits(input: Tensor, interpolation: Interpolation, align_corners: bool) -> bool:
+def _aten_fits(
+    in_size: Sequence[int], dtype: torch.dtype, interpolation: Interpolation, align_corners: bool
+) -> bool:
     """Whether ATen has the mode, and can be kept from bad coordinates by moving them.
 
     On an axis of one pixel with aligned corners every coordinate means that pixel, but for NaN and
     infinities: there no other coordinate stands for them.
     """
-    has_mode = input.dim() == 4 or interpolation != Interpolation.BICUBIC
+    has_mode = len(in_size) == 2 or interpolation != Interpolation.BICUBIC
     # past 2^24 float32 rounds the number of the last pixel up, and ATen reads there
-    exact = input.dtype == torch.float64 or max(input.shape[2:]) <= 2**24
-    return has_mode and exact and not (align_corners and 1 in input.shape[2:])
+    exact = dtype == torch.float64 or max(in_size) <= 2**24
+    return has_mode and exact and not (align_corners and 1 in in_size)
 
 
 def _tame(grid: Tensor, padding: Padding) -> Tensor:
@@ -400,12 +448,17 @@ def _fold_transforms(grid: Tensor, batch: int) -> Tensor:
     return grid.expand(batch, *grid.shape[1:]).flatten(1, 2)
 
 
+def _folded_images(output: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, T, C, *size) -> (N, C, T * size[0], *size[1:]), in ``dtype``."""
+    return output.to(dtype).movedim(1, 2).flatten(2, 3)
+
+
 def _places(
     source: Source,
     params: Tensor,
     control_points: Tensor | None,
     size: tuple[int, ...],
-    in_size: torch.Size,
+    in_size: Sequence[int],
     align_corners: bool,
     dtype: torch.dtype,
     *,
@@ -424,6 +477,13 @@ def _places(
     return grid if displacement is None else grid + displacement
 
 
+def _in_pixels(source: Source, by_source: Tensor, in_size: Sequence[int], align_corners: bool) -> Tensor:
+    """(..., dims) in the source's own units times pixels per unit; for a flow these are pixels already."""
+    if source == Source.FLOW:
+        return by_source
+    return by_source * by_source.new_tensor(_pixel_scales(in_size, align_corners))
+
+
 def sample(
     input: Tensor,
     params: Tensor,
@@ -438,59 +498,144 @@ def sample(
     dtype = compute_dtype(input, params)
     image, modes = input.to(dtype), (interpolation, padding, align_corners)
     place = source, params, control_points, size, input.shape[2:], align_corners, dtype
-    if _aten_fits(input, interpolation, align_corners):
+    if _aten_fits(input.shape[2:], input.dtype, interpolation, align_corners):
         grid = _places(*place, in_pixels=False)
         forward, _ = _sampler(len(size))
         folded = _tame(_fold_transforms(grid, input.shape[0]), padding)
         output = forward(image, folded, int(interpolation), int(padding), align_corners)
     else:
         grid = _places(*place, in_pixels=True)
-        output = _sample_pixels(image, _fold_transforms(grid, input.shape[0]), *modes)
+        output = _sample_pixels(image, _fold_transforms(grid, input.shape[0]), modes)
     return output.unflatten(2, (grid.shape[1], size[0])).movedim(2, 1).to(input.dtype)
 
 
 def sample_backward(
     grad_output: Tensor,
-    input: Tensor,
+    input: Tensor | None,
     params: Tensor,
     control_points: Tensor | None,
     source: Source,
+    in_size: Sequence[int],
     interpolation: Interpolation,
     padding: Padding,
     align_corners: bool,
-    input_grad: bool = True,
-    params_grad: bool = True,
+    input_grad: bool,
+    params_grad: bool,
     control_grad: bool = False,
-    *,
-    by_taps: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """d input, d params and d control points, as far as asked for, from d output, (N, T, C, *size).
 
-    With ``by_taps`` never by ATen, whose backward cannot be differentiated again.
+    The input may be None where d input alone is asked for.
     """
-    dtype = compute_dtype(input, params)
-    size, in_size = tuple(grad_output.shape[3:]), input.shape[2:]
-    image, modes = input.to(dtype), (interpolation, padding, align_corners)
+    dtype = compute_dtype(grad_output, params)
+    (batch, _, channels), size = grad_output.shape[:3], tuple(grad_output.shape[3:])
+    modes = interpolation, padding, align_corners
     place = source, params, control_points, size, in_size, align_corners, dtype
-    g = grad_output.to(dtype).movedim(1, 2).flatten(2, 3)
-    scales = g.new_tensor(_pixel_scales(in_size, align_corners))
-    if not by_taps and _aten_fits(input, interpolation, align_corners):
-        folded = _tame(_fold_transforms(_places(*place, in_pixels=False), input.shape[0]), padding)
+    g = _folded_images(grad_output, dtype)
+    # a stand-in that takes no memory, of which ATen reads no values that matter
+    image = g.new_zeros(()).expand(batch, channels, *in_size) if input is None else input.to(dtype)
+    coordinates_grad = params_grad or control_grad
+    if _aten_fits(in_size, grad_output.dtype, interpolation, align_corners):
+        folded = _tame(_fold_transforms(_places(*place, in_pixels=False), batch), padding)
         _, backward = _sampler(len(size))
         codes = int(interpolation), int(padding), align_corners
-        grad_input, grad_grid = backward(g, image, folded, *codes, [input_grad, True])
-        grad_pixels = grad_grid / scales if source == Source.FLOW else None
+        grad_input, by_coordinates = backward(g, image, folded, *codes, [input_grad, coordinates_grad])
+        if source == Source.FLOW and coordinates_grad:
+            by_coordinates = by_coordinates / g.new_tensor(_pixel_scales(in_size, align_corners))
     else:
-        folded = _fold_transforms(_places(*place, in_pixels=True), input.shape[0])
-        grad_input, grad_pixels = _sample_pixels_backward(g, image, folded, *modes)
-        grad_grid = grad_pixels * scales
-    by_params, by_controls = None, None
-    if source == Source.FLOW and params_grad:
-        assert grad_pixels is not None
-        by_params = grad_pixels.movedim(-1, 1).sum_to_size(params.shape).to(params.dtype)
-    elif params_grad or control_grad:
-        grad_grid = grad_grid.view(input.shape[0], -1, *size, len(size))
-        by_params, by_controls = coordinates_backward(
-            source, grad_grid, params, control_points, align_corners, control_grad
-        )
-    return grad_input.to(input.dtype) if input_grad else None, by_params, by_controls
+        folded = _fold_transforms(_places(*place, in_pixels=True), batch)
+        if input_grad:
+            grad_input = _image_gradient(g, in_size, folded, None, modes)
+        if coordinates_grad:
+            by_pixels = _pixel_gradient(g, image, None, folded, None, modes)
+            by_coordinates = _in_pixels(source, by_pixels, in_size, align_corners)
+    by_input = grad_input.to(grad_output.dtype) if input_grad else None
+    if not coordinates_grad:
+        return by_input, None, None
+    if source == Source.FLOW:
+        by_params = by_coordinates.movedim(-1, 1).sum_to_size(params.shape).to(params.dtype)
+        return by_input, by_params, None
+    by_coordinates = by_coordinates.view(batch, -1, *size, len(size))
+    return by_input, *coordinates_backward(
+        source, by_coordinates, params, control_points, align_corners, control_grad
+    )
+
+
+def sample_jvp(
+    input: Tensor | None,
+    tangent: Tensor | None,
+    params: Tensor,
+    control_points: Tensor | None,
+    moved: Tensor | None,
+    source: Source,
+    size: tuple[int, ...],
+    interpolation: Interpolation,
+    padding: Padding,
+    align_corners: bool,
+) -> Tensor:
+    """The derivative of the samples, (N, T, C, *size), in the direction of an image and of coordinates.
+
+    tangent: as the input, or None for 0. moved: (N, T, *size, dims) in the source's own units, or None
+    for 0; the input is needed with it alone.
+    """
+    image = input if input is not None else tangent
+    assert image is not None
+    dtype = compute_dtype(image, params)
+    batch, in_size, modes = image.shape[0], image.shape[2:], (interpolation, padding, align_corners)
+    place = source, params, control_points, size, in_size, align_corners, dtype
+    grid = _places(*place, in_pixels=True)
+    pixels = _fold_transforms(grid, batch)
+    output = torch.zeros((), dtype=dtype, device=image.device)
+    direction = None
+    if moved is not None:
+        direction = _fold_transforms(_in_pixels(source, moved, in_size, align_corners), batch).flatten(1, -2)
+    tangent, input = (None if t is None else t.to(dtype).flatten(2) for t in (tangent, input))
+    for index, inside, jets in _Taps(pixels, in_size, modes, int(moved is not None)):
+        if tangent is not None:
+            output = output + _read(tangent, index, inside) * _weight(jets).unsqueeze(1)
+        if input is not None and direction is not None:
+            output = output + _read(input, index, inside) * _along(jets, direction).unsqueeze(1)
+    return output.unflatten(2, (grid.shape[1], *size)).movedim(2, 1).to(image.dtype)
+
+
+def sample_hvp(
+    grad_output: Tensor,
+    input: Tensor | None,
+    tangent: Tensor | None,
+    params: Tensor,
+    control_points: Tensor | None,
+    moved: Tensor | None,
+    source: Source,
+    in_size: Sequence[int],
+    interpolation: Interpolation,
+    padding: Padding,
+    align_corners: bool,
+    input_grad: bool,
+    coordinates_grad: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The Hessian of <grad_output, samples> by (input, coordinates) in the direction (tangent, moved).
+
+    Returns d input, in grad_output's dtype, and the gradient by the coordinates, (N, T, *size, dims) in the
+    source's own units, as far as asked for. grad_output: (N, T, C, *size); the rest as in ``sample_jvp``.
+    """
+    dtype = compute_dtype(grad_output, params)
+    batch, size, modes = (
+        grad_output.shape[0],
+        tuple(grad_output.shape[3:]),
+        (interpolation, padding, align_corners),
+    )
+    place = source, params, control_points, size, in_size, align_corners, dtype
+    g = _folded_images(grad_output, dtype)
+    pixels = _fold_transforms(_places(*place, in_pixels=True), batch)
+    shift = None
+    if moved is not None:
+        shift = _fold_transforms(_in_pixels(source, moved, in_size, align_corners), batch)
+    grad_input, by_coordinates = None, None
+    if input_grad:
+        grad_input = _image_gradient(g, in_size, pixels, shift, modes).to(grad_output.dtype)
+    if coordinates_grad:
+        tangent, input = (None if t is None else t.to(dtype) for t in (tangent, input))
+        by_pixels = _pixel_gradient(g, tangent, input, pixels, shift, modes)
+        by_coordinates = _in_pixels(source, by_pixels, in_size, align_corners)
+        by_coordinates = by_coordinates.view(batch, -1, *size, len(size))
+    return grad_input, by_coordinates

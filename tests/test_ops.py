@@ -47,8 +47,34 @@ def arguments(source, dims, device, layout="contiguous", transforms=None, dtype=
     )
 
 
-def without_size(sample_arguments):
-    return (*sample_arguments[:4], *sample_arguments[5:])
+def in_place_of_size(sample_arguments):
+    """What the operators that make images have where ``sample`` has the output's size, and after it."""
+    input, _, _, source, _, *modes = sample_arguments
+    return source, list(input.shape), ops._is_channels_last(input), *modes
+
+
+def derivatives(sample_arguments, grad_output):
+    """(operator, arguments) of the derivatives, with and without what may be None."""
+    input, params, control_points, source, size, *_ = sample_arguments
+    rest, image_rest = sample_arguments[3:], in_place_of_size(sample_arguments)
+    places = params, control_points
+    transforms = params.shape[1] if source != Source.GRID and params.dim() == 4 else 1
+    tangent, dtype = torch.randn_like(input), torch.float32
+    moved = torch.randn(2, transforms, *size, len(size), dtype=dtype, device=input.device)
+    for wanted in itertools.product([True, False], repeat=2):
+        image = input if wanted[1] else None
+        yield NAMESPACE.sample_backward.default, (grad_output, image, *places, *image_rest, *wanted, False)
+    for image, of_image, shift in (
+        (input, tangent, moved),
+        (None, tangent, None),
+        (input, None, moved[:1].expand_as(moved)),
+    ):
+        yield NAMESPACE.sample_jvp.default, (image, of_image, *places, shift, *rest)
+        wanted = shift is not None, True
+        yield (
+            NAMESPACE.sample_hvp.default,
+            (grad_output, image, of_image, *places, shift, *image_rest, *wanted),
+        )
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -59,9 +85,8 @@ def test_opcheck(either_backend, device, source, dims):
     sample_arguments = arguments(source, dims, device)
     torch.library.opcheck(NAMESPACE.sample.default, sample_arguments, test_utils=utilities)
     output = NAMESPACE.sample(*sample_arguments)
-    for wanted in itertools.product([True, False], repeat=2):
-        backward_arguments = (torch.randn_like(output), *without_size(sample_arguments), *wanted, False)
-        torch.library.opcheck(NAMESPACE.sample_backward.default, backward_arguments, test_utils=utilities)
+    for operator, its_arguments in derivatives(sample_arguments, torch.randn_like(output)):
+        torch.library.opcheck(operator, its_arguments, test_utils=utilities)
     if source != Source.GRID:
         params, size = sample_arguments[1], sample_arguments[4]
         place = params, None, int(source)
@@ -85,13 +110,17 @@ def test_opcheck(either_backend, device, source, dims):
 def test_fakes_tell_the_truth(either_backend, device, dims, source, transforms, layout, dtype):
     """Shape, strides, dtype and device of every result, from arguments of any layout."""
     real = arguments(source, dims, device, layout, transforms, dtype)
-    outputs = [NAMESPACE.sample(*real)]
-    outputs += NAMESPACE.sample_backward(outputs[0], *without_size(real), True, True, False)
+    outputs, promises = [], []
+    calls = [(NAMESPACE.sample.default, real), *derivatives(real, NAMESPACE.sample(*real))]
+    for operator, its_arguments in calls:
+        results = operator(*its_arguments)
+        outputs += [results] if isinstance(results, torch.Tensor) else results
     with FakeTensorMode() as mode:
-        fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in real]
-        fakes = [NAMESPACE.sample(*fake)]
-        fakes += NAMESPACE.sample_backward(fakes[0], *without_size(fake), True, True, False)
-    for result, promise in zip(outputs, fakes, strict=True):
+        for operator, its_arguments in calls:
+            fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in its_arguments]
+            results = operator(*fake)
+            promises += [results] if isinstance(results, torch.Tensor) else results
+    for result, promise in zip(outputs, promises, strict=True):
         assert result.shape == promise.shape
         assert result.stride() == promise.stride()
         assert result.dtype == promise.dtype
