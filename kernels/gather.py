@@ -474,28 +474,24 @@ def add_block(
     """``acc`` plus what one block of outputs adds to the pixels of the tile that it reads."""
     out, mask = output_pixels(block, column_blocks, out_size, DIMS, OUT_ROWS, OUT_COLUMNS)
     p = input_coordinates(rows, out, out_size, in_size, SOURCE, ALIGN_CORNERS, DIMS, COMPUTE)
-    hit = mask
-    ranges = ()
-    for axis in tl.static_range(DIMS):
-        first, last, reads = pixels_read(
-            p[axis],
-            tile_low[axis],
-            tile_high[axis],
-            in_size[axis],
-            INTERPOLATION,
-            PADDING,
-            ALIGN_CORNERS,
-            COMPUTE,
-        )
-        hit = hit & reads
-        ranges += ((first, last),)
-    first_x, last_x = extent(ranges[0][0], ranges[0][1], hit)
-    first_y, last_y = extent(ranges[1][0], ranges[1][1], hit)
+    x0, x1, hit_x = pixels_read(
+        p[0], tile_low[0], tile_high[0], in_size[0], INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE
+    )
+    y0, y1, hit_y = pixels_read(
+        p[1], tile_low[1], tile_high[1], in_size[1], INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE
+    )
+    hit = mask & hit_x & hit_y
     if DIMS == 3:
-        first_z, last_z = extent(ranges[2][0], ranges[2][1], hit)
+        z0, z1, hit_z = pixels_read(
+            p[2], tile_low[2], tile_high[2], in_size[2], INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE
+        )
+        hit = hit & hit_z
+        first_z, last_z = extent(z0, z1, hit)
     else:
         first_z = 0
         last_z = 0
+    first_x, last_x = extent(x0, x1, hit)
+    first_y, last_y = extent(y0, y1, hit)
     offset = tl.multiple_of(pixel_offset(out, stride_out, DIMS, INDEX), (VECTOR, VECTOR))
     gradients = ()
     for step in tl.static_range(UNROLL):

@@ -183,11 +183,6 @@ def _new_control_gradient(params: Tensor, control_points: Tensor | None, control
     return control_points.new_empty(control_points.shape)
 
 
-def _zero_sums(grad_input: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros for the kernels to add to, in the compute type: ``grad_input`` itself, if that is its type."""
-    return grad_input.zero_() if grad_input.dtype == dtype else torch.zeros_like(grad_input, dtype=dtype)
-
-
 def _sample_backward(
     grad_output: Tensor,
     input: Tensor | None,
@@ -232,24 +227,20 @@ def _sample_backward(
         if by_input is not None:
             grad_input.copy_(by_input)
     else:
-        from .kernels.sample import sample_backward
+        from .kernels import backward
 
-        sums = None
-        if input_grad:
-            sums = _zero_sums(grad_input, reference.compute_dtype(grad_output, params))
-        by_params, by_controls = sample_backward(
+        by_params, by_controls = backward.first(
             grad_output,
-            grad_input if input is None else input,  # of which nothing is read then
+            input,
             params,
             control_points,
-            sums,
+            grad_input if input_grad else None,
             Source(source),
             *modes,
-            params_grad or control_grad,
+            params_grad,
             control_grad,
+            torch.are_deterministic_algorithms_enabled(),
         )
-        if sums is not None and sums is not grad_input:
-            grad_input.copy_(sums)  # rounded once, if the image is narrower
     if params_grad and by_params is not None:
         grad_params = _packed(by_params)
     if control_grad and by_controls is not None:
@@ -385,25 +376,21 @@ def _sample_hvp(
         if by_input is not None:
             grad_input.copy_(by_input)
     else:
-        from .kernels.derivatives import sample_hvp
+        from .kernels import backward
 
-        sums = None
-        if input_grad:
-            sums = _zero_sums(grad_input, reference.compute_dtype(grad_output, params))
-        by_places = sample_hvp(
+        by_places = backward.second(
             grad_output,
             input,
             tangent,
             params,
             control_points,
             moved,
-            sums,
+            grad_input if input_grad else None,
             Source(source),
             *modes,
             coordinates_grad,
+            torch.are_deterministic_algorithms_enabled(),
         )
-        if sums is not None and sums is not grad_input:
-            grad_input.copy_(sums)
     return grad_input, by_coordinates if by_places is None else _packed(by_places)
 
 

@@ -1,0 +1,100 @@
+"""Which kernels compute the gradients, and into what.
+
+d image has three ways. Maps that have an inverse gather it (``gather``), always. Others scatter by atomics
+into the compute type (``sample``), whose last bits depend on the order; or, where the same bits are asked
+for each time, sum a sorted list (``sorted``). Only scattering needs zeros first, and a wider copy of half
+images. d parameters comes from ``sample`` or ``derivatives``, in a fixed order of sums.
+"""
+
+import torch
+
+from .derivatives import sample_hvp
+from .gather import gather_backward
+from .launch import compute_dtypes
+from .modes import Interpolation, Padding, Source
+from .sample import sample_backward
+from .sorted import sorted_backward
+
+INVERTIBLE = (Source.AFFINE, Source.PROJECTIVE)
+
+
+def first(
+    grad_output: torch.Tensor,
+    input: torch.Tensor | None,
+    params: torch.Tensor,
+    control_points: torch.Tensor | None,
+    grad_input: torch.Tensor | None,
+    source: Source,
+    interpolation: Interpolation,
+    padding: Padding,
+    align_corners: bool,
+    params_grad: bool,
+    control_grad: bool,
+    repeatable: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Fills ``grad_input``, in the image's type, if given; returns d params and d control points.
+
+    ``input`` is needed for the latter two. ``repeatable``: d image has the same bits each time.
+    """
+    modes = source, interpolation, padding, align_corners
+    total = None
+    if grad_input is not None:
+        if source in INVERTIBLE:
+            gather_backward(grad_output, params, grad_input, *modes)
+        elif repeatable:
+            sorted_backward(grad_output, params, control_points, grad_input, *modes)
+        else:
+            total = _zeros(grad_input, params)
+    by_params, by_controls = None, None
+    if total is not None or params_grad or control_grad:
+        image = grad_input if input is None else input  # of which nothing is read then
+        assert image is not None
+        wanted = params_grad or control_grad, control_grad
+        by_params, by_controls = sample_backward(
+            grad_output, image, params, control_points, total, *modes, *wanted
+        )
+    _round(total, grad_input)
+    return by_params, by_controls
+
+
+def second(
+    grad_output: torch.Tensor,
+    input: torch.Tensor | None,
+    tangent: torch.Tensor | None,
+    params: torch.Tensor,
+    control_points: torch.Tensor | None,
+    moved: torch.Tensor | None,
+    grad_input: torch.Tensor | None,
+    source: Source,
+    interpolation: Interpolation,
+    padding: Padding,
+    align_corners: bool,
+    coordinates_grad: bool,
+    repeatable: bool,
+) -> torch.Tensor | None:
+    """As ``derivatives.sample_hvp``, but that ``grad_input`` is filled, in the image's type."""
+    modes = source, interpolation, padding, align_corners
+    total = None
+    if grad_input is not None:
+        if repeatable or source in INVERTIBLE:
+            sorted_backward(grad_output, params, control_points, grad_input, *modes, moved)
+        else:
+            total = _zeros(grad_input, params)
+    by_coordinates = None
+    if total is not None or coordinates_grad:
+        by_coordinates = sample_hvp(
+            grad_output, input, tangent, params, control_points, moved, total, *modes, coordinates_grad
+        )
+    _round(total, grad_input)
+    return by_coordinates
+
+
+def _zeros(grad_input: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+    """Zeros in the compute type: ``grad_input`` itself, if that is its type."""
+    compute = compute_dtypes(grad_input, params)[1]
+    return grad_input.zero_() if grad_input.dtype == compute else torch.zeros_like(grad_input, dtype=compute)
+
+
+def _round(total: torch.Tensor | None, grad_input: torch.Tensor | None) -> None:
+    if total is not None and grad_input is not None and total is not grad_input:
+        grad_input.copy_(total)
