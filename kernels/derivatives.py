@@ -344,7 +344,7 @@ def sample_jvp_kernel(
     stride_tangent = (stride_tangent_x, stride_tangent_y, stride_tangent_z)
     stride_out = (stride_out_x, stride_out_y, stride_out_z)
     outputs = sources.outputs_of(b, batch, transforms, GROUP)
-    out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
+    out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS, INDEX)
     p = sources.input_pixels(
         source,
         control_ptr,
@@ -538,7 +538,7 @@ def sample_hvp_kernel(
     stride_out = (stride_out_x, stride_out_y, stride_out_z)
     stride_grad = (stride_grad_x, stride_grad_y, stride_grad_z)
     outputs = sources.outputs_of(b, batch, transforms, GROUP)
-    out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
+    out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS, INDEX)
     p = sources.input_pixels(
         source,
         control_ptr,

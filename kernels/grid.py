@@ -74,10 +74,11 @@ def grid_kernel(
     b = pid // tiles
     source = (source_ptr, source_stride_0, source_stride_1, source_stride_2, source_stride_3, source_stride_4)
     out_size = (out_width, out_height, out_depth)
-    out, mask = output_pixels(tile, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
+    out, mask = output_pixels(tile, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS, INDEX)
     target = (
         grid_ptr + b.to(tl.int64) * stride_b + pixel_offset(out, (stride_x, stride_y, stride_z), DIMS, INDEX)
     )
+    stride_k = tl.cast(stride_k, INDEX)  # twice of it may pass 2^31
     outputs = sources.outputs_of(b, batch, transforms, 1)
     if BACKWARD:
         # a third entry is there in 2-D too, where no one reads it
@@ -140,19 +141,20 @@ def _launch(
 ):
     dims = grid.shape[-1]
     size = grid.shape[1:-1]
+    columns, rows = size[-1], size[:-1].numel()
     tile = configs.choose(
         grid.device,
         images=grid.shape[0],
         channels=1,
-        rows=size[:-1].numel(),
-        columns=size[-1],
+        rows=rows,
+        columns=columns,
         element_size=grid.element_size(),
         channels_last=False,
         interpolation=Interpolation.NEAREST,
         dims=dims,
         backward=backward,
     )
-    column_tiles, row_tiles = triton.cdiv(size[-1], tile.columns), triton.cdiv(size[:-1].numel(), tile.rows)
+    column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
     tiles = column_tiles * row_tiles
     compute = compute_dtypes(params) if control_points is None else compute_dtypes(params, control_points)
     buffer = None
@@ -179,7 +181,7 @@ def _launch(
         ALIGN_CORNERS=int(align_corners),
         DIMS=dims,
         COMPUTE=compute[0],
-        INDEX=index_dtype(grid),
+        INDEX=index_dtype(grid, rows=rows),
         FAST_LOG=source == Source.TPS and has_fast_log(grid.device, compute[0]),
         BACKWARD=backward,
         CONTROL_GRAD=control_grad,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 INT32_MAX = 2**31 - 1
+MOST_PROGRAMS = 2**31 - 1  # of a launch, along the first axis of its grid
 
 
 def compute_dtypes(*tensors: torch.Tensor) -> tuple[tl.dtype, torch.dtype]:
@@ -16,9 +17,14 @@ def compute_dtypes(*tensors: torch.Tensor) -> tuple[tl.dtype, torch.dtype]:
     return tl.float32, torch.float32
 
 
-def index_dtype(*tensors: torch.Tensor) -> tl.dtype:
-    """The width of an offset within one image, for which the largest of all images decides."""
-    return tl.int32 if all(image_span(tensor) <= INT32_MAX for tensor in tensors) else tl.int64
+def index_dtype(*tensors: torch.Tensor, rows: int = 0) -> tl.dtype:
+    """The width of an offset within one image, for which the largest of all images decides.
+
+    ``rows``: those of an output, depth * height, which tiles count; an expanded output may have more of them
+    than it spans.
+    """
+    spans = (rows, *map(image_span, tensors))
+    return tl.int32 if max(spans) <= INT32_MAX else tl.int64
 
 
 def image_span(tensor: torch.Tensor) -> int:
@@ -80,4 +86,6 @@ runner = run
 
 def launch(kernel, programs: int, device: torch.device, *args, **kwargs) -> None:
     """Runs ``programs`` programs of a kernel. Every launch of the package goes through here."""
+    if programs > MOST_PROGRAMS:
+        raise ValueError(f"{programs} tiles of pixels are more than the 2^31 - 1 that can be done at once")
     runner(kernel, programs, device, *args, **OPTIONS, **kwargs)

@@ -286,7 +286,7 @@ def sample_forward_kernel(
     stride_in = (stride_in_x, stride_in_y, stride_in_z)
     stride_out = (stride_out_x, stride_out_y, stride_out_z)
     outputs = sources.outputs_of(b, batch, transforms, GROUP)
-    out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
+    out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS, INDEX)
     p = sources.input_pixels(
         source,
         control_ptr,
@@ -417,7 +417,7 @@ def sample_backward_kernel(
     stride_out = (stride_out_x, stride_out_y, stride_out_z)
     stride_grad = (stride_grad_x, stride_grad_y, stride_grad_z)
     outputs = sources.outputs_of(b, batch, transforms, GROUP)
-    out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
+    out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS, INDEX)
     p = sources.input_pixels(
         source,
         control_ptr,
@@ -574,7 +574,7 @@ def _plan(
     splits = triton.cdiv(blocks, split_blocks)
     column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
     compute = compute_dtypes(gathered, params)[0]
-    index = index_dtype(*tensors, params)
+    index = index_dtype(*tensors, params, rows=rows)
     if (dense or source in sources.DENSE) and output.shape[-dims:].numel() * dims > INT32_MAX:
         index = tl.int64  # the gradient's buffer holds what an expanded grid does not
     shared = {

@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .coordinates import unnormalise, unnormalise_grad
+from .launch import INT32_MAX
 from .modes import Source
 from .tiles import axes, existing, rounded
 
@@ -97,6 +98,8 @@ def matrix_rows(source, n, t, ROWS: tl.constexpr, DIMS: tl.constexpr, COMPUTE: t
     """ROWS rows of DIMS + 1 entries. Strides by image, transform, row and column; the fifth is unused."""
     pointer, stride_n, stride_t, stride_row, stride_col, _ = source
     pointer += n * stride_n + t * stride_t
+    stride_row = tl.cast(stride_row, tl.int64)  # matrices may be far apart within, with images innermost
+    stride_col = tl.cast(stride_col, tl.int64)
     rows = ()
     for r in tl.static_range(ROWS):
         rows += (matrix_row(pointer + r * stride_row, stride_col, DIMS, COMPUTE),)
@@ -133,6 +136,7 @@ def dense_load(source, n, out, mask, DIMS: tl.constexpr, INDEX: tl.constexpr, CO
     """DIMS numbers for each output pixel. Strides by image, component, x, y and z."""
     pointer, stride_n, stride_component, stride_x, stride_y, stride_z = source
     base = pointer + n * stride_n
+    stride_component = tl.cast(stride_component, INDEX)  # twice of it may pass 2^31
     offset = out[0].to(INDEX) * stride_x + out[1].to(INDEX) * stride_y
     if DIMS == 3:
         offset += out[2].to(INDEX) * stride_z
@@ -297,11 +301,12 @@ def tps_coordinates(
     column. control_ptr: (controls, 2), contiguous. The basis U is evaluated once for the group.
     """
     pointer, stride_n, stride_t, stride_row, stride_col, _ = source
+    stride_row = tl.cast(stride_row, tl.int64)  # as in matrix_rows
     bases = ()
     sums = ()
     for g in tl.static_range(GROUP):
         base = pointer + outputs[g][0] * stride_n + outputs[g][1] * stride_t
-        tail = base + controls.to(tl.int64) * stride_row
+        tail = base + controls * stride_row
         bases += (base,)
         sum_x = tl.load(tail).to(COMPUTE) * pixels[0] + tl.load(tail + 2 * stride_row).to(COMPUTE)
         sum_y = tl.load(tail + stride_col).to(COMPUTE) * pixels[0]
@@ -348,6 +353,7 @@ def tps_backward(
     2 * (controls + 3) [+ 2 * controls], programs).
     """
     pointer, stride_n, stride_t, stride_row, stride_col, _ = source
+    stride_row = tl.cast(stride_row, tl.int64)
     entries = 2 * (controls + 3)
     if CONTROL_GRAD:
         entries += 2 * controls
@@ -635,7 +641,7 @@ def pack(source: Source, params: torch.Tensor, control_points: torch.Tensor | No
 
 def group_size(source: Source, batch: int) -> int:
     """Outputs a program works on: several where the basis of a spline can be shared."""
-    return 4 if source == Source.TPS and batch >= 4 else 1
+    return 4 if source == Source.TPS and 4 <= batch <= INT32_MAX else 1
 
 
 def gradient_buffer(

@@ -9,16 +9,35 @@ from .launch import channel_dim
 
 @triton.jit
 def output_pixels(
-    tile, column_tiles, out_size, DIMS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+    tile,
+    column_tiles,
+    out_size,
+    DIMS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    INDEX: tl.constexpr = tl.int32,
 ):
-    """The output pixels (x, y[, z]) of a tile, [pixels, 1], and which of them exist."""
+    """The output pixels (x, y[, z]) of a tile, [pixels, 1], and which of them exist.
+
+    Rows of a volume, depth * height of them, are counted in INDEX.
+    """
     lane = tl.arange(0, BLOCK_ROWS * BLOCK_COLUMNS)[:, None]
     x = (tile % column_tiles) * BLOCK_COLUMNS + lane % BLOCK_COLUMNS
-    row = (tile // column_tiles) * BLOCK_ROWS + lane // BLOCK_COLUMNS
     if DIMS == 3:
+        first = (tile // column_tiles).to(INDEX) * BLOCK_ROWS
+        slices = 0
+        if (
+            INDEX == tl.int64
+        ):  # one wide division for the tile: its rows are then counted from a slice's first
+            slices = (first // out_size[1]).to(tl.int32)
+            first = (first % out_size[1]).to(tl.int32)
+        row = first + lane // BLOCK_COLUMNS
         z = row // out_size[1]
-        return (x, row - z * out_size[1], z), (x < out_size[0]) & (z < out_size[2])
+        y = row - z * out_size[1]
+        z += slices
+        return (x, y, z), (x < out_size[0]) & (z < out_size[2])
     else:
+        row = (tile // column_tiles) * BLOCK_ROWS + lane // BLOCK_COLUMNS
         return (x, row), (x < out_size[0]) & (row < out_size[1])
 
 
