@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, nullcontext
 from typing import Any
@@ -48,9 +49,9 @@ class patch_torch(ContextDecorator):
     The patch holds for the whole process, for all threads, and an operator runs on what is in force when it
     runs: a backward pass outside the block runs on PyTorch's kernels. Blocks may be nested and may overlap
     in several threads: the last one to end restores PyTorch's kernels, unless ``enable`` was called.
-    Turn it on or off while no other thread is inside ``grid_sample``: PyTorch does not guard its
-    operators' registration against calls. Inside a compiled function it cannot be turned on; what the
-    compiler writes code for (Inductor: the 2-D forward pass) calls no operator and stays the compiler's.
+    PyTorch does not guard the registration of operators against calls in other threads: best turn it on
+    before they start. Inside a compiled function it cannot be turned on; what the compiler writes code for
+    (Inductor: the 2-D forward pass) calls no operator and stays the compiler's.
     """
 
     def __enter__(self) -> patch_torch:
@@ -80,6 +81,8 @@ class _Patch:
         self._enabled = False
         self._library: torch.library.Library | None = None
         self._registered_before = False
+        # other threads may still be inside a kernel that was just removed: the last ones are kept alive
+        self._recent: deque[list[Callable[..., Any]]] = deque(maxlen=64)
 
     def change(self, blocks: int = 0, enabled: bool | None = None) -> None:
         with self._lock:
@@ -101,12 +104,14 @@ class _Patch:
             with quiet:
                 if not self._registered_before:
                     warnings.filterwarnings("ignore", "Warning only once for all operators")
-                for name, key, function in list(_replacements()):
+                replacements = list(_replacements())
+                for name, key, function in replacements:
                     library.impl(name, function, key, with_keyset=True, allow_override=True)
         except BaseException:
             library._destroy()
             raise
         self._registered_before = True
+        self._recent.append([_kernel(name, key) for name, key, _ in replacements])
         return library
 
 
