@@ -1,7 +1,6 @@
 """The package as it is shipped: what is in it, that each way to install it works, and who may import whom."""
 
 import ast
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -41,9 +40,8 @@ def run(*command, cwd, **environment):
 
 
 def can_build():
-    if importlib.util.find_spec("pip") is None:
-        return False
-    try:
+    try:  # not find_spec("pip"): from there on setuptools can no longer be imported
+        metadata.version("pip")
         return int(metadata.version("setuptools").split(".")[0]) >= 77
     except metadata.PackageNotFoundError:
         return False

@@ -15,7 +15,7 @@ import stn_triton as stn
 from stn_triton import backend
 from stn_triton.kernels import launch
 
-try:  # at collection: setuptools, which it imports, wants to come before distutils
+try:
     from torch.testing._internal import common_methods_invocations as database
 except ImportError:  # it needs expecttest
     database = None
