@@ -107,11 +107,11 @@ class _Patch:
                 replacements = list(_replacements())
                 for name, key, function in replacements:
                     library.impl(name, function, key, with_keyset=True, allow_override=True)
+            self._recent.append([_kernel(name, key) for name, key, _ in replacements])
         except BaseException:
             library._destroy()
             raise
         self._registered_before = True
-        self._recent.append([_kernel(name, key) for name, key, _ in replacements])
         return library
 
 
@@ -144,7 +144,7 @@ def _has_kernel(name: str, key: str) -> bool:
 
 
 def _kernel(name: str, key: str) -> Callable[..., Any]:
-    """What PyTorch runs before the patch: a function of a key set and the operator's arguments."""
+    """What is registered now, as a function of a key set and the operator's arguments."""
     return torch.library.get_kernel(f"aten::{name}", key).call_boxed
 
 
