@@ -15,6 +15,7 @@ from .functional import (
     tps_grid,
     tps_grid_sample,
 )
+from .patch import patch_torch
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "flow_grid_sample",
     "grid_sample",
     "nn",
+    "patch_torch",
     "projective_grid",
     "projective_grid_sample",
     "tps_grid",
