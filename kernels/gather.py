@@ -346,6 +346,22 @@ def add_by_pixel(
 
 # ---------------------------------------------------------------------------------------- by output
 @triton.jit
+def row_range(row, ROWS: tl.constexpr, size, DIMS: tl.constexpr):
+    """The first and last (y[, z]) of ROWS rows from ``row`` on; all y where they go on in the next slice."""
+    if DIMS == 3:
+        last_row = tl.minimum(row + ROWS, size[1].to(row.dtype) * size[2]) - 1
+        z = (row // size[1]).to(tl.int32)
+        last_z = (last_row // size[1]).to(tl.int32)
+        whole = last_z > z
+        y = tl.where(whole, 0, (row % size[1]).to(tl.int32))
+        last_y = tl.where(whole, size[1] - 1, (last_row % size[1]).to(tl.int32))
+        return (y, z), (last_y, last_z)
+    else:
+        first = row.to(tl.int32)
+        return (first,), (tl.minimum(first + ROWS, size[1]) - 1,)
+
+
+@triton.jit
 def may_touch(
     rows,
     block,
@@ -360,26 +376,17 @@ def may_touch(
     ALIGN_CORNERS: tl.constexpr,
     DIMS: tl.constexpr,
     COMPUTE: tl.constexpr,
+    INDEX: tl.constexpr,
     OUT_ROWS: tl.constexpr,
     OUT_COLUMNS: tl.constexpr,
 ):
     """Whether outputs of ``block``, [blocks], may read pixels from ``tile_low`` to ``tile_high``."""
     RADIUS: tl.constexpr = 2.0 if INTERPOLATION == BICUBIC else 1.0
     x = (block % column_blocks) * OUT_COLUMNS
-    row = (block // column_blocks) * OUT_ROWS
-    if DIMS == 3:
-        total = out_size[1] * out_size[2]
-        last_row = tl.minimum(row + OUT_ROWS, total) - 1
-        z = row // out_size[1]
-        last_z = last_row // out_size[1]
-        whole = last_z > z  # the block goes on in the next slice
-        y = tl.where(whole, 0, row - z * out_size[1])
-        last_y = tl.where(whole, out_size[1] - 1, last_row - z * out_size[1])
-        first = (x, y, z)
-        last = (tl.minimum(x + OUT_COLUMNS, out_size[0]) - 1, last_y, last_z)
-    else:
-        first = (x, row)
-        last = (tl.minimum(x + OUT_COLUMNS, out_size[0]) - 1, tl.minimum(row + OUT_ROWS, out_size[1]) - 1)
+    row = (block // column_blocks).to(INDEX) * OUT_ROWS
+    first_yz, last_yz = row_range(row, OUT_ROWS, out_size, DIMS)
+    first = (x,) + first_yz
+    last = (tl.minimum(x + OUT_COLUMNS, out_size[0]) - 1,) + last_yz
     low = ()
     high = ()
     for axis in tl.static_range(DIMS):
@@ -448,8 +455,7 @@ def add_block(
     tile_low,
     tile_high,
     rows,
-    lane_x,
-    lane_row,
+    lanes,
     pointer,
     first_channel,
     channels,
@@ -472,7 +478,7 @@ def add_block(
     OUT_COLUMNS: tl.constexpr,
 ):
     """``acc`` plus what one block of outputs adds to the pixels of the tile that it reads."""
-    out, mask = output_pixels(block, column_blocks, out_size, DIMS, OUT_ROWS, OUT_COLUMNS)
+    out, mask = output_pixels(block, column_blocks, out_size, DIMS, OUT_ROWS, OUT_COLUMNS, INDEX)
     p = input_coordinates(rows, out, out_size, in_size, SOURCE, ALIGN_CORNERS, DIMS, COMPUTE)
     x0, x1, hit_x = pixels_read(
         p[0], tile_low[0], tile_high[0], in_size[0], INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE
@@ -500,14 +506,13 @@ def add_block(
     for z in range(first_z, last_z + 1):
         for y in range(first_y, last_y + 1):
             for x in range(first_x, last_x + 1):
-                row = y
+                here = (lanes[0] == x) & (lanes[1] == y)
                 q = (x, y)
                 if DIMS == 3:
-                    row = z * in_size[1] + y
+                    here = here & (lanes[2] == z)
                     q = (x, y, z)
                 weight = weight_of(p, q, in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE)
                 weight = tl.where(hit, weight, 0.0)
-                here = (lane_x == x) & (lane_row == row)
                 new = ()
                 for step in tl.static_range(UNROLL):
                     # a gradient that is not read adds nothing, not even a NaN
@@ -524,8 +529,7 @@ def add_by_output(
     rows,
     tile_low,
     tile_high,
-    lane_x,
-    lane_row,
+    lanes,
     pointer,
     first_channel,
     channels,
@@ -548,10 +552,10 @@ def add_by_output(
     OUT_COLUMNS: tl.constexpr,
 ):
     column_blocks = tl.cdiv(out_size[0], OUT_COLUMNS)
-    out_rows = out_size[1]
+    out_rows = out_size[1].to(INDEX)
     if DIMS == 3:
-        out_rows = out_size[1] * out_size[2]
-    blocks = column_blocks * tl.cdiv(out_rows, OUT_ROWS)
+        out_rows *= out_size[2]
+    blocks = column_blocks * tl.cdiv(out_rows, OUT_ROWS).to(tl.int32)
     for start in range(0, blocks, BLOCKS):
         block = start + tl.arange(0, BLOCKS)
         touches = may_touch(
@@ -568,6 +572,7 @@ def add_by_output(
             ALIGN_CORNERS,
             DIMS,
             COMPUTE,
+            INDEX,
             OUT_ROWS,
             OUT_COLUMNS,
         )
@@ -582,8 +587,7 @@ def add_by_output(
                 tile_low,
                 tile_high,
                 rows,
-                lane_x,
-                lane_row,
+                lanes,
                 pointer,
                 first_channel,
                 channels,
@@ -674,23 +678,14 @@ def gather_backward_kernel(
     out_size = (out_width, out_height, out_depth)
     stride_out = (stride_out_x, stride_out_y, stride_out_z)
     stride_grad = (stride_grad_x, stride_grad_y, stride_grad_z)
-    q, exists = output_pixels(tile, column_tiles, in_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
-    # the tile's first and last pixel along each axis, and each lane's place in it
+    q, exists = output_pixels(tile, column_tiles, in_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS, INDEX)
+    # the tile's first and last pixel along each axis
     first_x = (tile % column_tiles) * BLOCK_COLUMNS
-    first_row = (tile // column_tiles) * BLOCK_ROWS
     last_x = tl.minimum(first_x + BLOCK_COLUMNS, in_width) - 1
-    lane_row = q[1]
-    if DIMS == 3:
-        lane_row = q[2] * in_height + q[1]
-        last_row = tl.minimum(first_row + BLOCK_ROWS, in_height * in_depth) - 1
-        first_z = first_row // in_height
-        last_z = last_row // in_height
-        whole = last_z > first_z
-        tile_low = (first_x, tl.where(whole, 0, first_row - first_z * in_height), first_z)
-        tile_high = (last_x, tl.where(whole, in_height - 1, last_row - first_z * in_height), last_z)
-    else:
-        tile_low = (first_x, first_row)
-        tile_high = (last_x, tl.minimum(first_row + BLOCK_ROWS, in_height) - 1)
+    first_row = (tile // column_tiles).to(INDEX) * BLOCK_ROWS
+    first_yz, last_yz = row_range(first_row, BLOCK_ROWS, in_size, DIMS)
+    tile_low = (first_x,) + first_yz
+    tile_high = (last_x,) + last_yz
     low = ()
     high = ()
     for axis in tl.static_range(DIMS):
@@ -768,8 +763,7 @@ def gather_backward_kernel(
                     rows,
                     tile_low,
                     tile_high,
-                    q[0],
-                    lane_row,
+                    q,
                     pointer,
                     block * UNROLL,
                     channels,
@@ -852,7 +846,9 @@ def gather_backward(
         ALIGN_CORNERS=int(align_corners),
         DIMS=dims,
         COMPUTE=compute_dtypes(grad_input, params)[0],
-        INDEX=index_dtype(grad_output, grad_input, params),
+        INDEX=index_dtype(
+            grad_output, grad_input, params, rows=max(rows, grad_output.shape[-dims:-1].numel())
+        ),
         VECTOR_OUT=vector_width(grad_output, dims),
         VECTOR_GRAD=vector_width(grad_input, dims),
         EVEN_CHANNELS=channels % block == 0,

@@ -291,7 +291,7 @@ def sorted_keys_kernel(
     out_size = (out_width, out_height, out_depth)
     stride_moved = (stride_moved_x, stride_moved_y, stride_moved_z)
     outputs = sources.outputs_of(b, batch, transforms, GROUP)
-    out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
+    out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS, INDEX)
     p = sources.input_pixels(
         source,
         control_ptr,
@@ -314,7 +314,7 @@ def sorted_keys_kernel(
     if DIMS == 3:
         cells *= in_size[2]
         pixels *= out_size[2]
-    pixel = pixel_offset(out, (1, out_size[0], out_size[0] * out_size[1]), DIMS, INDEX)
+    pixel = pixel_offset(out, (1, out_size[0], out_size[0].to(INDEX) * out_size[1]), DIMS, INDEX)
     if MOVED:
         moved_offset = pixel_offset(out, stride_moved, DIMS, INDEX)
     for g in tl.static_range(GROUP):
@@ -338,7 +338,7 @@ def sorted_keys_kernel(
         if MOVED:
             moved = moved_ptr + n * stride_moved_n + t * stride_moved_t + moved_offset
             for k in tl.static_range(DIMS):
-                tangent = tl.load(moved + k * stride_moved_k, kept, other=0.0).to(COMPUTE)
+                tangent = tl.load(moved + tl.cast(k, INDEX) * stride_moved_k, kept, other=0.0).to(COMPUTE)
                 if SOURCE != sources.FLOW:
                     tangent *= unnormalise_grad(in_size[k], ALIGN_CORNERS, COMPUTE)
                 tl.store(record + DIMS + k, tangent, kept)
@@ -413,7 +413,7 @@ def sorted_sum_kernel(
     stride_in = (stride_in_x, stride_in_y, stride_in_z)
     out_sizes = (out_size_0, out_size_1, out_size_2)
     out_strides = (stride_out_0, stride_out_1, stride_out_2, stride_out_3)
-    q, mask = output_pixels(pid % tiles, column_tiles, in_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS)
+    q, mask = output_pixels(pid % tiles, column_tiles, in_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS, INDEX)
     lane = tl.arange(0, PIXELS)[:, None]
     cells = in_size[0].to(tl.int64) * in_size[1]
     if DIMS == 3:

@@ -40,9 +40,10 @@ def scatter(grad_output, params, in_shape, modes, source=Source.AFFINE):
     """The same by plain PyTorch in float64."""
     grad_output, params = grad_output.double().cpu(), params.double().cpu()
     by_transform = grad_output if grad_output.dim() > len(in_shape) else grad_output.unsqueeze(1)
-    image = torch.zeros(in_shape, dtype=torch.float64)
     wanted = True, False
-    return reference.sample_backward(by_transform, image, params, None, source, *modes, *wanted)[0]
+    return reference.sample_backward(
+        by_transform, None, params, None, source, torch.Size(in_shape[2:]), *modes, *wanted
+    )[0]
 
 
 def random_homography(batch, device, tilt=0.3):
