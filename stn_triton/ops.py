@@ -28,11 +28,13 @@ and everything else of second order is made of these. Only sample_hvp is differe
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 
 from . import backend, reference
@@ -524,13 +526,23 @@ def _apply(
     if not torch.compiler.is_compiling():
         return function.apply(*inputs)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _apply_untraced(function, *inputs)  # Dynamo would take the operator for a constant
+        # Dynamo would take the operator for a constant
+        torch._dynamo.graph_break(
+            msg="stn_triton is not compiled within function transforms and forward mode"
+        )
+        return _apply_untraced(function, *inputs)
     return traced.apply(*inputs)
 
 
-_untraced: Callable[[Any], Any] = torch.compiler.disable(
-    reason="Dynamo traces neither function transforms nor forward mode of stn_triton's functions"
-)
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, into which Dynamo does not look; nor is it imported for that."""
+    disabled = _disable_dynamo(function)
+
+    @functools.wraps(function)
+    def untraced(*args: Any) -> Any:
+        return (disabled if "torch._dynamo" in sys.modules else function)(*args)
+
+    return untraced
 
 
 @_untraced
