@@ -22,7 +22,6 @@ from torch import Tensor
 from . import backend
 from .checks import DTYPES
 from .kernels.modes import Interpolation, Padding, Source
-from .reference import compute_dtype
 
 __all__ = ["patch_torch"]
 
@@ -284,10 +283,13 @@ def _gradients(
     input_grad: bool,
     grid_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """One launch; either is None unless asked for. d input is added up in the compute type."""
-    from .kernels.sample import sample_backward
+    """Either is None unless asked for."""
+    from .kernels import backward
 
-    total = input.new_zeros(input.shape, dtype=compute_dtype(input, grid)) if input_grad else None
+    grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device) if input_grad else None
     modes = interpolation, padding, align_corners
-    grad_grid, _ = sample_backward(grad_output, input, grid, None, total, Source.GRID, *modes, grid_grad)
-    return None if total is None else total.to(input.dtype), grad_grid
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    grad_grid, _ = backward.first(
+        grad_output, input, grid, None, grad_input, Source.GRID, *modes, grid_grad, False, repeatable
+    )
+    return grad_input, grad_grid

@@ -635,6 +635,7 @@ def test_deterministic(device, launched):
     finally:
         torch.use_deterministic_algorithms(False)
     assert FORWARD in names(launched)
+    assert "sorted_sum_kernel" in names(launched)
 
 
 OPERATOR_SAMPLES = ["grid_sampler_2d", "grid_sampler_3d", "nn.functional.grid_sample"]
