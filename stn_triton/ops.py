@@ -617,14 +617,17 @@ def _vmap(
     source, shape = inputs[count : count + 2]
     samples = info.batch_size
     mapped = [kind for kind, dim in zip(arguments, dims, strict=True) if dim is not None]
-    if "control" in (*mapped, *results):
+    if "control" in (*mapped, *results) or samples == 0:
         found = []
-        for k in range(samples):
-            chosen = (t if dim is None else t.select(dim, k) for t, dim in zip(tensors, dims, strict=True))
+        for k in range(max(samples, 1)):  # of no samples, one of zeros, whose results are dropped
+            chosen = (
+                t if dim is None else t.select(dim, k) if samples else t.sum(dim)
+                for t, dim in zip(tensors, dims, strict=True)
+            )
             one = function.apply(*chosen, *inputs[count:])
             found.append(one if isinstance(one, tuple) else (one,))
         stacked = tuple(
-            column[0] if kind is None else torch.stack(column)
+            column[0] if kind is None else torch.stack(column)[:samples]
             for kind, column in zip(results, zip(*found, strict=True), strict=True)
         )
         out_dims = tuple(None if kind is None else 0 for kind in results)

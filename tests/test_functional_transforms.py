@@ -219,6 +219,23 @@ def test_broadcast_over_nothing(anywhere, device):
     assert_vmaps(gradient, (1, 0), (several(image, 1), theta))
 
 
+@pytest.mark.parametrize("name", ["grid-2d", "affine-2d", "tps", "flow-2d"])
+def test_vmap_over_one_or_none(anywhere, device, name):
+    """One image in the batch, and (where PyTorch's own operators allow it) no samples at all."""
+    tensors, size = arguments(name, device, images=1)
+    rest = (None,) * len(tensors[2:])
+    for what, function in derivatives(sampler(name, size, "bilinear", "zeros"), tensors).items():
+        for in_dims in ((0, None, *rest), (None, 0, *rest), (1, 1, *rest)):
+            args = [several(tensor, dim) for tensor, dim in zip(tensors, in_dims)]
+            assert_vmaps(function, in_dims, args)
+            if what != "samples":
+                continue
+            none = [t if dim is None else t.narrow(dim, 0, 0) for t, dim in zip(args, in_dims)]
+            results = as_tuple(vmap(function, in_dims=in_dims)(*none))
+            for result, one in zip(results, as_tuple(function(*tensors)), strict=True):
+                assert result.shape == (0, *one.shape)
+
+
 # ------------------------------------------------------------------------------- Jacobians and Hessians
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest"])
 @pytest.mark.parametrize("name", ["grid-2d", "affine-transforms", "projective", "tps", "flow-2d"])
