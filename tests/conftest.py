@@ -9,6 +9,8 @@ ON_GPU = torch.accelerator.is_available() and torch.accelerator.current_accelera
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
+from common import quick_interpreter  # noqa: E402
+
 from stn_triton import backend  # noqa: E402
 
 
@@ -30,3 +32,10 @@ def either_backend(request):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _quick():
+    """Tests of memory and of overflow ask for the interpreter's checks themselves."""
+    with quick_interpreter(overflow_checks=False):
+        yield

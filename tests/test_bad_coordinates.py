@@ -19,7 +19,6 @@ from common import (
     PADDINGS,
     affine_witness,
     assert_close,
-    quick_interpreter,
     witness,
 )
 
@@ -47,12 +46,6 @@ COMBINATIONS = [
     )
     for case in itertools.product((2, 3), MODES, PADDINGS, (False, True), DTYPES)
 ]
-
-
-@pytest.fixture(autouse=True)
-def _quick():
-    with quick_interpreter(overflow_checks=False):
-        yield
 
 
 def bad_grid(values, dims, dtype, device):

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from common import MODES, PADDINGS, assert_close, quick_interpreter
+from common import MODES, PADDINGS, assert_close
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,12 +30,6 @@ SOURCES = {
     "flow-2d": (Source.FLOW, 2, None, True),
     "flow-3d": (Source.FLOW, 3, None, False),
 }
-
-
-@pytest.fixture(autouse=True)
-def _quick():
-    with quick_interpreter(overflow_checks=False):
-        yield
 
 
 @pytest.fixture

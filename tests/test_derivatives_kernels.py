@@ -22,7 +22,6 @@ from common import (
     away_from_kinks,
     checked_addresses,
     place,
-    quick_interpreter,
     random_grid,
     random_theta,
 )
@@ -54,12 +53,6 @@ every_source = pytest.mark.parametrize(
         if dims == 2 or source not in PLANAR
     ],
 )
-
-
-@pytest.fixture(autouse=True)
-def _quick():
-    with quick_interpreter(overflow_checks=False):
-        yield
 
 
 @pytest.fixture

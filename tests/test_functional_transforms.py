@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.autograd.functional as functional
-from common import assert_close, quick_interpreter
+from common import assert_close
 from test_derivatives import SOURCES, Calls, arguments, leaves, sampler
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -30,12 +30,6 @@ PUBLIC = {
     "projective_grid": lambda x, p: x.mean() * stn.projective_grid(p, (2, 1, 3, 4)),
     "tps_grid": lambda x, p: x.mean() * stn.tps_grid(p, (2, 1, 3, 4)),
 }
-
-
-@pytest.fixture(autouse=True)
-def _quick():
-    with quick_interpreter(overflow_checks=False):
-        yield
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from common import MODES, PADDINGS, assert_close, pixel_coordinates, quick_interpreter
+from common import MODES, PADDINGS, assert_close, pixel_coordinates
 
 import stn_triton as stn
 
@@ -16,12 +16,6 @@ OPERATORS = {
     if info.name
     in ("nn.functional.grid_sample", "grid_sampler_2d", "grid_sampler_3d", "nn.functional.affine_grid")
 }
-
-
-@pytest.fixture(autouse=True)
-def _quick():
-    with quick_interpreter(overflow_checks=False):
-        yield
 
 
 def as_call(name, sample):

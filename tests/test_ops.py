@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from common import quick_interpreter, random_grid, random_theta
+from common import random_grid, random_theta
 from torch._subclasses import FakeTensorMode
 
 import stn_triton as stn
@@ -24,12 +24,6 @@ FORMATS = {
     "channels_last_sliced": lambda x: FORMATS["channels_last"](torch.cat([x, x], 1))[:, : x.shape[1]],
     "expanded": lambda x: x[:, :1].expand_as(x),
 }
-
-
-@pytest.fixture(autouse=True)
-def _quick():
-    with quick_interpreter(overflow_checks=False):
-        yield
 
 
 def arguments(source, dims, device, layout="contiguous", transforms=None, dtype=torch.float32):

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from common import PADDINGS, assert_close, away_from_kinks, quick_interpreter, random_grid
+from common import PADDINGS, assert_close, away_from_kinks, random_grid
 from test_backend import python
 
 import stn_triton as stn
@@ -27,9 +27,8 @@ ATEN = torch.ops.aten
 
 
 @pytest.fixture(autouse=True)
-def _quick():
-    with quick_interpreter(overflow_checks=False):
-        yield
+def _not_left_in_force():
+    yield
     assert not in_force(), "the test leaves the patch in force"
 
 
