@@ -25,7 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from . import backward, derivatives, gather, grid, launch, sample
+from . import derivatives, gather, grid, launch, sample
 from .modes import Interpolation, Padding, Source
 from .sorted import sorted_backward
 
@@ -164,7 +164,7 @@ Case = dict[str, Any]
 def possible(case: Case) -> bool:
     """Homographies and splines are planar, only splines have control points, a grid has the image's dtype.
 
-    Grids and flows have no transforms. Of affine maps and homographies d image is gathered.
+    Grids and flows have no transforms.
     """
     source = case.get("source")
     by_controls = "control" in (case.get("gradients"), case.get("direction"))
@@ -175,8 +175,6 @@ def possible(case: Case) -> bool:
     if source in (Source.GRID, Source.FLOW) and case.get("transforms", 1) > 1:
         return False
     if case.get("moved") and case.get("interpolation") == Interpolation.NEAREST:
-        return False
-    if source in backward.INVERTIBLE and case.get("gradients") in ("input", "both"):
         return False
     dtypes = case.get("dtypes")
     if source == Source.GRID and dtypes is not None and dtypes[0] != dtypes[1]:
