@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import distributed
 from .checks import check_device, check_int, check_regularization, check_tensor, refuse
 
 __all__ = [
@@ -311,7 +312,8 @@ def tps_coefficients(
     else:
         _check_control_points(control_points, points.shape[-2], "points", points)
         result, _ = _dtypes(points, control_points)
-        matrix = _control_matrix(control_points, regularization)
+        matrix = _control_matrix(distributed.whole(control_points), regularization)
+    matrix = distributed.replicated(matrix, points)
     return (matrix @ points.double()).to(result)  # float64 knows neither TF32 nor autocast
 
 
