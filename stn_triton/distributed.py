@@ -135,8 +135,9 @@ def _strategies(operator: _Operator, *arguments: Any) -> list[tuple[list[Any], l
     for split in _splits(tensors[kinds.index("params")], source):
         if any(kind in split for kind, t in zip(kinds, tensors, strict=True) if t is not None):
             # of what a process has whole, it has the gradient that comes from its share
-            of_results = [Shard(split[kind]) if kind in split else Partial() for kind in results]
-            add(of_results, [Shard(split[kind]) if kind in split else Replicate() for kind in kinds])
+            sharded: dict[str, Any] = {kind: Shard(dim) for kind, dim in split.items()}
+            of_results = [sharded.get(kind, Partial()) for kind in results]
+            add(of_results, [sharded.get(kind, Replicate()) for kind in kinds])
     for summed, sums in operator.terms if source in operator.linear else ():
         if any(tensors[k] is not None for k in summed):
             for sum_or_mean in Partial(), Partial("avg"):

@@ -1,4 +1,4 @@
-"""Training and DTensor over two processes: results as in one process, and no more communication than it takes.
+"""Training and DTensor over two processes: results as in one, and no more communication than it takes.
 
 Two gloo processes on the CPU, with PyTorch's operators, serve all of these tests.
 """
@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.xdist_group("distributed"),
     pytest.mark.filterwarnings("ignore:::torch"),
 ]
+TRANSFORMS = ["affine", "attention", "similarity", "projective", "tps"]
 SECONDS = 60  # until what should take one or two is given up
 
 
@@ -148,7 +149,7 @@ def check_training(transform, parallel):
 
 
 @pytest.mark.parametrize("parallel", ["DDP", "FSDP2"])
-@pytest.mark.parametrize("transform", ["affine", "attention", "similarity", "projective", "tps"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
 def test_training_is_that_of_one_process(both, transform, parallel):
     both(check_training, transform, parallel)
 
@@ -262,7 +263,7 @@ def test_dtensor(both, name):
 def check_mesh():
     """Images over one dimension of a mesh and channels over the other; here each has one process."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     for shape in (1, 2), (2, 1):
         mesh = init_device_mesh("cpu", shape)
@@ -280,6 +281,99 @@ def check_mesh():
 
 def test_mesh_of_two_dimensions(both):
     both(check_mesh)
+
+
+def check_second_derivatives(function, of_image, of_params):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    def second(image, params):
+        output = globals()[function](image, params)
+        first = torch.autograd.grad(output.square().sum(), [image, params], create_graph=True)
+        return torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), [image, params])
+
+    mesh = init_device_mesh("cpu", (2,))
+    image, params = make("image", 4), make("affine" if function == "affine" else "points", 4)
+    placements = [Replicate() if dim is None else Shard(dim) for dim in (of_image, of_params)]
+    sharded = [distribute_tensor(t, mesh, [p]) for t, p in zip((image, params), placements, strict=True)]
+    found = second(*(t.requires_grad_() for t in sharded))
+    assert found[0].placements == (placements[0],)
+    for actual, expected in zip(found, second(image.requires_grad_(), params.requires_grad_()), strict=True):
+        scale = expected.abs().max()
+        torch.testing.assert_close(actual.full_tensor() / scale, expected / scale, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("function", ["affine", "spline"])
+@pytest.mark.parametrize("of_image, of_params", [(0, 0), (1, None)], ids=["batch", "channels"])
+def test_second_derivatives_of_dtensors(both, function, of_image, of_params):
+    both(check_second_derivatives, function, of_image, of_params)
+
+
+def check_compiled(function, kind):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.compiler.reset()
+    mesh = init_device_mesh("cpu", (2,))
+    tensors = [make("image", 4), make(kind, 4)]
+    compiled = torch.compile(globals()[function], fullgraph=True, backend="aot_eager")
+    sharded = [distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in tensors]
+    output = compiled(*sharded)
+    assert output.placements == (Shard(0),)
+    found = torch.autograd.grad(output.square().sum().full_tensor(), sharded)
+    expected = globals()[function](*(t.requires_grad_() for t in tensors))
+    torch.testing.assert_close(output.full_tensor(), expected)
+    for actual, reference in zip(found, torch.autograd.grad(expected.square().sum(), tensors), strict=True):
+        assert actual.placements == (Shard(0),)
+        torch.testing.assert_close(actual.full_tensor(), reference, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("function, kind", [("affine", "affine"), ("spline", "points")])
+def test_dtensors_compile(both, function, kind):
+    both(check_compiled, function, kind)
+
+
+def check_module(transform):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    images = torch.randn(8, 2, 8, 9)
+    alone, net = make_net(transform)[0], make_net(transform)[0]
+    distribute_module(net, mesh)
+    output = net(distribute_tensor(images, mesh, [Shard(0)]))
+    assert output.placements == (Shard(0),)
+    torch.testing.assert_close(output.full_tensor(), alone(images), atol=1e-5, rtol=1e-5)
+    output.square().sum().backward()
+    alone(images).square().sum().backward()
+    for parameter, expected in zip(net.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_distributed_module(both, transform):
+    """``distribute_module`` takes a ``SpatialTransformer``: its input's batch stays sharded."""
+    both(check_module, transform)
+
+
+def test_first_dtensor_registers():
+    """``register`` is called for the user, who may import PyTorch's module before or after the package."""
+    program = """
+import os, sys
+import torch, stn_triton as stn
+from stn_triton import distributed
+assert "torch.distributed.tensor" not in sys.modules, "import stn_triton imported it"
+stn.affine_grid_sample(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 3))
+assert "torch.distributed.tensor" not in sys.modules, "a plain tensor imported it"
+from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+mesh = DeviceMesh("cpu", [0])
+image, theta = (distribute_tensor(torch.zeros(2, *shape), mesh, [Shard(0)]) for shape in ((1, 2, 2), (2, 3)))
+assert not distributed._registered
+assert stn.affine_grid_sample(image, theta).placements == (Shard(0),)
+torch.distributed.destroy_process_group()
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=SECONDS)
 
 
 # ----------------------------------------------------------------------------------------- strategies
@@ -358,7 +452,9 @@ def combined(shares, placement):
 
 
 STRATEGIES = [
-    pytest.param(name, source, transforms, id=f"{name}-{source.name.lower()}{'-several' if transforms else ''}")
+    pytest.param(
+        name, source, transforms, id=f"{name}-{source.name.lower()}{'-several' if transforms else ''}"
+    )
     for name in distributed._OPERATORS
     for source in Source
     for transforms in (False, True)
