@@ -28,11 +28,13 @@ and everything else of second order is made of these. Only sample_hvp is differe
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 
 from . import backend, distributed, reference
@@ -546,13 +548,23 @@ def _apply(
     if not torch.compiler.is_compiling():
         return function.apply(*inputs)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _apply_untraced(function, *inputs)  # Dynamo would take the operator for a constant
+        # Dynamo would take the operator for a constant
+        torch._dynamo.graph_break(
+            msg="stn_triton is not compiled within function transforms and forward mode"
+        )
+        return _apply_untraced(function, *inputs)
     return traced.apply(*inputs)
 
 
-_untraced: Callable[[Any], Any] = torch.compiler.disable(
-    reason="Dynamo traces neither function transforms nor forward mode of stn_triton's functions"
-)
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, into which Dynamo does not look; nor is it imported for that."""
+    disabled = _disable_dynamo(function)
+
+    @functools.wraps(function)
+    def untraced(*args: Any) -> Any:
+        return (disabled if "torch._dynamo" in sys.modules else function)(*args)
+
+    return untraced
 
 
 @_untraced
@@ -709,8 +721,9 @@ def _vector_jacobian(
     if not weights or not any(needed):
         return [None] * len(tensors)
     chosen, narrowed = _narrowed(function, tensors, needed, cotangents)
-    _, pullback, *_ = torch.func.vjp(narrowed, *chosen)
-    found = iter(pullback(weights))
+    with backend.without_autocast(weights[0].device.type):
+        _, pullback, *_ = torch.func.vjp(narrowed, *chosen)
+        found = iter(pullback(weights))
     return [next(found) if need else None for need in needed]
 
 
@@ -727,10 +740,11 @@ def _jacobian_vector(
     """
     asked = tuple(True if want else None for want in wanted)
     chosen, narrowed = _narrowed(function, tensors, tuple(t is not None for t in tangents), asked)
-    results, pullback, *_ = torch.func.vjp(narrowed, *chosen)
     directions = tuple(tangent for tangent in tangents if tangent is not None)
-    _, transposed, *_ = torch.func.vjp(pullback, tuple(torch.zeros_like(result) for result in results))
-    found = iter(transposed(directions)[0])
+    with backend.without_autocast(directions[0].device.type):
+        results, pullback, *_ = torch.func.vjp(narrowed, *chosen)
+        _, transposed, *_ = torch.func.vjp(pullback, tuple(torch.zeros_like(result) for result in results))
+        found = iter(transposed(directions)[0])
     return [next(found) if want else None for want in wanted]
 
 
@@ -745,9 +759,7 @@ def _narrowed(
     def narrowed(*some: Tensor) -> tuple[Tensor, ...]:
         given = iter(some)
         arguments = (next(given) if choose else t for t, choose in zip(tensors, chosen, strict=True))
-        device = some[0].device.type
-        with backend.without_autocast(device):
-            found = function(*arguments)
+        found = function(*arguments)
         return tuple(
             r for r, asked in zip(found, results, strict=True) if r is not None and asked is not None
         )
