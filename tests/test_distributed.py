@@ -4,6 +4,7 @@ Two gloo processes on the CPU, with PyTorch's operators, serve all of these test
 """
 
 import datetime
+import functools
 import multiprocessing
 import subprocess
 import sys
@@ -101,6 +102,14 @@ def both(start):
     return run
 
 
+@functools.cache
+def mesh_of(*shape):
+    """One of each shape: DTensor's caches take equal meshes for one, and the compiler does not."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", shape)
+
+
 # -------------------------------------------------------------------------------------------- training
 def make_net(transform):
     torch.manual_seed(1)
@@ -125,7 +134,6 @@ def train(net, images, labels):
 
 def check_training(transform, parallel):
     """Halves of a batch in two processes train a net as the whole does in one."""
-    from torch.distributed.device_mesh import init_device_mesh
 
     images, labels = torch.randn(8, 2, 8, 9), torch.randint(3, (8,))
     alone, net = make_net(transform), make_net(transform)
@@ -136,7 +144,7 @@ def check_training(transform, parallel):
     else:
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh("cpu", (2,))
+        mesh = mesh_of(2)
         fully_shard(net[0], mesh=mesh)
         wrapped = fully_shard(net, mesh=mesh)
     rank = torch.distributed.get_rank()
@@ -219,12 +227,11 @@ DTENSORS = {
 
 def check_dtensor(name):
     """The values and gradients of plain tensors, sharded as expected, and no tensor is gathered."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode
 
     placements = {"R": Replicate(), "P": Partial()} | {f"S{dim}": Shard(dim) for dim in range(3)}
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = mesh_of(2)
     function, arguments, of_result, of_gradients = DTENSORS[name]
     plain, sharded = [], []
     for argument in arguments:
@@ -262,11 +269,10 @@ def test_dtensor(both, name):
 
 def check_mesh():
     """Images over one dimension of a mesh and channels over the other; here each has one process."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     for shape in (1, 2), (2, 1):
-        mesh = init_device_mesh("cpu", shape)
+        mesh = mesh_of(*shape)
         image, theta = make("image", 4).requires_grad_(), make("affine", 1).requires_grad_()
         images = distribute_tensor(image.detach(), mesh, [Shard(0), Shard(1)]).requires_grad_()
         thetas = distribute_tensor(theta.detach(), mesh, [Replicate(), Replicate()]).requires_grad_()
@@ -284,7 +290,6 @@ def test_mesh_of_two_dimensions(both):
 
 
 def check_second_derivatives(function, of_image, of_params):
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     def second(image, params):
@@ -292,7 +297,7 @@ def check_second_derivatives(function, of_image, of_params):
         first = torch.autograd.grad(output.square().sum(), [image, params], create_graph=True)
         return torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), [image, params])
 
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = mesh_of(2)
     image, params = make("image", 4), make("affine" if function == "affine" else "points", 4)
     placements = [Replicate() if dim is None else Shard(dim) for dim in (of_image, of_params)]
     sharded = [distribute_tensor(t, mesh, [p]) for t, p in zip((image, params), placements, strict=True)]
@@ -310,11 +315,10 @@ def test_second_derivatives_of_dtensors(both, function, of_image, of_params):
 
 
 def check_compiled(function, kind):
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     torch.compiler.reset()
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = mesh_of(2)
     tensors = [make("image", 4), make(kind, 4)]
     compiled = torch.compile(globals()[function], fullgraph=True, backend="aot_eager")
     sharded = [distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in tensors]
@@ -334,10 +338,9 @@ def test_dtensors_compile(both, function, kind):
 
 
 def check_module(transform):
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = mesh_of(2)
     images = torch.randn(8, 2, 8, 9)
     alone, net = make_net(transform)[0], make_net(transform)[0]
     distribute_module(net, mesh)
