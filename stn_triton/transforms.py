@@ -416,7 +416,8 @@ def _plain_lattice_matrix(k: int, device: torch.device) -> Tensor:
     if (k, device) not in _lattices:
         with torch.inference_mode(False), torch.no_grad():
             lattice = control_lattice(k, device="cpu", dtype=torch.float64)
-            _lattices[k, device] = _solve(lattice, 0.0).to(device)
+            matrix = _solve(lattice, 0.0).to(device)
+            _lattices.setdefault((k, device), matrix)  # another thread's, if that was first, is in use
     return _lattices[k, device]
 
 
