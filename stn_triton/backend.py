@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -23,7 +24,8 @@ class Backend(NamedTuple):
     reason: str
 
 
-_forced: Name | None = None
+_forced: tuple[Backend, ...] = ()  # by the blocks that are open, the last one's last
+_lock = threading.Lock()
 
 
 def interpreting() -> bool:
@@ -33,8 +35,9 @@ def interpreting() -> bool:
 
 def select(device_type: str) -> Backend:
     """The backend for tensors on a device of this type ("cpu", "cuda", "xpu", ...)."""
-    if _forced is not None:
-        return Backend(_forced, "asked for by backend.use")
+    forced = _forced
+    if forced:
+        return forced[-1]
     return _select(device_type, interpreting())
 
 
@@ -59,11 +62,14 @@ def _select(device_type: str, interpret: bool) -> Backend:
 def use(name: Name) -> Iterator[None]:
     """Force one backend, in all threads: for comparing them. "torch" works on every device."""
     global _forced
-    before, _forced = _forced, name
+    chosen = Backend(name, "asked for by backend.use")
+    with _lock:
+        _forced = *_forced, chosen
     try:
         yield
     finally:
-        _forced = before
+        with _lock:  # other threads' blocks may have been opened since, and stay open
+            _forced = tuple(other for other in _forced if other is not chosen)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, transforms
+from . import distributed, ops, transforms
 from .checks import (
     DTYPES,
     INTERPOLATIONS,
@@ -436,7 +436,7 @@ def _spline(points: Tensor, control_points: Tensor | None, regularization: float
     if control_points is None:
         side = transforms.lattice_side("points", points.shape[-2])
         control_points = transforms.control_lattice(side, device=points.device, dtype=coefficients.dtype)
-    return coefficients, control_points.to(coefficients.dtype)
+    return coefficients, distributed.replicated(control_points.to(coefficients.dtype), coefficients)
 
 
 # ----------------------------------------------------------------------------------------- validation

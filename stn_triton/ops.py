@@ -37,7 +37,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 
-from . import backend, reference
+from . import backend, distributed, reference
 from .kernels.modes import Interpolation, Padding, Source
 
 __all__ = ["grid", "sample"]
@@ -174,9 +174,17 @@ def _new_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d input in the input's memory format, d params and d control points contiguous."""
     input_grad, params_grad, control_grad = wanted
-    grad_input = _new_images(grad_output, in_shape, channels_last) if input_grad else grad_output.new_empty(0)
+    grad_input = _new_image_gradient(grad_output, in_shape, channels_last, input_grad)
     grad_params = params.new_empty(params.shape if params_grad else (0,))
     return grad_input, grad_params, _new_control_gradient(params, control_points, control_grad)
+
+
+def _new_image_gradient(grad_output: Tensor, in_shape: Any, channels_last: bool, input_grad: bool) -> Tensor:
+    """Its batch and channels are those of ``grad_output``: a shard's, where ``in_shape`` is that of all."""
+    if not input_grad:
+        return grad_output.new_empty(0)
+    shape = grad_output.shape[0], grad_output.shape[1 - len(in_shape)], *in_shape[2:]
+    return _new_images(grad_output, shape, channels_last)
 
 
 def _new_control_gradient(params: Tensor, control_points: Tensor | None, control_grad: bool) -> Tensor:
@@ -405,11 +413,10 @@ def _new_second_gradients(
     input_grad: bool,
     coordinates_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    nothing = grad_output.new_empty(0)
-    return (
-        _new_images(grad_output, in_shape, channels_last) if input_grad else nothing,
-        _new_coordinates(grad_output, params, source, len(in_shape) - 2) if coordinates_grad else nothing,
-    )
+    grad_input = _new_image_gradient(grad_output, in_shape, channels_last, input_grad)
+    if coordinates_grad:
+        return grad_input, _new_coordinates(grad_output, params, source, len(in_shape) - 2)
+    return grad_input, grad_output.new_empty(0)
 
 
 def _sample_hvp_fake(
@@ -523,6 +530,8 @@ def _apply(
     traced: type[torch.autograd.Function], function: type[torch.autograd.Function], *inputs: Any
 ) -> Tensor:
     """``function``, or ``traced`` in its place where Dynamo is at work."""
+    if distributed.is_sharded(inputs[0]):
+        distributed.register()
     if not torch.compiler.is_compiling():
         return function.apply(*inputs)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:

@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import distributed
 from .checks import check_device, check_int, check_regularization, check_tensor, refuse
 
 __all__ = [
@@ -311,7 +312,8 @@ def tps_coefficients(
     else:
         _check_control_points(control_points, points.shape[-2], "points", points)
         result, _ = _dtypes(points, control_points)
-        matrix = _control_matrix(control_points, regularization)
+        matrix = _control_matrix(distributed.whole(control_points), regularization)
+    matrix = distributed.replicated(matrix, points)
     return (matrix @ points.double()).to(result)  # float64 knows neither TF32 nor autocast
 
 
@@ -414,7 +416,8 @@ def _plain_lattice_matrix(k: int, device: torch.device) -> Tensor:
     if (k, device) not in _lattices:
         with torch.inference_mode(False), torch.no_grad():
             lattice = control_lattice(k, device="cpu", dtype=torch.float64)
-            _lattices[k, device] = _solve(lattice, 0.0).to(device)
+            matrix = _solve(lattice, 0.0).to(device)
+            _lattices.setdefault((k, device), matrix)  # another thread's, if that was first, is in use
     return _lattices[k, device]
 
 

@@ -196,7 +196,7 @@ def test_import_starts_nothing(tmp_path):
     """`import stn_triton` loads no Triton, initialises no CUDA and starts neither a thread nor a process."""
     loaded = run("-c", IMPORT_EFFECTS, cwd=tmp_path, PYTHONPATH=ROOT).split()
     assert "stn_triton" in loaded
-    banned = ("triton", "matplotlib", "skimage", "stn_triton.kernels.sample")
+    banned = ("triton", "matplotlib", "skimage", "torch.distributed.tensor", "stn_triton.kernels.sample")
     assert not [name for name in loaded if name.startswith(banned)]
 
 
@@ -207,10 +207,11 @@ ALLOWED_IMPORTS = {
     "kernels": {"kernels"},
     "backend": set(),
     "checks": {"kernels.modes"},
-    "transforms": {"checks"},
+    "distributed": {"kernels.modes"},
+    "transforms": {"checks", "distributed"},
     "reference": {"kernels.modes"},
-    "ops": {"kernels", "backend", "reference"},
-    "functional": {"ops", "transforms", "checks", "kernels.modes"},
+    "ops": {"kernels", "backend", "distributed", "reference"},
+    "functional": {"ops", "distributed", "transforms", "checks", "kernels.modes"},
     "nn": {"functional", "transforms", "checks", "backend"},
     "patch": {"kernels", "backend", "checks"},
     "viz": {"functional", "transforms", "checks", "reference"},
@@ -218,7 +219,7 @@ ALLOWED_IMPORTS = {
     "__main__": ANY,
 }
 # These are plain PyTorch: they run where Triton is not installed.
-PURE = {"checks", "transforms", "reference", "kernels.modes"}
+PURE = {"checks", "distributed", "transforms", "reference", "kernels.modes"}
 
 
 def imports_of(path, package):
