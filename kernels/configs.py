@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,18 +36,34 @@ class Tile(NamedTuple):
         return self.rows * self.columns
 
 
+class Gather(NamedTuple):
+    """How ``gather`` finds the outputs that read a tile of the input.
+
+    Each lane goes through those of its pixel, ``candidates`` at most (a rotation has 9). Beyond, blocks of
+    ``out_rows * out_columns`` outputs get the lanes: a block costs as much as some hundred candidates.
+    """
+
+    out_rows: int
+    out_columns: int
+    candidates: int
+
+
 _NONE: dict[str, int] = {}
 _forced: ContextVar[dict[str, int]] = ContextVar("forced_tile", default=_NONE)
 
 
 @contextmanager
 def override(**fields: int) -> Iterator[None]:
-    """Replace fields of every tile chosen inside the block; the results must not depend on it."""
+    """Replace fields of what is chosen inside the block; the results must not depend on it."""
     token = _forced.set(fields)
     try:
         yield
     finally:
         _forced.reset(token)
+
+
+def _with_forced(chosen: Any) -> Any:
+    return chosen._replace(**{k: v for k, v in _forced.get().items() if k in chosen._fields})
 
 
 def _power_of_2(n: int) -> int:
@@ -106,10 +122,20 @@ def choose(
         if taps > 8:
             unroll = min(unroll, 2 if taps <= 16 else 1)
         tile = Tile(pixels // columns_tile, columns_tile, 1, max(unroll, 1), 4, 1)
-    forced = _forced.get()
-    if device.type != "cpu" and "splits" not in forced:
+    if device.type != "cpu":
         tile = tile._replace(splits=_splits(device, images, channels, rows, columns, tile))
-    return tile._replace(**forced)
+    return _with_forced(tile)
+
+
+def choose_gather(device: torch.device, tile: Tile) -> Gather:
+    """How a tile of the input looks for the outputs that read it."""
+    if device.type == "cpu":
+        limits = Gather(16, 64, 64)
+    else:
+        # as many outputs as keep their gradients, a block of channels each, in the registers
+        outputs = min(max(4096 // tile.channels, 32), 256)
+        limits = Gather(outputs // 32, 32, 512)
+    return _with_forced(limits)
 
 
 def _splits(device: torch.device, images: int, channels: int, rows: int, columns: int, tile: Tile) -> int:

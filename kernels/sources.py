@@ -30,6 +30,8 @@ AFFINE = tl.constexpr(Source.AFFINE.value)
 PROJECTIVE = tl.constexpr(Source.PROJECTIVE.value)
 TPS = tl.constexpr(Source.TPS.value)
 FLOW = tl.constexpr(Source.FLOW.value)
+# The interpreter rounds the product of a multiply-add.
+FUSED = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 # -------------------------------------------------------------------------------- what sources share
@@ -43,6 +45,20 @@ def true_divide(a, b, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def whole_quotient(a, b, COMPUTE: tl.constexpr):
+    """a / b rounded to nearest, for whole a and many a to one b: its reciprocal and two multiply-adds.
+
+    Markstein's correction: the remainder of the first try is exact, and what it adds rounds as a / b does.
+    """
+    if FUSED and COMPUTE == tl.float32:
+        inverse = tl.div_rn(1.0, b)
+        first = a * inverse
+        return tl.fma(tl.fma(-first, b, a), inverse, first)
+    else:
+        return true_divide(a, b, COMPUTE)
+
+
+@triton.jit
 def normalised(o, size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
     """The normalised coordinate of output pixel ``o``; 0 on an axis of one pixel.
 
@@ -50,7 +66,7 @@ def normalised(o, size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
     denominator into theta would give all pixels the same error, which the sum of d theta does not even out.
     """
     doubled = (2 * o - (size - 1)).to(COMPUTE)
-    return true_divide(doubled, tl.maximum(size - ALIGN_CORNERS, 1).to(COMPUTE), COMPUTE)
+    return whole_quotient(doubled, tl.maximum(size - ALIGN_CORNERS, 1).to(COMPUTE), COMPUTE)
 
 
 @triton.jit
@@ -184,9 +200,8 @@ def flow_coordinates(
 
 # -------------------------------------------------------------------------------------- affine
 @triton.jit
-def affine_coordinates(source, n, t, pixels, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+def affine_map(rows, pixels, DIMS: tl.constexpr):
     """theta (x, y[, z], 1)."""
-    rows = matrix_rows(source, n, t, DIMS, DIMS, COMPUTE)
     x = matrix_apply(rows[0], pixels, DIMS)
     y = matrix_apply(rows[1], pixels, DIMS)
     if DIMS == 3:
@@ -213,9 +228,8 @@ def projective_inverse(row, pixels, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def projective_coordinates(source, n, t, pixels, COMPUTE: tl.constexpr):
+def projective_map(rows, pixels, COMPUTE: tl.constexpr):
     """(h_0 p, h_1 p) / h_2 p with p = (x, y, 1); NaN on the horizon."""
-    rows = matrix_rows(source, n, t, 3, 2, COMPUTE)
     inverse, seen = projective_inverse(rows[2], pixels, COMPUTE)
     x = tl.where(seen, matrix_apply(rows[0], pixels, 2) * inverse, float("nan"))
     y = tl.where(seen, matrix_apply(rows[1], pixels, 2) * inverse, float("nan"))
@@ -233,6 +247,26 @@ def projective_backward(source, n, t, gradients, pixels, COMPUTE: tl.constexpr):
     by_x = tl.where(placed, gradients[0] * inverse, 0.0)
     by_y = tl.where(placed, gradients[1] * inverse, 0.0)
     return by_x, by_y, -(by_x * tl.where(placed, x, 0.0) + by_y * tl.where(placed, y, 0.0))
+
+
+# -------------------------------------------------------------------------- affine or projective
+@triton.jit
+def matrix_of(source, n, t, SOURCE: tl.constexpr, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+    """The matrix of transform t of image n, by rows."""
+    if SOURCE == PROJECTIVE:
+        return matrix_rows(source, n, t, 3, 2, COMPUTE)
+    else:
+        tl.static_assert(SOURCE == AFFINE)
+        return matrix_rows(source, n, t, DIMS, DIMS, COMPUTE)
+
+
+@triton.jit
+def matrix_map(rows, pixels, SOURCE: tl.constexpr, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+    """The coordinates that a matrix sends ``normalised_pixels`` to."""
+    if SOURCE == PROJECTIVE:
+        return projective_map(rows, pixels, COMPUTE)
+    else:
+        return affine_map(rows, pixels, DIMS)
 
 
 # ------------------------------------------------------------------------------ thin-plate spline
@@ -386,11 +420,9 @@ def coordinates(
         pixels = normalised_pixels(out, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
         if SOURCE == TPS:
             p = tps_coordinates(source, control_ptr, controls, outputs, pixels, GROUP, FAST_LOG, COMPUTE)
-        elif SOURCE == PROJECTIVE:
-            p = (projective_coordinates(source, outputs[0][0], outputs[0][1], pixels, COMPUTE),)
         else:
-            tl.static_assert(SOURCE == AFFINE)
-            p = (affine_coordinates(source, outputs[0][0], outputs[0][1], pixels, DIMS, COMPUTE),)
+            rows = matrix_of(source, outputs[0][0], outputs[0][1], SOURCE, DIMS, COMPUTE)
+            p = (matrix_map(rows, pixels, SOURCE, DIMS, COMPUTE),)
     return p
 
 

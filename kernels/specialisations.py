@@ -25,8 +25,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from . import derivatives, grid, launch, sample
+from . import derivatives, gather, grid, launch, sample
 from .modes import Interpolation, Padding, Source
+from .sorted import sorted_backward
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -95,6 +96,12 @@ AXES: dict[str, dict[str, tuple]] = {
         **MODES,
         **WIDTHS,
     },
+    "gather": {
+        "source": (Source.AFFINE, Source.PROJECTIVE),
+        "dtypes": tuple(itertools.product(DTYPES, DTYPES)),
+        **MODES,
+        **WIDTHS,
+    },
     "derivatives": {
         # of the samples along a tangent, what moved, or both; of both gradients, either or both
         "wanted": (
@@ -111,6 +118,15 @@ AXES: dict[str, dict[str, tuple]] = {
         **MODES,
         **WIDTHS,
     },
+    "sorted": {
+        "moved": (False, True),
+        "source": tuple(Source),
+        "dtypes": tuple(itertools.product(DTYPES, DTYPES)),
+        **MODES,
+        **WIDTHS,
+        "transforms": (1, 2),
+        "even": (True, False),  # rows that follow each other in memory without a gap
+    },
     "grid": {
         "direction": ("forward", "backward", "control"),
         "source": (Source.AFFINE, Source.PROJECTIVE, Source.TPS),
@@ -124,22 +140,41 @@ AXES: dict[str, dict[str, tuple]] = {
 SUBSET_AXES = {
     kernel: {**axes, "dtypes": COMMON_DTYPES} if "dtypes" in axes else axes for kernel, axes in AXES.items()
 }
-# They are made of the other samplers' parts: of their widths, those that change what is compiled most.
+# Tiles and vectors are chosen as for "backward": half of the layouts meet all other axes, or fewer.
+SUBSET_AXES["gather"]["layout"] = LAYOUTS[1::2]
+# Made of the samplers' device functions, which the cases above compile at every width: here fewer of them.
 SUBSET_AXES["derivatives"] |= {
     "dtypes": ((F32, F32), (F64, F64), (BF16, BF16), (F16, F32), (F32, F64)),
     "layout": tuple(layout for layout in LAYOUTS if layout.channels in (3, 5, 64)),
+    "columns": (1, 8, 32),
+}
+SUBSET_AXES["sorted"] |= {
+    "layout": (
+        Layout(3, False, False),
+        Layout(64, False, False),
+        Layout(4, True, False),
+        Layout(9, True, True),
+        Layout(64, True, True),
+    ),
     "columns": (1, 8, 32),
 }
 Case = dict[str, Any]
 
 
 def possible(case: Case) -> bool:
-    """Homographies and splines are planar, only splines have control points, a grid has the image's dtype."""
+    """Homographies and splines are planar, only splines have control points, a grid has the image's dtype.
+
+    Grids and flows have no transforms.
+    """
     source = case.get("source")
     by_controls = "control" in (case.get("gradients"), case.get("direction"))
     if by_controls and source not in (None, Source.TPS):
         return False
     if case.get("dims") == 3 and (by_controls or source in (Source.PROJECTIVE, Source.TPS)):
+        return False
+    if source in (Source.GRID, Source.FLOW) and case.get("transforms", 1) > 1:
+        return False
+    if case.get("moved") and case.get("interpolation") == Interpolation.NEAREST:
         return False
     dtypes = case.get("dtypes")
     if source == Source.GRID and dtypes is not None and dtypes[0] != dtypes[1]:
@@ -203,6 +238,9 @@ def _extend(start: Case, axes: dict[str, tuple], missing: set) -> Case | None:
 
 
 # ------------------------------------------------------------------------------------------- launching
+PLAIN = {"last": False, "wide": False, "aligned": True}
+
+
 def _tensor(
     shape: tuple[int, ...], dtype: torch.dtype, *, last: bool, wide: bool, aligned: bool
 ) -> torch.Tensor:
@@ -228,9 +266,29 @@ def _parameters(case: Case, dtype: torch.dtype, size: tuple[int, ...], batch: in
         Source.TPS: (batch, 9 + 3, 2),
         Source.FLOW: (batch, dims, *size),
     }
-    plain = {"last": False, "wide": False, "aligned": True}
-    control_points = _tensor((9, 2), dtype, **plain) if source == Source.TPS else None
-    return _tensor(shapes[source], dtype, **plain), control_points
+    control_points = _tensor((9, 2), dtype, **PLAIN) if source == Source.TPS else None
+    return _tensor(shapes[source], dtype, **PLAIN), control_points
+
+
+def _sorted(case: Case, size: tuple[int, ...]) -> None:
+    """Calls the launcher of the sorted backward; both images have the size ``size``."""
+    layout, (dtype, params_dtype) = case["layout"], case["dtypes"]
+    batch, transforms = case["batch"], case["transforms"]
+    params, control_points = _parameters(case, params_dtype, size, batch * transforms)
+    gap = 0 if case["even"] else 1
+    rows = (*size[:-1], size[-1] + gap)
+    memory = {"wide": case["wide"], "aligned": case["aligned"]}
+    output = _tensor((batch * transforms, layout.channels, *rows), dtype, last=layout.output_last, **memory)
+    output = output[..., : size[-1]]
+    if transforms > 1:
+        output, params = (tensor.unflatten(0, (batch, transforms)) for tensor in (output, params))
+    moved, total = None, dtype
+    if case["moved"]:
+        total = launch.compute_dtypes(output, params)[1]
+        moved = _tensor((batch, transforms, *size, len(size)), total, **PLAIN)
+    input = _tensor((batch, layout.channels, *size), total, last=layout.input_last, **memory)
+    modes = case["source"], case["interpolation"], case["padding"], case["align_corners"]
+    sorted_backward(output, params, control_points, input, *modes, moved)
 
 
 def compile_case(case: Case) -> list[Any]:
@@ -248,6 +306,10 @@ def compile_case(case: Case) -> list[Any]:
             grid.grid_backward(target, params, control_points, case["source"], align_corners, control)
         return _compiled[start:]
 
+    if case["kernel"] == "sorted":
+        _sorted(case, size)
+        return _compiled[start:]
+
     layout, (dtype, params_dtype) = case["layout"], case["dtypes"]
     modes = case["source"], case["interpolation"], case["padding"], align_corners
     memory = {"wide": case["wide"], "aligned": case["aligned"]}
@@ -255,7 +317,9 @@ def compile_case(case: Case) -> list[Any]:
     input = _tensor((batch, channels, *(9,) * dims), dtype, last=layout.input_last, **memory)
     output = _tensor((batch, channels, *size), dtype, last=layout.output_last, **memory)
     params, control_points = _parameters(case, params_dtype, size, batch)
-    if case["kernel"] == "forward":
+    if case["kernel"] == "gather":
+        gather.gather_backward(output, params, input, *modes)
+    elif case["kernel"] == "forward":
         sample.sample_forward(input, params, control_points, output, *modes)
     elif case["kernel"] == "derivatives":
         _compile_derivatives(case["wanted"], input, output, params, control_points, modes, layout, memory)

@@ -158,12 +158,8 @@ class Problem:
             return torch.ones(())
         mode = "nearest" if self.modes[0] == NEAREST else "bilinear"
         grid = self.pixels(in_pixels=False)
-        batch, transforms = grid.shape[:2]
-        steady = away_from_kinks(grid.flatten(0, 1), tuple(in_size), mode, self.align_corners)
-        steady = steady.unsqueeze(1)
-        return (
-            steady.unflatten(0, (batch, transforms)) if self.params.dim() == 4 and transforms > 1 else steady
-        )
+        steady = away_from_kinks(grid.flatten(0, 1), tuple(in_size), mode, self.align_corners).unsqueeze(1)
+        return steady.unflatten(0, grid.shape[:2]) if grid.shape[1] > 1 else steady
 
     def scales(self):
         """Pixels per unit of the source's coordinates."""
@@ -173,13 +169,13 @@ class Problem:
 
     def expected(self):
         """The derivative along the direction; the Hessian's image part, and its part by the coordinates."""
-        own = [None if t is None else t.double().cpu() for t in (self.input, self.tangent, self.moved)]
-        input, tangent, moved = own
-        with_transforms = self.grad_output.dim() > self.input.dim()
-        g = self.grad_output.double().cpu()
-        leaves = [leaf.requires_grad_() for leaf in (g.clone(), input, self.pixels().clone())]
+        g, input, tangent, moved = (
+            None if tensor is None else tensor.double().cpu()
+            for tensor in (self.grad_output, self.input, self.tangent, self.moved)
+        )
+        leaves = [leaf.clone().requires_grad_() for leaf in (g, input, self.pixels())]
         g, input, pixels = leaves
-        tall = (g if with_transforms else g.unsqueeze(1)).movedim(1, 2).flatten(2, 3)
+        tall = (g if g.dim() > input.dim() else g.unsqueeze(1)).movedim(1, 2).flatten(2, 3)
         samples = reference._sample_pixels(input, pixels.flatten(1, 2), *self.modes)
         by_input, by_pixels = torch.autograd.grad(
             (samples * tall).sum(), leaves[1:], create_graph=True, materialize_grads=True
@@ -473,11 +469,11 @@ def test_coordinates_that_are_nan_read_nothing(device, source):
         params = torch.full((1, 2, 3), NAN, dtype=F64)
     options = {"params": params, "size": (5, 5), "batch": 1}
     problem = Problem(device, 2, source, BICUBIC, **options)
-    horizon = problem.pixels().isnan().all(-1)
+    horizon = problem.pixels().isnan().all(-1).to(device)
     assert horizon.any()
     problem.grad_output.masked_fill_(~horizon, 0)
     by_input, by_coordinates = problem.hvp()
-    assert (problem.jvp().masked_select(horizon.to(device)) == 0).all()
+    assert (problem.jvp().masked_select(horizon) == 0).all()
     assert (by_input == 0).all()
     assert (by_coordinates == 0).all()
 

@@ -1,0 +1,424 @@
+"""d image by gather: every way to find the outputs that read a pixel, against scatter in float64."""
+
+import itertools
+import os
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from common import assert_close, place, random_theta
+
+from stn_triton import reference
+from stn_triton.kernels import configs, sources
+from stn_triton.kernels.coordinates import unnormalise
+from stn_triton.kernels.gather import gather_backward
+from stn_triton.kernels.modes import Interpolation, Padding, Source
+from stn_triton.kernels.preimage import image_bounds, preimage
+from stn_triton.kernels.sample import sample_backward
+
+INTERPOLATIONS = pytest.mark.parametrize("interpolation", list(Interpolation), ids=lambda i: i.name.lower())
+PADDINGS = pytest.mark.parametrize("padding", list(Padding), ids=lambda p: p.name.lower())
+ALIGN = pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "centres"])
+# Outputs get the lanes beyond this many candidates: never, or always.
+WAYS = {"by_pixel": 10**9, "by_output": 0}
+
+
+def gather(grad_output, params, in_shape, modes, source=Source.AFFINE, candidates=None, dtype=None):
+    """d image, (N, C, ...), in a tensor that was full of NaN."""
+    grad_input = torch.full(
+        in_shape, float("nan"), dtype=dtype or grad_output.dtype, device=grad_output.device
+    )
+    with configs.override(**({} if candidates is None else {"candidates": candidates})):
+        gather_backward(grad_output, params, grad_input, source, *modes)
+    return grad_input
+
+
+def scatter(grad_output, params, in_shape, modes, source=Source.AFFINE):
+    """The same by plain PyTorch in float64."""
+    grad_output, params = grad_output.double().cpu(), params.double().cpu()
+    by_transform = grad_output if grad_output.dim() > len(in_shape) else grad_output.unsqueeze(1)
+    image = torch.zeros(in_shape, dtype=torch.float64)
+    wanted = True, False
+    return reference.sample_backward(by_transform, image, params, None, source, *modes, *wanted)[0]
+
+
+def random_homography(batch, device, tilt=0.3):
+    matrix = torch.eye(3, dtype=torch.float64) + 0.3 * torch.randn(batch, 3, 3, dtype=torch.float64)
+    matrix[:, 2, :2] *= tilt
+    matrix[:, 2, 2] = 1
+    return matrix.to(device)
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("source", ["affine", "projective"])
+@INTERPOLATIONS
+@PADDINGS
+@ALIGN
+def test_planar(device, source, interpolation, padding, align_corners, way):
+    """Two images of odd sizes, one zoomed in and one out, against scatter."""
+    modes = interpolation, padding, align_corners
+    if source == "affine":
+        params = random_theta(2, 2, torch.float64, device)
+        params *= params.new_tensor([0.6, 1.4]).view(2, 1, 1)
+    else:
+        params = random_homography(2, device)
+    source = Source[source.upper()]
+    grad_output = torch.randn(2, 2, 7, 6, dtype=torch.float64, device=device)
+    result = gather(grad_output, params, (2, 2, 5, 7), modes, source, WAYS[way])
+    assert_close(result, scatter(grad_output, params, (2, 2, 5, 7), modes, source))
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@INTERPOLATIONS
+@PADDINGS
+def test_volumes(device, interpolation, padding, way):
+    """3-D, with tiles that go over from one slice to the next."""
+    modes = interpolation, padding, False
+    theta = random_theta(1, 3, torch.float64, device, shift=0.2)
+    grad_output = torch.randn(1, 2, 3, 4, 3, dtype=torch.float64, device=device)
+    shape = (1, 2, 3, 3, 4)
+    with configs.override(rows=4, columns=4):
+        result = gather(grad_output, theta, shape, modes, candidates=WAYS[way])
+    assert_close(result, scatter(grad_output, theta, shape, modes))
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@PADDINGS
+def test_tiles(device, padding, way):
+    """Tiles smaller than the image, blocks smaller than the output, channels in several programs."""
+    theta = random_theta(2, 2, torch.float64, device)
+    grad_output = torch.randn(2, 5, 9, 10, dtype=torch.float64, device=device)
+    modes = Interpolation.BILINEAR, padding, True
+    wanted = scatter(grad_output, theta, (2, 5, 10, 9), modes)
+    for tile in (
+        {"rows": 4, "columns": 8, "channels": 2, "unroll": 1},
+        {"channels": 1, "unroll": 2, "splits": 2},
+    ):
+        with configs.override(**tile, out_rows=2, out_columns=4):
+            assert_close(gather(grad_output, theta, (2, 5, 10, 9), modes, candidates=WAYS[way]), wanted)
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@PADDINGS
+def test_far_beyond_the_border(device, padding, way):
+    """Whole blocks of outputs on all sides of the image, and tiles that they pass by."""
+    theta = torch.eye(2, 3, dtype=torch.float64, device=device)[None] * 3
+    grad_output = torch.randn(1, 1, 20, 24, dtype=torch.float64, device=device)
+    for shift in ((0, 0), (2.5, 1.5), (-2.5, -4.5)):
+        theta[0, :, 2] = theta.new_tensor(shift)
+        modes = Interpolation.BILINEAR, padding, False
+        with configs.override(rows=4, columns=4, out_rows=2, out_columns=2):
+            result = gather(grad_output, theta, (1, 1, 12, 8), modes, candidates=WAYS[way])
+        assert_close(result, scatter(grad_output, theta, (1, 1, 12, 8), modes))
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_many_transforms(device, shared, way):
+    """Transforms of one image are summed, and parameters of one image serve all."""
+    theta = random_theta(6, 2, torch.float64, device).view(2, 3, 2, 3)[: 1 if shared else 2]
+    grad_output = torch.randn(2, 3, 2, 5, 6, dtype=torch.float64, device=device)
+    modes = Interpolation.BILINEAR, Padding.BORDER, False
+    result = gather(grad_output, theta, (2, 2, 6, 5), modes, candidates=WAYS[way])
+    assert_close(result, scatter(grad_output, theta, (2, 2, 6, 5), modes))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
+)
+def test_dtypes(device, dtype):
+    """Summed in float32 and rounded once to the image's type."""
+    theta = random_theta(2, 2, torch.float32, device)
+    grad_output = torch.randn(2, 9, 8, 11, device=device).to(dtype)
+    modes = Interpolation.BILINEAR, Padding.ZEROS, False
+    result = gather(grad_output, theta, (2, 9, 9, 10), modes)
+    assert_close(result, scatter(grad_output, theta, (2, 9, 9, 10), modes), dtype)
+
+
+LAYOUTS = (
+    "contiguous",
+    "channels_last",
+    "sliced",
+    "gaps",
+    "offset",
+    "reversed",
+    "expanded_space",
+    "expanded_all",
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("way", list(WAYS))
+def test_strides(device, layout, way):
+    """A gradient of any strides, with NaN around it and between, into images of any strides."""
+    theta = random_theta(2, 2, torch.float32, device)
+    grad_output = place(torch.randn(2, 9, 6, 7), layout, device=device)
+    modes = Interpolation.BILINEAR, Padding.REFLECTION, False
+    wanted = scatter(grad_output, theta, (2, 9, 7, 5), modes)
+    for target in ("contiguous", "channels_last", "gaps"):
+        grad_input = place(torch.zeros(2, 9, 7, 5), target, device=device)
+        with configs.override(candidates=WAYS[way]):
+            gather_backward(grad_output, theta, grad_input, Source.AFFINE, *modes)
+        assert_close(grad_input, wanted)
+
+
+# -------------------------------------------------------------------------- maps without an inverse
+def _irregular():
+    """name -> theta (2, 3) or homography (3, 3)."""
+    nan, inf = float("nan"), float("inf")
+    flat = torch.tensor([[0.7, 0.7, 0.1], [0.7, 0.7, -0.2]])
+    return {
+        "point": torch.tensor([[0.0, 0, 0.3], [0, 0, -0.2]]),
+        "line": flat,
+        "nearly_a_line": flat + torch.tensor([[1e-6, 0, 0], [0, 0, 0]]),
+        "nearly_a_point": torch.tensor([[1e-7, 2e-7, 0.3], [-2e-7, 1e-7, -0.2]]),
+        "mirror": torch.tensor([[-1.0, 0.1, 0], [0, -1, 0]]),
+        "zoom_in": torch.tensor([[0.02, 0.01, 0.1], [-0.01, 0.02, 0]]),
+        "zoom_out": torch.tensor([[50.0, 3, 0.1], [-2, 50, 0]]),
+        "outside": torch.tensor([[1.0, 0, 40], [0, 1, -3]]),
+        "far_out": torch.tensor([[1.0, 0, 1e30], [0, 1, 0]]),
+        "huge": torch.tensor([[1e30, 0, 0], [0, 1e30, 0]]),
+        "overflow": torch.tensor([[3e38, 3e38, 0], [0, 1, 0]]),
+        "nan": torch.full((2, 3), nan),
+        "nan_in_x": torch.tensor([[1, nan, 0], [0, 1, 0]]),
+        "infinite": torch.tensor([[1, 0, inf], [0, 1, 0]]),
+        "infinite_slope": torch.tensor([[inf, 0, 0], [0, 1, 0]]),
+        "horizon": torch.tensor([[1.0, 0, 0], [0, 1, 0], [1.3, 0.4, 0.2]]),
+        "horizon_at_the_edge": torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 1, 1.0]]),
+        "nearly_a_horizon": torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 1, 1.001]]),
+        "homography_to_a_line": torch.tensor([[1.0, 0.5, 0], [1, 0.5, 0.1], [0.1, 0.05, 1]]),
+        "negative": -torch.tensor([[1.0, 0.1, 0], [0, 1, 0.2], [0.1, 0.2, 1]]),
+        "tiny": torch.tensor([[1.0, 0.1, 0], [0, 1, 0.2], [0.1, 0.2, 1]]) * 1e-20,
+        "zero": torch.zeros(3, 3),
+    }
+
+
+@pytest.mark.parametrize("name", list(_irregular()))
+@PADDINGS
+def test_maps_without_an_inverse(device, padding, name):
+    """As shipped: every output counts once, and nothing but the truth is written."""
+    params = _irregular()[name][None].to(device)
+    source = Source.PROJECTIVE if params.shape[1] == 3 else Source.AFFINE
+    grad_output = torch.randn(1, 2, 7, 9, device=device)
+    for interpolation, align_corners in ((Interpolation.BILINEAR, False), (Interpolation.NEAREST, True)):
+        modes = interpolation, padding, align_corners
+        result = gather(grad_output, params, (1, 2, 6, 5), modes, source)
+        assert result.isfinite().all()
+        # scatter in float32 has the same coordinates; float64 would place pixels elsewhere
+        wanted = torch.zeros(1, 2, 6, 5, device=device)
+        sample_backward(grad_output, wanted, params, None, wanted, source, *modes, params_grad=False)
+        assert_close(result, wanted.double())
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@ALIGN
+@PADDINGS
+def test_single_pixels(device, padding, align_corners, way):
+    """Axes of one pixel, in the input and in the output."""
+    for in_size, size in itertools.product([(1, 1), (1, 4), (5, 1)], [(1, 1), (1, 3), (4, 1)]):
+        theta = random_theta(1, 2, torch.float64, device)
+        grad_output = torch.randn(1, 1, *size, dtype=torch.float64, device=device)
+        modes = Interpolation.BILINEAR, padding, align_corners
+        result = gather(grad_output, theta, (1, 1, *in_size), modes, candidates=WAYS[way])
+        assert_close(result, scatter(grad_output, theta, (1, 1, *in_size), modes))
+
+
+def test_what_is_not_read_adds_nothing(device):
+    """A NaN or an infinity in d output stays with the pixels that its output read."""
+    theta = torch.tensor([[[1.0, 0, 0.01], [0, 1, 0.01]]], device=device)
+    grad_output = torch.ones(1, 1, 6, 6, device=device)
+    grad_output[0, 0, 2, 3] = float("nan")
+    for candidates in (10**9, 0):
+        result = gather(
+            grad_output,
+            theta,
+            (1, 1, 6, 6),
+            (Interpolation.BILINEAR, Padding.ZEROS, False),
+            candidates=candidates,
+        )
+        touched = torch.zeros(6, 6, dtype=torch.bool, device=device)
+        touched[2:4, 3:5] = True
+        assert result.isnan()[0, 0].equal(touched)
+
+
+# ----------------------------------------------------------------------------------------- the bound
+@triton.jit
+def bound_kernel(
+    theta_ptr,
+    pixel_ptr,
+    first_ptr,
+    last_ptr,
+    place_ptr,
+    matrices,
+    in_width,
+    in_height,
+    out_width,
+    out_height,
+    SOURCE: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """A lane for each (matrix, pixel): the device functions work on any shape."""
+    lane = tl.arange(0, BLOCK)[:, None]
+    rows = ()
+    for r in tl.static_range(ENTRIES // 3):
+        at = theta_ptr + lane * ENTRIES + 3 * r
+        rows += ((tl.load(at), tl.load(at + 1), tl.load(at + 2)),)
+    in_size = (in_width, in_height)
+    out_size = (out_width, out_height)
+    low = ()
+    high = ()
+    center = ()
+    radius = ()
+    for axis in tl.static_range(2):
+        low += (
+            sources.normalised(0, out_size[axis], ALIGN_CORNERS, tl.float32)
+            + tl.zeros([BLOCK, 1], tl.float32),
+        )
+        high += (-low[axis],)
+    bounds = image_bounds(rows, low, high, in_size, SOURCE, ALIGN_CORNERS, 2, tl.float32)
+    for axis in tl.static_range(2):
+        scale = (in_size[axis] - ALIGN_CORNERS).to(tl.float32) * 0.5
+        q = tl.load(pixel_ptr + 2 * lane + axis).to(tl.float32)
+        center += ((q - (in_size[axis] - 1).to(tl.float32) * 0.5) / scale,)
+        radius += ((1.0 + bounds[axis][2]) / scale,)
+    ranges = preimage(rows, center, radius, out_size, SOURCE, ALIGN_CORNERS, 2, tl.float32)
+    for axis in tl.static_range(2):
+        tl.store(first_ptr + 2 * lane + axis, ranges[axis][0])
+        tl.store(last_ptr + 2 * lane + axis, ranges[axis][1])
+    # the forward's coordinates of every output
+    o = tl.arange(0, OUTPUTS)[None, :]
+    exists = (o < out_width * out_height) & (lane < matrices)
+    pixels = sources.normalised_pixels(
+        (o % out_width, o // out_width), out_size, ALIGN_CORNERS, 2, tl.float32
+    )
+    at = sources.matrix_map(rows, pixels, SOURCE, 2, tl.float32)
+    for axis in tl.static_range(2):
+        x = unnormalise(at[axis], in_size[axis], ALIGN_CORNERS, tl.float32)
+        tl.store(place_ptr + (lane * OUTPUTS + o) * 2 + axis, x, exists)
+
+
+def _hard_matrices(entries, count, generator):
+    """Matrices of every kind: random, near-singular, mirrored, much zoomed, far away."""
+    n = entries // 3
+    matrix = torch.randn(count, n, 3, generator=generator, dtype=torch.float64)
+    kind = torch.arange(count) % 6
+    rank_one = torch.randn(count, n, 1, generator=generator, dtype=torch.float64) * torch.randn(
+        count, 1, 3, generator=generator, dtype=torch.float64
+    )
+    distance = 10.0 ** (-7 * torch.rand(count, 1, 1, generator=generator, dtype=torch.float64))
+    matrix = torch.where((kind == 0)[:, None, None], rank_one + distance * matrix, matrix)
+    zoom = 50.0 ** (2 * torch.rand(count, 1, 1, generator=generator, dtype=torch.float64) - 1)
+    matrix[..., :2] = torch.where((kind == 1)[:, None, None], matrix[..., :2] * zoom, matrix[..., :2])
+    matrix[..., 2:] = torch.where((kind == 2)[:, None, None], matrix[..., 2:] * 30, matrix[..., 2:])
+    near = torch.eye(n, 3, dtype=torch.float64) + 0.1 * matrix
+    matrix = torch.where((kind >= 3)[:, None, None], near, matrix)
+    matrix[:, 0] *= torch.where(kind == 4, -1, 1)[:, None]
+    return matrix.float()
+
+
+def _aimed(matrices, in_size, size, align_corners, generator):
+    """The matrices moved so that an output reads just inside the image, and a pixel that it reads.
+
+    Some are scaled up first: the errors of their coordinates then are a part of a pixel.
+    """
+    count = len(matrices)
+
+    def choose(n):
+        return torch.tensor([torch.randint(m, (), generator=generator) for m in n for _ in range(count)])
+
+    exact = matrices.double()
+    scale = 10.0 ** (4 * torch.rand(count, 1, 1, generator=generator, dtype=torch.float64))
+    exact[:, :2, :2] *= torch.where(torch.arange(count)[:, None, None] % 4 == 0, scale, 1.0)
+    sizes = torch.tensor(size[::-1])
+    o = choose(size[::-1]).view(2, count).T
+    u = (2 * o - (sizes - 1)) / (sizes - int(align_corners)).clamp(min=1)
+    pixels = choose(in_size[::-1]).view(2, count).T
+    sizes = torch.tensor(in_size[::-1])
+    # so far that the output just reads the pixel, or just not
+    aim = pixels + (torch.randint(2, (count, 2), generator=generator) * 2 - 1) * (
+        1 - 1e-6 * torch.rand(count, 2, generator=generator)
+    )
+    aim = (aim - (sizes - 1) / 2) / ((sizes - int(align_corners)) / 2)
+    w = exact[:, 2, :2].mul(u).sum(-1, keepdim=True) + exact[:, 2, 2:] if exact.shape[1] == 3 else 1.0
+    exact[:, :2, 2] = aim * w - (exact[:, :2, :2] @ u[..., None].double()).squeeze(-1)
+    return exact.float(), pixels.int().contiguous()
+
+
+@pytest.mark.parametrize("source", [Source.AFFINE, Source.PROJECTIVE], ids=["affine", "projective"])
+@ALIGN
+def test_no_reader_is_left_out(device, source, align_corners):
+    """Thousands of matrices: every output whose coordinates lie within a pixel of q is a candidate of q."""
+    generator = torch.Generator().manual_seed(1)
+    entries = 9 if source == Source.PROJECTIVE else 6
+    block, readers, visited = 1024, 0, 0
+    for in_size, size in itertools.product([(5, 7), (2, 300), (64, 9)], [(6, 10), (3, 21)]):
+        matrices = _hard_matrices(entries, block, generator)
+        matrices, pixels = _aimed(matrices, in_size, size, align_corners, generator)
+        outputs = triton.next_power_of_2(size[0] * size[1])
+        first = torch.zeros(block, 2, dtype=torch.int32, device=device)
+        last, at = torch.zeros_like(first), torch.full((block, outputs, 2), float("nan"), device=device)
+        bound_kernel[(1,)](
+            matrices.contiguous().to(device), pixels.to(device), first, last, at, block,
+            *in_size[::-1], *size[::-1], int(source), int(align_corners), entries, block, outputs,
+        )  # fmt: skip
+        at, first, last = at[:, : size[0] * size[1]].cpu(), first.cpu()[:, None], last.cpu()[:, None]
+        reads = ((at - pixels[:, None]).abs() < 1).all(-1)
+        o = torch.arange(size[0] * size[1])
+        o = torch.stack([o % size[1], o // size[1]], -1)
+        candidate = ((o >= first) & (o <= last)).all(-1)
+        assert not (reads & ~candidate).any()
+        readers, visited = readers + reads.sum().item(), visited + candidate.sum().item()
+    assert readers > 5000, "a test of nothing is no test"
+    assert visited < 40 * readers, "bounds so wide are no bounds"
+
+
+# ------------------------------------------------------------------------------------------ accuracy
+FUZZ = int(os.environ.get("STN_FUZZ", "0")) or (2000 if torch.accelerator.is_available() else 64)
+
+
+@pytest.mark.parametrize("source", [Source.AFFINE, Source.PROJECTIVE], ids=["affine", "projective"])
+def test_accuracy_over_hard_matrices(device, source):
+    """float32 against float64 over STN_FUZZ matrices: together no worse than PyTorch's own."""
+    generator = torch.Generator().manual_seed(2)
+    shares = []
+    batch = 8
+    for _ in range(FUZZ // batch):
+        in_size, size = ([int(torch.randint(1, 14, (), generator=generator)) for _ in range(2)] for _ in "io")
+        long = int(torch.randint(8, (), generator=generator))
+        if long == 0:
+            in_size[1] = int(torch.randint(100, 300, (), generator=generator))
+        elif long == 1:
+            size[0] = int(torch.randint(100, 300, (), generator=generator))
+        matrices = _hard_matrices(9 if source == Source.PROJECTIVE else 6, batch, generator)
+        padding = list(Padding)[int(torch.randint(3, (), generator=generator))]
+        modes = Interpolation.BILINEAR, padding, bool(torch.randint(2, (), generator=generator))
+        grad_output = torch.randn(batch, 1, *size, generator=generator)
+        shape = (batch, 1, *in_size)
+        result = gather(grad_output.to(device), matrices.to(device), shape, modes, source).cpu()
+        exact = scatter(grad_output, matrices, shape, modes, source)
+        image = torch.zeros(shape, requires_grad=True)
+        grid = plain_grid(source, matrices, size, modes[2])
+        F.grid_sample(image, grid, "bilinear", padding.name.lower(), modes[2]).backward(grad_output)
+        errors = [(d - exact).flatten(1).norm(dim=1) for d in (result, image.grad)]
+        shares.append((errors[0] / (errors[0] + errors[1]))[errors[0] + errors[1] > 0])
+    share = torch.cat(shares)
+    share = share[share.isfinite()]
+    # of two equally good ones each has half of the error; of few matrices the mean is uncertain
+    assert share.mean() < 0.5 + 1 / len(share) ** 0.5, f"{share.mean():.3f} of {len(share)}"
+
+
+def plain_grid(source, matrices, size, align_corners):
+    """Coordinates in float32 from PyTorch's operators alone."""
+    if source == Source.AFFINE:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of axes of one pixel
+            return F.affine_grid(matrices, [len(matrices), 1, *size], align_corners)
+    base = F.affine_grid(torch.eye(2, 3)[None], [1, 1, *size], align_corners)
+    place = torch.cat([base, torch.ones_like(base[..., :1])], -1).flatten(1, 2) @ matrices.mT
+    return (place[..., :2] / place[..., 2:]).nan_to_num(nan=-1e4).clamp(-1e4, 1e4).unflatten(1, size)
