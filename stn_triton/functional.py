@@ -4,6 +4,16 @@ Convention, here and everywhere in the package: coordinates are normalised and x
 :func:`torch.nn.functional.affine_grid`; every parameter maps output coordinates to input coordinates;
 images are (N, C, H, W) or (N, C, D, H, W). With ``align_corners=True`` -1 and 1 are the centres of an
 image's outermost pixels, with ``align_corners=False`` their outer edges.
+
+Derivatives: every function is differentiable any number of times in all its tensors, in reverse and in
+forward mode (``torch.func``'s ``grad``, ``jvp``, ``jacrev``, ``jacfwd`` and ``hessian``; dual numbers), and
+works under ``torch.func.vmap`` and ``torch.utils.checkpoint``. First and second derivatives are kernels, in
+any mixture of the modes. For forward mode and second derivatives these hold tangents and gradients of the
+coordinates, which are of the output's size; for first derivatives nothing of the kind. From the third on they
+are taken in plain PyTorch, with its memory. Only what a gradient is asked for is computed, and an image is
+kept for the backward pass only if a gradient by its coordinates needs it. At kinks derivatives are one-sided,
+on the side that is PyTorch's. ``torch.compile`` takes a function and its first gradient whole; function
+transforms and forward mode inside of what is compiled break the graph.
 """
 
 from __future__ import annotations
@@ -72,8 +82,7 @@ def grid_sample(
     NaN reads the first pixel and infinity the border; with reflection both read the lower edge.
     Under autocast the arguments are promoted as PyTorch does.
 
-    Differentiable any number of times in ``input`` and ``grid`` (from the second on in plain PyTorch, with
-    its memory).
+    Differentiable in ``input`` and ``grid`` any number of times, in both modes (see the module).
 
     Raises:
         What PyTorch raises, with PyTorch's message.
@@ -104,7 +113,8 @@ def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None =
     Returns:
         (N, H, W, 2) or (N, D, H, W, 3) of theta's dtype; computed in float32 or wider.
 
-    :func:`affine_grid_sample` samples without holding this tensor. Differentiable any number of times.
+    :func:`affine_grid_sample` samples without holding this tensor. Differentiable any number of times, in
+    both modes.
 
     Raises:
         What PyTorch raises, with PyTorch's message.
@@ -227,9 +237,9 @@ def affine_grid_sample(
 
     The kernels hold no grid and no gradient of a grid in memory. Coordinates, weights and sums are float32
     (float64 where an argument is float64); bad coordinates are treated as in :func:`grid_sample`.
-    Differentiable any number of times in ``input`` and ``theta`` (from the second on in plain PyTorch,
-    with its memory); the gradient of a broadcast ``theta`` is summed. The
-    gradient of ``theta`` is the same to the bit each time.
+    Differentiable in ``input`` and ``theta`` any number of times, in both modes (see the module); the
+    gradient of a broadcast ``theta`` is summed. That of ``theta`` is the same to the bit each time. Under
+    ``vmap`` over ``theta`` alone the samples are transforms of the images, which are not copied.
 
     Raises:
         TypeError: an argument is not of the type it must be.
@@ -269,7 +279,7 @@ def projective_grid_sample(
     it reads nothing under zeros padding, and adds nothing to the gradient of ``homography``. So does a
     homography of zeros or NaN. What lies beyond the horizon (W of the other sign) is read where the
     formula puts it. The kernels hold no grid in memory. The gradient of ``homography`` is the same to the bit
-    each time. Differentiable any number of times (from the second on in plain PyTorch, with its memory).
+    each time. Differentiable any number of times, in both modes (see the module).
 
     Raises:
         TypeError, ValueError: as :func:`affine_grid_sample`.
@@ -311,8 +321,9 @@ def tps_grid_sample(
         (N, C, *size), or (N, T, C, *size), in the input's dtype and memory format.
 
     Neither a grid nor a (pixels, K) basis is held in memory by the kernels. The gradients of ``points`` and
-    ``control_points`` are the same to the bit each time. Differentiable any number of times in ``input``,
-    ``points`` and ``control_points`` (from the second on in plain PyTorch, with its memory).
+    ``control_points`` are the same to the bit each time. Differentiable in ``input``, ``points`` and
+    ``control_points`` any number of times, in both modes (see the module). Under ``vmap`` over
+    ``control_points``, or over their gradient, each sample is computed on its own.
 
     Raises:
         TypeError, ValueError: as :func:`affine_grid_sample`; a ValueError names control points that coincide,
@@ -350,8 +361,7 @@ def flow_grid_sample(
     Returns:
         (N, C, *flow.shape[2:]), in the input's dtype and memory format.
 
-    Differentiable any number of times in ``input`` and ``flow`` (from the second on in plain PyTorch, with
-    its memory).
+    Differentiable in ``input`` and ``flow`` any number of times, in both modes (see the module).
 
     Raises:
         TypeError, ValueError: as :func:`affine_grid_sample`.

@@ -700,8 +700,9 @@ def _vector_jacobian(
     if not weights or not any(needed):
         return [None] * len(tensors)
     chosen, narrowed = _narrowed(function, tensors, needed, cotangents)
-    _, pullback, *_ = torch.func.vjp(narrowed, *chosen)
-    found = iter(pullback(weights))
+    with backend.without_autocast(weights[0].device.type):
+        _, pullback, *_ = torch.func.vjp(narrowed, *chosen)
+        found = iter(pullback(weights))
     return [next(found) if need else None for need in needed]
 
 
@@ -718,10 +719,11 @@ def _jacobian_vector(
     """
     asked = tuple(True if want else None for want in wanted)
     chosen, narrowed = _narrowed(function, tensors, tuple(t is not None for t in tangents), asked)
-    results, pullback, *_ = torch.func.vjp(narrowed, *chosen)
     directions = tuple(tangent for tangent in tangents if tangent is not None)
-    _, transposed, *_ = torch.func.vjp(pullback, tuple(torch.zeros_like(result) for result in results))
-    found = iter(transposed(directions)[0])
+    with backend.without_autocast(directions[0].device.type):
+        results, pullback, *_ = torch.func.vjp(narrowed, *chosen)
+        _, transposed, *_ = torch.func.vjp(pullback, tuple(torch.zeros_like(result) for result in results))
+        found = iter(transposed(directions)[0])
     return [next(found) if want else None for want in wanted]
 
 
@@ -736,9 +738,7 @@ def _narrowed(
     def narrowed(*some: Tensor) -> tuple[Tensor, ...]:
         given = iter(some)
         arguments = (next(given) if choose else t for t, choose in zip(tensors, chosen, strict=True))
-        device = some[0].device.type
-        with backend.without_autocast(device):
-            found = function(*arguments)
+        found = function(*arguments)
         return tuple(
             r for r, asked in zip(found, results, strict=True) if r is not None and asked is not None
         )

@@ -77,7 +77,6 @@ def arguments(name, device, dtype=DOUBLE, images=2, channels=1):
 
 def sampler(name, size, mode, padding, align_corners=False):
     """The samples as a function of the source's tensors."""
-    codes = Interpolation(MODES.index(mode)), Padding(PADDINGS.index(padding)), align_corners
     codes = Interpolation[mode.upper()], Padding[padding.upper()], align_corners
     source = SOURCES[name][0]
 
@@ -117,10 +116,10 @@ def test_first_and_second(anywhere, device, name, mode):
         )
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if name != "flow-3d"])
+@pytest.mark.parametrize("name", ["grid-2d", "affine-transforms", "projective", "tps", "flow-2d"])
 def test_first_and_second_in_kernels(device, name):
-    """The same on the kernels."""
-    mode = "bicubic" if name in ("grid-2d", "projective", "tps") else "bilinear"
+    """The same on the kernels, for some; ``test_backends_agree`` has all."""
+    mode = "bicubic" if name == "grid-2d" else "bilinear"
     tensors, size = arguments(name, device, images=1)
     function = sampler(name, size, mode, "reflection")
     assert gradcheck(function, leaves(tensors), check_forward_ad=True, fast_mode=True, nondet_tol=1e-12)
@@ -309,6 +308,20 @@ def test_half_images(either_backend, device, name, dtype):
         # the loss in between is squared in the half type: its roundings are doubled on the way
         scale = reference.abs().max().item()
         assert (result.double() - reference).abs().max() <= 40 * torch.finfo(dtype).eps * max(scale, 1)
+
+
+@pytest.mark.parametrize("name", ["affine-2d", "projective", "tps"])
+def test_autocast(either_backend, device, name):
+    """Derivatives are computed in the type of their arguments, autocast or not."""
+    tensors, size = arguments(name, device, torch.float32)
+    function = sampler(name, size, "bicubic", "zeros")
+    tangents = [torch.randn_like(tensor) for tensor in tensors]
+    weights = torch.ones_like(function(*tensors))
+    expected = second_order(function, tensors, tangents, weights)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        results = second_order(function, tensors, tangents, weights)
+    for result, reference in zip(results, expected, strict=True):
+        assert_close(result, reference, torch.float32)
 
 
 def test_empty(either_backend, device):
