@@ -546,16 +546,19 @@ class _Function(torch.autograd.Function):
         super().__init_subclass__(**kwargs)
         op, apply, compute = cls.op, cls.apply, cls.forward
 
-        def differentiable(*inputs: Any) -> Any:
+        def run(*inputs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return op(*inputs)
             return apply(*inputs) if _is_tracked() else compute(*inputs)
 
-        def run(*inputs: Any) -> Any:
-            return op(*inputs) if torch.compiler.is_compiling() else differentiable(*inputs)
+        def dispatched(*inputs: Any) -> Any:
+            # in compiled code forward_ad does not know of duals
+            return apply(*inputs) if _is_tracked() or torch._C._is_fwd_grad_enabled() else compute(*inputs)
 
         cls.run = staticmethod(run)
         name = op.name().partition(".")[0]
         for key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):  # the second: all function transforms
-            _LIBRARY.impl(name, differentiable, key)
+            _LIBRARY.impl(name, dispatched, key)
 
 
 def _computed(op: Any, *inputs: Any) -> Any:
@@ -568,8 +571,11 @@ def _computed(op: Any, *inputs: Any) -> Any:
 
 
 def _primals(ctx: Any) -> tuple[Any, ...]:
-    """What a ``jvp`` finds saved, without the tangents that it was given with."""
-    return tuple(t if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
+    """What a ``jvp`` finds saved, without the tangents that it was given with.
+
+    There is one level of duals to each function transform. Compiled code enters it unknown to ``forward_ad``.
+    """
+    return tuple(t if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors)
 
 
 def _tracked(jvp: Callable[..., Any]) -> Callable[..., Any]:
