@@ -213,6 +213,7 @@ ALLOWED_IMPORTS = {
     "reference": {"kernels.modes"},
     "ops": {"kernels", "backend", "reference"},
     "functional": {"ops", "transforms", "checks", "kernels.modes"},
+    "export": {"ops", "reference", "kernels.modes"},
     "nn": {"functional", "transforms", "checks", "backend"},
     "patch": {"ops", "functional", "reference", "kernels.modes"},
     "viz": {"functional", "transforms", "checks", "reference"},
