@@ -28,10 +28,15 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """What this package's operators are in ATen's, for ``ExportedProgram.run_decompositions``.
 
     Each transform becomes a grid, which is held in memory then, and ATen's sampler; what that has not
-    (tricubic) is sampled tap by tap. For inference: derivatives are not in the table.
+    (tricubic) is sampled tap by tap, for images of a fixed size. The linear system of a spline, which ONNX
+    cannot solve either, becomes elimination in plain operators. For inference: no derivatives.
     """
     operators = torch.ops.stn_triton
-    return {operators.sample.default: _sample, operators.grid.default: _grid}
+    return {
+        operators.sample.default: _sample,
+        operators.grid.default: _grid,
+        torch.ops.aten._linalg_solve_ex.default: _solve_ex,
+    }
 
 
 def onnx_translations() -> dict[Any, Callable[..., Any]]:
@@ -81,3 +86,32 @@ def _grid(
     dtype = reference.compute_dtype(params)
     grid = reference.coordinates(Source(source), params, control_points, tuple(size), align_corners, dtype)
     return grid.squeeze(1).to(params.dtype)
+
+
+def _solve_ex(
+    A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gauss-Jordan elimination with partial pivoting, unrolled; only the first result is real."""
+    is_vector = B.dim() == 1 or (B.dim() == A.dim() - 1 and B.shape == A.shape[:-1])
+    a, b = (A, B.unsqueeze(-1) if is_vector else B) if left else (A.mT, B.mT)
+    size = A.shape[-1]
+    rows = torch.arange(size, device=A.device)
+    unused = torch.ones_like(a[..., 0])
+    chosen = []
+    for column in range(size):
+        entries = a[..., column]
+        # -1 for rows that have had their turn, so that a column of zeros chooses another
+        largest = (entries.abs() * unused + (unused - 1)).argmax(-1, keepdim=True)
+        pivot = (rows == largest).to(a.dtype)  # of each row whether it is the pivot's, 0 or 1
+        chosen.append(pivot)
+        unused = unused - pivot
+        value = (entries * pivot).sum(-1, keepdim=True).unsqueeze(-1)
+        row = pivot.unsqueeze(-2)
+        others = (entries * (1 - pivot)).unsqueeze(-1)
+        is_pivot = pivot.unsqueeze(-1) > 0
+        a, b = (torch.where(is_pivot, m / value, m - others * ((row @ m) / value)) for m in (a, b))
+    solution = torch.stack(chosen, -2) @ b
+    solution = solution if left else solution.mT
+    nothing = torch.full_like(A, float("nan"))
+    pivots = torch.zeros_like(A[..., 0], dtype=torch.int32)
+    return solution.squeeze(-1) if is_vector else solution, nothing, pivots, pivots.sum(-1, dtype=torch.int32)
