@@ -35,7 +35,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {
         operators.sample.default: _sample,
         operators.grid.default: _grid,
-        torch.ops.aten._linalg_solve_ex.default: _solve_ex,
+        torch.ops.aten.linalg_solve_ex.default: _solve_ex,
     }
 
 
@@ -90,8 +90,8 @@ def _grid(
 
 def _solve_ex(
     A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gauss-Jordan elimination with partial pivoting, unrolled; only the first result is real."""
+) -> tuple[Tensor, Tensor]:
+    """Gauss-Jordan elimination with partial pivoting, unrolled. A singular system gives NaN or infinities."""
     is_vector = B.dim() == 1 or (B.dim() == A.dim() - 1 and B.shape == A.shape[:-1])
     a, b = (A, B.unsqueeze(-1) if is_vector else B) if left else (A.mT, B.mT)
     size = A.shape[-1]
@@ -112,6 +112,5 @@ def _solve_ex(
         a, b = (torch.where(is_pivot, m / value, m - others * ((row @ m) / value)) for m in (a, b))
     solution = torch.stack(chosen, -2) @ b
     solution = solution if left else solution.mT
-    nothing = torch.full_like(A, float("nan"))
-    pivots = torch.zeros_like(A[..., 0], dtype=torch.int32)
-    return solution.squeeze(-1) if is_vector else solution, nothing, pivots, pivots.sum(-1, dtype=torch.int32)
+    info = torch.zeros_like(A[..., 0, 0], dtype=torch.int32)
+    return solution.squeeze(-1) if is_vector else solution, info

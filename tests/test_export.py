@@ -1,5 +1,7 @@
 """``torch.export`` of models with each transform; the same in PyTorch's operators; and in ONNX."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from common import random_grid
@@ -172,7 +174,7 @@ def test_decompositions_keep_the_memory_format():
 @pytest.mark.parametrize("left", [True, False])
 def test_elimination(left):
     """The spline's solver for any system: batches, vectors, and zeros where a pivot would be."""
-    solve = torch.ops.aten._linalg_solve_ex.default
+    solve = torch.ops.aten.linalg_solve_ex.default
     ours = stn.export.decompositions()[solve]
     a = torch.randn(3, 6, 6, dtype=torch.float64)
     a[:, range(6), range(6)] = 0
@@ -241,3 +243,16 @@ def test_onnx_modes(mode, padding, align_corners):
 def test_onnx_of_any_size(name):
     """One ONNX model for other batches and image sizes."""
     assert_same_in_onnx(MODELS[name](), images(name), True, [images(name, batch=3, grow=2)])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_readme(tmp_path, monkeypatch):
+    """The README's snippet."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (snippet,) = (block for block in text.split("```python\n") if "stn.export" in block)
+    monkeypatch.chdir(tmp_path)
+    names = {"torch": torch, "stn": stn, "net": Model("affine"), "digits": images("affine")}
+    exec(snippet.partition("```")[0], names)
+    assert (tmp_path / "net.onnx").exists()
