@@ -601,7 +601,7 @@ _TALL_GRID = {"output": 2, "params": 1, "coordinates": 2}
 
 
 def _vmap(
-    function: type[torch.autograd.Function],
+    function: type[_Function],
     arguments: tuple[str, ...],
     results: tuple[str | None, ...],
     info: Any,

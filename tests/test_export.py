@@ -111,7 +111,7 @@ def exported(name, device="cpu", dynamic=False):
     """The model and its program; whether the batch and the image's size are fixed."""
     model = MODELS[name]().to(device).eval()
     x = images(name, device)
-    shapes = ({dim: torch.export.Dim.DYNAMIC for dim in (0, *range(2, x.dim()))},) if dynamic else None
+    shapes = (dict.fromkeys((0, *range(2, x.dim())), torch.export.Dim.DYNAMIC),) if dynamic else None
     return model, torch.export.export(model, (x,), dynamic_shapes=shapes), x
 
 
@@ -203,7 +203,7 @@ def assert_same_in_onnx(model, x, dynamic=None, others=()):
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model = model.eval()
-    shapes = ({dim: torch.export.Dim.DYNAMIC for dim in (0, *range(2, x.dim()))},) if dynamic else None
+    shapes = (dict.fromkeys((0, *range(2, x.dim())), torch.export.Dim.DYNAMIC),) if dynamic else None
     program = torch.export.export(model, (x,), dynamic_shapes=shapes)
     program = program.run_decompositions(stn.export.decompositions())
     made = torch.onnx.export(

@@ -83,8 +83,8 @@ def functions():
 
 
 FUNCTIONS = functions()
-# (batch, image size), the last two new to a graph made for the first. PyTorch takes sizes that are equal at first
-# for one: a batch of 2 or 3 for the fixed sizes of a matrix.
+# (batch, image size), the last two new to a graph made for the first. PyTorch takes sizes that are equal at
+# first for one: a batch of 2 or 3 for the fixed sizes of a matrix.
 SHAPES = [(4, (10, 11)), (5, (10, 11)), (7, (8, 9))]
 
 
