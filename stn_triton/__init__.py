@@ -4,7 +4,7 @@ Importing the package needs no GPU and starts nothing: Triton is imported at the
 matplotlib at the first drawing.
 """
 
-from . import nn, transforms, viz
+from . import export, nn, transforms, viz
 from .functional import (
     affine_grid,
     affine_grid_sample,
@@ -23,6 +23,7 @@ __all__ = [
     "__version__",
     "affine_grid",
     "affine_grid_sample",
+    "export",
     "flow_grid_sample",
     "grid_sample",
     "nn",

@@ -28,13 +28,11 @@ and everything else of second order is made of these. Only sample_hvp is differe
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 
 from . import backend, distributed, reference
@@ -50,14 +48,9 @@ _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
 
 def _register(schema: str, implementation: Any, fake: Any) -> Any:
-    def untracked(*args: Any) -> Any:
-        # what is returned, a view of a buffer perhaps, is to be no view to autograd: some take no tangents
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return implementation(*args)
-
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=_TAGS)
-    _LIBRARY.impl(name, untracked, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"stn_triton::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.stn_triton, name).default
 
@@ -525,40 +518,7 @@ _grid_backward_op = _register(
 )
 
 
-# --------------------------------------------------------------------------------------------- compiling
-def _apply(
-    traced: type[torch.autograd.Function], function: type[torch.autograd.Function], *inputs: Any
-) -> Tensor:
-    """``function``, or ``traced`` in its place where Dynamo is at work."""
-    if distributed.is_sharded(inputs[0]):
-        distributed.register()
-    if not torch.compiler.is_compiling():
-        return function.apply(*inputs)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        # Dynamo would take the operator for a constant
-        torch._dynamo.graph_break(
-            msg="stn_triton is not compiled within function transforms and forward mode"
-        )
-        return _apply_untraced(function, *inputs)
-    return traced.apply(*inputs)
-
-
-def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, into which Dynamo does not look; nor is it imported for that."""
-    disabled = _disable_dynamo(function)
-
-    @functools.wraps(function)
-    def untraced(*args: Any) -> Any:
-        return (disabled if "torch._dynamo" in sys.modules else function)(*args)
-
-    return untraced
-
-
-@_untraced
-def _apply_untraced(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
-    return function.apply(*inputs)
-
-
+# ------------------------------------------------------------------------------------------- autograd
 def _is_tracked() -> bool:
     """Whether what is computed may be differentiated: else the operators do without their Functions."""
     return (
@@ -569,17 +529,47 @@ def _is_tracked() -> bool:
 
 
 class _Function(torch.autograd.Function):
-    """One whose derivatives Dynamo leaves to run as they are."""
+    """The derivatives and the ``vmap`` of an operator, ``op``, which thereby has them itself."""
+
+    op: Any
+    run: Callable[..., Any]
+    """The operator. Eager code goes straight to the derivatives; compilers see the operator alone, as Dynamo
+    traces no Function that has a ``jvp``."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in ("backward", "jvp", "vmap"):
-            setattr(cls, name, staticmethod(_untraced(getattr(cls, name))))
+        op, apply, compute = cls.op, cls.apply, cls.forward
+
+        def run(*inputs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return op(*inputs)
+            return apply(*inputs) if _is_tracked() else compute(*inputs)
+
+        def dispatched(*inputs: Any) -> Any:
+            # in compiled code forward_ad does not know of duals
+            return apply(*inputs) if _is_tracked() or torch._C._is_fwd_grad_enabled() else compute(*inputs)
+
+        cls.run = staticmethod(run)
+        name = op.name().partition(".")[0]
+        for key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):  # the second: all function transforms
+            _LIBRARY.impl(name, dispatched, key)
+
+
+def _computed(op: Any, *inputs: Any) -> Any:
+    """An operator's results without derivatives.
+
+    A result may be a view of a buffer. To autograd it is to be none: some views take no tangents.
+    """
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return op(*inputs)
 
 
 def _primals(ctx: Any) -> tuple[Any, ...]:
-    """What a ``jvp`` finds saved, without the tangents that it was given with."""
-    return tuple(t if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
+    """What a ``jvp`` finds saved, without the tangents that it was given with.
+
+    There is one level of duals to each function transform. Compiled code enters it unknown to ``forward_ad``.
+    """
+    return tuple(t if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors)
 
 
 def _tracked(jvp: Callable[..., Any]) -> Callable[..., Any]:
@@ -605,7 +595,7 @@ _TALL_GRID = {"output": 2, "params": 1, "coordinates": 2}
 
 
 def _vmap(
-    function: type[torch.autograd.Function],
+    function: type[_Function],
     arguments: tuple[str, ...],
     results: tuple[str | None, ...],
     info: Any,
@@ -633,7 +623,7 @@ def _vmap(
                 t if dim is None else t.select(dim, k) if samples else t.sum(dim)
                 for t, dim in zip(tensors, dims, strict=True)
             )
-            one = function.apply(*chosen, *inputs[count:])
+            one = function.run(*chosen, *inputs[count:])
             found.append(one if isinstance(one, tuple) else (one,))
         stacked = tuple(
             column[0] if kind is None else torch.stack(column)[:samples]
@@ -684,7 +674,7 @@ def _vmap(
 
     if ("output" in results and axes is _TALL_GRID) or ("output" in arguments and axes is _IMAGES):
         shape = (samples * shape[0], *shape[1:])  # the output's size, or the images' shape
-    found = function.apply(
+    found = function.run(
         *(folded(*argument) for argument in zip(arguments, tensors, dims, strict=True)),
         source,
         shape,
@@ -821,7 +811,7 @@ def _coordinates_backward(
     if source == Source.FLOW:
         return by_coordinates.squeeze(1).movedim(-1, 1).to(params.dtype), None
     dtype, outputs = by_coordinates.dtype, by_coordinates.shape[:2].numel()
-    by_params, by_controls = _GridBackward.apply(
+    by_params, by_controls = _GridBackward.run(
         by_coordinates.reshape(outputs, *by_coordinates.shape[2:]),
         params.reshape(outputs, *params.shape[-2:]).to(dtype),
         None if control_points is None else control_points.to(dtype),
@@ -900,7 +890,7 @@ def _directional(
         )
     if moved is None and of_input is None:
         return None
-    return _SampleJvp.apply(
+    return _SampleJvp.run(
         None if moved is None else input,
         of_input,
         params,
@@ -933,7 +923,7 @@ def _second(
     coordinates_grad = any(source_grad) and (of_input is not None or moved is not None)
     by_input, by_params, by_controls = None, None, None
     if input_grad or coordinates_grad:
-        by_input, by_coordinates = _SampleHvp.apply(
+        by_input, by_coordinates = _SampleHvp.run(
             grad_output,
             input if coordinates_grad and moved is not None else None,
             of_input if coordinates_grad else None,
@@ -951,7 +941,7 @@ def _second(
     curved = _is_curved(place.source, of_source, source_grad)
     if any(curved):
         first = grad_output, None, input, params, control_points, None
-        _, by_coordinates = _SampleHvp.apply(*first, *place.image, False, True)
+        _, by_coordinates = _SampleHvp.run(*first, *place.image, False, True)
         more = _curvature(
             place.source, by_coordinates, params, control_points, of_source, align_corners, curved
         )
@@ -966,9 +956,11 @@ def _second(
 class _SampleHvp(_Function):
     """Second derivatives in a direction. Its own derivatives are taken in plain PyTorch."""
 
+    op = _sample_hvp_op
+
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return _sample_hvp_op(*inputs)
+        return _computed(_sample_hvp_op, *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -1032,9 +1024,11 @@ class _SampleHvp(_Function):
 
 
 class _SampleJvp(_Function):
+    op = _sample_jvp_op
+
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        return _sample_jvp_op(*inputs)
+        return _computed(_sample_jvp_op, *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -1064,12 +1058,12 @@ class _SampleJvp(_Function):
             return *found, *[None] * 5
         if of_tangent:
             first = grad_output, None, params, control_points, *place.image, True, False, False
-            found[1] = _SampleBackward.apply(*first)[0]
+            found[1] = _SampleBackward.run(*first)[0]
         if place.steps:
             return *found, *[None] * 5
         of_input, of_places = of_input and moved is not None, of_params or of_controls
         if of_input or of_places:
-            found[0], by_coordinates = _SampleHvp.apply(
+            found[0], by_coordinates = _SampleHvp.run(
                 grad_output,
                 input if of_places else None,
                 tangent,
@@ -1086,7 +1080,7 @@ class _SampleJvp(_Function):
                 )
         if of_moved:
             first_order = grad_output, None, input, params, control_points, None
-            found[4] = _SampleHvp.apply(*first_order, *place.image, False, True)[1]
+            found[4] = _SampleHvp.run(*first_order, *place.image, False, True)[1]
         needed = ctx.needs_input_grad[:5]
         return *(g if need else None for g, need in zip(found, needed, strict=True)), *[None] * 5
 
@@ -1111,7 +1105,7 @@ class _SampleJvp(_Function):
             if of_image is not None or by is not None:
                 image = None if by is None else image
                 rest = *source, by, place.source, place.size, *place.modes
-                parts.append(_SampleJvp.apply(image, of_image, *rest))
+                parts.append(_SampleJvp.run(image, of_image, *rest))
         if input is not None and moved is not None and shift is not None:
             parts.append(_twice_moved(input, params, control_points, moved, shift, place))
         total = parts[0] if parts else None
@@ -1128,7 +1122,7 @@ class _SampleJvp(_Function):
 def _zero_samples(image: Tensor, params: Tensor, control_points: Tensor | None, place: _Place) -> Tensor:
     """What an image of zeros gives: mapped over where the image or the source is."""
     zeros = image.new_zeros(()).expand(image.shape)
-    return _SampleJvp.apply(None, zeros, params, control_points, None, place.source, place.size, *place.modes)
+    return _SampleJvp.run(None, zeros, params, control_points, None, place.source, place.size, *place.modes)
 
 
 def _twice_moved(
@@ -1147,7 +1141,7 @@ def _twice_moved(
 
     several = (transforms,) if _has_transforms(params, place.source) else ()
     ones = input.new_ones(()).expand(batch * channels, *several, 1, *place.size)
-    _, by_coordinates = _SampleHvp.apply(
+    _, by_coordinates = _SampleHvp.run(
         ones,
         input.reshape(batch * channels, 1, *in_size),
         None,
@@ -1167,9 +1161,11 @@ def _twice_moved(
 
 
 class _SampleBackward(_Function):
+    op = _sample_backward_op
+
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _sample_backward_op(*inputs)
+        return _computed(_sample_backward_op, *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -1202,7 +1198,7 @@ class _SampleBackward(_Function):
         if of_output is None and any(want and f is None for f, want in zip(found, ctx.wanted, strict=True)):
             of_output = grad_output.new_zeros(()).expand(grad_output.shape)
         if of_output is not None:
-            linear = _SampleBackward.apply(of_output, *saved, *ctx.place.image, *ctx.wanted)
+            linear = _SampleBackward.run(of_output, *saved, *ctx.place.image, *ctx.wanted)
             found = [_sum(a, b) for a, b in zip(linear, found, strict=True)]
         return tuple(f if want else None for f, want in zip(found, ctx.wanted, strict=True))
 
@@ -1213,22 +1209,12 @@ class _SampleBackward(_Function):
         return _vmap(_SampleBackward, ("output", *kinds), results, info, in_dims, inputs)
 
 
-class _TracedSample(torch.autograd.Function):
-    """``_Sample`` for Dynamo, which traces no Function that has a ``jvp`` and none within a backward."""
+class _Sample(_Function):
+    op = _sample_op
 
     @staticmethod
-    def forward(
-        input: Tensor,
-        params: Tensor,
-        control_points: Tensor | None,
-        source: int,
-        size: Any,
-        interpolation: int,
-        padding: int,
-        align_corners: bool,
-    ) -> Tensor:
-        modes = interpolation, padding, align_corners
-        return _sample_op(input, params, control_points, source, size, *modes)
+    def forward(*inputs: Any) -> Tensor:
+        return _computed(_sample_op, *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -1238,28 +1224,6 @@ class _TracedSample(torch.autograd.Function):
         _, of_params, of_controls = ctx.needs_input_grad[:3]
         read = (of_params or of_controls) and ctx.modes[0] != Interpolation.NEAREST
         ctx.save_for_backward(input if read else None, params, control_points)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return _first(_sample_backward_op, ctx, grad_output)
-
-
-def _first(backward: Callable[..., Any], ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[:3]
-    image = ctx.source, ctx.in_shape, ctx.channels_last, *ctx.modes
-    found = backward(grad_output, *ctx.saved_tensors, *image, *wanted)
-    gradients = (g if want else None for g, want in zip(found, wanted, strict=True))
-    return *gradients, None, None, None, None, None
-
-
-class _Sample(_Function):
-    @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        return _sample_op(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _TracedSample.setup_context(ctx, inputs, output)
         ctx.save_for_forward(*inputs[:3])
         ctx.set_materialize_grads(False)
 
@@ -1267,7 +1231,11 @@ class _Sample(_Function):
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * 8
-        return _first(_SampleBackward.apply if _is_tracked() else _sample_backward_op, ctx, grad_output)
+        wanted = ctx.needs_input_grad[:3]
+        image = ctx.source, ctx.in_shape, ctx.channels_last, *ctx.modes
+        found = _SampleBackward.run(grad_output, *ctx.saved_tensors, *image, *wanted)
+        gradients = (g if want else None for g, want in zip(found, wanted, strict=True))
+        return *gradients, None, None, None, None, None
 
     @staticmethod
     @_tracked
@@ -1296,14 +1264,18 @@ def sample(
 ) -> Tensor:
     """(N, C, *size), or (N, T, C, *size) for params (N or 1, T, ...). Arguments are taken as valid."""
     codes = int(interpolation), int(padding), align_corners
-    return _apply(_TracedSample, _Sample, input, params, control_points, int(source), size, *codes)
+    if distributed.is_sharded(input):
+        distributed.register()
+    return _Sample.run(input, params, control_points, int(source), size, *codes)
 
 
 # ------------------------------------------------------------------------------------ grid's Functions
 class _GridBackward(_Function):
+    op = _grid_backward_op
+
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return _grid_backward_op(*inputs)
+        return _computed(_grid_backward_op, *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -1335,7 +1307,7 @@ class _GridBackward(_Function):
             of_grid = torch.zeros_like(grad_grid)
         if of_grid is not None:
             rest = ctx.source, ctx.align_corners, ctx.control_grad
-            linear = _GridBackward.apply(of_grid, *source, *rest)
+            linear = _GridBackward.run(of_grid, *source, *rest)
             by_params, by_controls = _sum(linear[0], by_params), _sum(linear[1], by_controls)
         return by_params, by_controls if ctx.control_grad else None
 
@@ -1370,50 +1342,29 @@ def _grid_curvature(
     return _curvature(*found)
 
 
-class _TracedGrid(torch.autograd.Function):
-    """As ``_TracedSample``."""
-
-    @staticmethod
-    def forward(
-        params: Tensor, control_points: Tensor | None, source: int, size: Any, align_corners: bool
-    ) -> Tensor:
-        return _grid_op(params, control_points, source, size, align_corners)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.source = inputs[2]
-        ctx.align_corners = inputs[4]
-        ctx.save_for_backward(*inputs[:2])
-
-    @staticmethod
-    def backward(ctx: Any, grad_grid: Tensor) -> tuple[Tensor | None, ...]:
-        return _first_of_grid(_grid_backward_op, ctx, grad_grid)
-
-
-def _first_of_grid(backward: Callable[..., Any], ctx: Any, grad_grid: Tensor) -> tuple[Tensor | None, ...]:
-    params_grad, control_grad = ctx.needs_input_grad[:2]
-    rest = ctx.source, ctx.align_corners, control_grad
-    by_params, by_controls = backward(grad_grid, *ctx.saved_tensors, *rest)
-    return by_params if params_grad else None, by_controls if control_grad else None, None, None, None
-
-
 class _Grid(_Function):
+    op = _grid_op
+
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        return _grid_op(*inputs)
+        return _computed(_grid_op, *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _TracedGrid.setup_context(ctx, inputs, output)
+        params, control_points, ctx.source, _, ctx.align_corners = inputs
         ctx.shape, ctx.dtype = output.shape, output.dtype
-        ctx.save_for_forward(*inputs[:2])
+        ctx.save_for_backward(params, control_points)
+        ctx.save_for_forward(params, control_points)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_grid: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_grid is None:
             return (None,) * 5
-        return _first_of_grid(_GridBackward.apply if _is_tracked() else _grid_backward_op, ctx, grad_grid)
+        params_grad, control_grad = ctx.needs_input_grad[:2]
+        rest = ctx.source, ctx.align_corners, control_grad
+        by_params, by_controls = _GridBackward.run(grad_grid, *ctx.saved_tensors, *rest)
+        return by_params if params_grad else None, by_controls if control_grad else None, None, None, None
 
     @staticmethod
     @_tracked
@@ -1429,4 +1380,6 @@ def grid(
     params: Tensor, source: Source, size: Any, align_corners: bool, control_points: Tensor | None = None
 ) -> Tensor:
     """The normalised coordinates of a source, (N, *size, dims) in the dtype of ``params``."""
-    return _apply(_TracedGrid, _Grid, params, control_points, int(source), size, align_corners)
+    if distributed.is_sharded(params):
+        distributed.register()
+    return _Grid.run(params, control_points, int(source), size, align_corners)

@@ -473,7 +473,9 @@ def _places(
     if in_pixels:
         grid = _unnormalise(grid, in_size, align_corners)
     elif displacement is not None:
-        displacement = displacement / displacement.new_tensor(_pixel_scales(in_size, align_corners))
+        scales = _pixel_scales(in_size, align_corners)  # which may be symbols
+        axes = zip(displacement.unbind(-1), scales, strict=True)
+        displacement = torch.stack([pixels / scale for pixels, scale in axes], -1)
     return grid if displacement is None else grid + displacement
 
 

@@ -379,18 +379,28 @@ def gradient(image, theta):
     return grad(lambda t: stn.affine_grid_sample(image, t).square().sum())(theta)
 
 
-@pytest.mark.parametrize("function", [affine_jvp, grid_jvp, dual_numbers, gradient])
+def mapped_gradient(image, theta):
+    return vmap(grad(lambda i, t: stn.affine_grid_sample(i[None], t[None]).square().sum()))(image, theta)
+
+
+def second_gradient(image, theta):
+    return grad(lambda t: gradient(image, t).square().sum())(theta)
+
+
+@pytest.mark.parametrize("grad_mode", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize(
+    "function", [affine_jvp, grid_jvp, dual_numbers, gradient, mapped_gradient, second_gradient]
+)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_compiled_transforms(anywhere, device, function):
-    """Dynamo would take the operators for constants: it must run them eagerly, or say that it cannot."""
+def test_compiled_transforms(anywhere, device, function, grad_mode):
+    """Function transforms and forward mode inside compiled code: one graph."""
     image = torch.randn(2, 3, 4, 5, device=device)
     theta = torch.eye(2, 3, device=device) + 0.1 * torch.randn(2, 2, 3, device=device)
     expected = function(image, theta)
     torch._dynamo.reset()
-    assert_close(torch.compile(function, backend="aot_eager")(image, theta), expected.double())
-    torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="stn_triton is not compiled within"):
-        torch.compile(function, backend="aot_eager", fullgraph=True)(image, theta)
+    with torch.set_grad_enabled(grad_mode):
+        result = torch.compile(function, backend="aot_eager", fullgraph=True)(image, theta)
+    assert_close(result, expected.double())
 
 
 def test_sources_are_all_here():

@@ -77,26 +77,51 @@ def derivatives(sample_arguments, grad_output):
         )
 
 
-@pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.name.lower())
-def test_opcheck(either_backend, device, source, dims):
-    """PyTorch's own checks of schema and fake, for each operator."""
-    utilities = ("test_schema", "test_faketensor")
-    sample_arguments = arguments(source, dims, device)
-    torch.library.opcheck(NAMESPACE.sample.default, sample_arguments, test_utils=utilities)
-    output = NAMESPACE.sample(*sample_arguments)
-    for operator, its_arguments in derivatives(sample_arguments, torch.randn_like(output)):
+def opcheck(operator, its_arguments, thorough):
+    """PyTorch's own checks: schema, fake, autograd; if thorough AOT autograd with and without gradients too.
+
+    Permuted tensors stay so: what requires a gradient is a detached view.
+    """
+    if not thorough:  # what a backend can change
+        utilities = "test_schema", "test_faketensor", "test_autograd_registration"
         torch.library.opcheck(operator, its_arguments, test_utils=utilities)
-    if source != Source.GRID:
-        params, size = sample_arguments[1], sample_arguments[4]
-        place = params, None, int(source)
-        grid = NAMESPACE.grid(*place, size, True)
-        torch.library.opcheck(NAMESPACE.grid.default, (*place, size, True), test_utils=utilities)
-        torch.library.opcheck(
-            NAMESPACE.grid_backward.default,
-            (torch.randn_like(grid), *place, True, False),
-            test_utils=utilities,
-        )
+        return
+    torch.library.opcheck(operator, its_arguments)
+    leaves = [
+        argument.detach().requires_grad_() if isinstance(argument, torch.Tensor) else argument
+        for argument in its_arguments
+    ]
+    torch.library.opcheck(operator, tuple(leaves), test_utils="test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize(("dims", "layout"), [(2, "permuted"), (3, "contiguous")])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.name.lower())
+def test_opcheck(either_backend, device, source, dims, layout):
+    """Each operator, with dense permuted images and gradients too."""
+    sample_arguments = arguments(source, dims, device, layout)
+    thorough = dims == 2 and either_backend == "torch"
+    opcheck(NAMESPACE.sample.default, sample_arguments, thorough)
+    grad_output = FORMATS[layout](torch.randn_like(NAMESPACE.sample(*sample_arguments)))
+    for operator, its_arguments in derivatives(sample_arguments, grad_output):
+        opcheck(operator, its_arguments, thorough)
+
+
+@pytest.mark.parametrize(
+    "source", [Source.AFFINE, Source.PROJECTIVE, Source.TPS], ids=lambda s: s.name.lower()
+)
+def test_opcheck_of_grids(either_backend, device, source):
+    params, control_points = torch.eye(3, device=device).repeat(2, 1, 1), None
+    if source == Source.AFFINE:
+        params = params[:, :2]
+    elif source == Source.TPS:
+        params, control_points = torch.randn(2, 7, 2, device=device), torch.randn(4, 2, device=device)
+    place = params.mT.contiguous().mT, control_points, int(source)  # dense and permuted
+    grid = NAMESPACE.grid(*place, (3, 4), True)
+    thorough = either_backend == "torch"
+    opcheck(NAMESPACE.grid.default, (*place, (3, 4), True), thorough)
+    for control_grad in {False, control_points is not None}:
+        rest = True, control_grad
+        opcheck(NAMESPACE.grid_backward.default, (torch.randn_like(grid), *place, *rest), thorough)
 
 
 @pytest.mark.parametrize("layout", list(FORMATS))
