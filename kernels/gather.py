@@ -58,7 +58,7 @@ def axis_weight(
     """The weight with which coordinate ``x`` reads pixel ``q``: the transpose of ``axis_taps``."""
     if INTERPOLATION == BILINEAR:
         padded = pad_coordinate(x, size, PADDING, ALIGN_CORNERS, COMPUTE)
-        # with t = x - floor(x) the differences are exact: 1 - t and t, as axis_taps has them
+        # 1 - t and t with t = x - floor(x), as axis_taps has them, to half a rounding of 1
         return tl.maximum(1.0 - tl.abs(padded - tl.cast(q, COMPUTE)), 0.0)
     else:
         TAPS: tl.constexpr = axis_tap_count(INTERPOLATION)

@@ -16,6 +16,9 @@ from .sources import PROJECTIVE
 ROUNDING = tl.constexpr(2.0**-19)
 # A determinant below this part of its terms counts as 0, and so does a homography's denominator.
 SINGULAR = tl.constexpr(2.0**-12)
+# Rows between these sizes have minors that neither overflow nor, but for what does not matter, underflow.
+LEAST = tl.constexpr(2.0**-40)
+MOST = tl.constexpr(2.0**40)
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -117,6 +120,18 @@ def adjugate(rows):
 
 
 @triton.jit
+def is_regular(rows, determinant, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Whether an inverse by minors has the digits that the bounds below count on; not with a NaN."""
+    regular = (tl.abs(determinant) > SINGULAR * size) & (size > 2.0**-90)
+    for r in tl.static_range(ROWS):
+        largest = tl.abs(rows[r][0])
+        for j in tl.static_range(1, COLUMNS):
+            largest = tl.maximum(largest, tl.abs(rows[r][j]))
+        regular = regular & (largest > LEAST) & (largest < MOST)
+    return regular
+
+
+@triton.jit
 def affine_preimage(rows, center, radius, DIMS: tl.constexpr):
     """For each axis the lower and upper normalised coordinate of the outputs that can be read in a box."""
     if DIMS == 3:
@@ -128,7 +143,7 @@ def affine_preimage(rows, center, radius, DIMS: tl.constexpr):
         d = rows[1][1]
         determinant, size = minor(a, b, c, d)
         entries = (((d, tl.abs(d)), (-b, tl.abs(b))), ((-c, tl.abs(c)), (a, tl.abs(a))))
-    regular = tl.abs(determinant) > SINGULAR * size
+    regular = is_regular(rows, determinant, size, DIMS, DIMS)
     inverse = 1.0 / tl.where(regular, determinant, 1.0)
     condition = size * tl.abs(inverse)
     bounds = ()
@@ -166,7 +181,7 @@ def projective_corner(entries, x, y):
 def projective_preimage(rows, center, radius):
     """As ``affine_preimage``: a box that the horizon does not cut comes from a quadrangle."""
     entries, determinant, size = adjugate(rows)
-    regular = tl.abs(determinant) > SINGULAR * size
+    regular = is_regular(rows, determinant, size, 3, 3)
     places, w, known = projective_corner(entries, center[0] - radius[0], center[1] - radius[1])
     bounds = ()
     for i in tl.static_range(2):

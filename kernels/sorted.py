@@ -81,7 +81,7 @@ def axis_cell(
 
 
 @triton.jit
-def axis_weight(
+def weight_and_slope(
     x,
     q,
     size,
@@ -123,8 +123,8 @@ def output_weight(
     """
     x = tl.load(record, read, other=0.0)
     y = tl.load(record + 1, read, other=0.0)
-    x, x_slope = axis_weight(x, q[0], in_size[0], INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE, MOVED)
-    y, y_slope = axis_weight(y, q[1], in_size[1], INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE, MOVED)
+    x, x_slope = weight_and_slope(x, q[0], in_size[0], INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE, MOVED)
+    y, y_slope = weight_and_slope(y, q[1], in_size[1], INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE, MOVED)
     if MOVED:
         plane = tl.load(record + DIMS, read, other=0.0) * x_slope * y
         plane += tl.load(record + DIMS + 1, read, other=0.0) * x * y_slope
@@ -132,7 +132,9 @@ def output_weight(
         plane = x * y
     if DIMS == 3:
         z = tl.load(record + 2, read, other=0.0)
-        z, z_slope = axis_weight(z, q[2], in_size[2], INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE, MOVED)
+        z, z_slope = weight_and_slope(
+            z, q[2], in_size[2], INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE, MOVED
+        )
         weight = plane * z
         if MOVED:
             weight += tl.load(record + DIMS + 2, read, other=0.0) * z_slope * x * y

@@ -35,7 +35,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {
         operators.sample.default: _sample,
         operators.grid.default: _grid,
-        torch.ops.aten.linalg_solve_ex.default: _solve_ex,
+        torch.ops.aten.linalg_inv_ex.default: _inv_ex,
     }
 
 
@@ -88,12 +88,9 @@ def _grid(
     return grid.squeeze(1).to(params.dtype)
 
 
-def _solve_ex(
-    A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Gauss-Jordan elimination with partial pivoting, unrolled. A singular system gives NaN or infinities."""
-    is_vector = B.dim() == 1 or (B.dim() == A.dim() - 1 and B.shape == A.shape[:-1])
-    a, b = (A, B.unsqueeze(-1) if is_vector else B) if left else (A.mT, B.mT)
+def _inv_ex(A: Tensor, *, check_errors: bool = False) -> tuple[Tensor, Tensor]:
+    """Gauss-Jordan elimination with partial pivoting, unrolled. A singular matrix gives NaN or infinities."""
+    a, b = A, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
     size = A.shape[-1]
     rows = torch.arange(size, device=A.device)
     unused = torch.ones_like(a[..., 0])
@@ -110,7 +107,4 @@ def _solve_ex(
         others = (entries * (1 - pivot)).unsqueeze(-1)
         is_pivot = pivot.unsqueeze(-1) > 0
         a, b = (torch.where(is_pivot, m / value, m - others * ((row @ m) / value)) for m in (a, b))
-    solution = torch.stack(chosen, -2) @ b
-    solution = solution if left else solution.mT
-    info = torch.zeros_like(A[..., 0, 0], dtype=torch.int32)
-    return solution.squeeze(-1) if is_vector else solution, info
+    return torch.stack(chosen, -2) @ b, torch.zeros_like(A[..., 0, 0], dtype=torch.int32)

@@ -8,12 +8,13 @@ image's outermost pixels, with ``align_corners=False`` their outer edges.
 Derivatives: every function is differentiable any number of times in all its tensors, in reverse and in
 forward mode (``torch.func``'s ``grad``, ``jvp``, ``jacrev``, ``jacfwd`` and ``hessian``; dual numbers), and
 works under ``torch.func.vmap`` and ``torch.utils.checkpoint``. First and second derivatives are kernels, in
-any mixture of the modes. For forward mode and second derivatives these hold tangents and gradients of the
-coordinates, which are of the output's size; for first derivatives nothing of the kind. From the third on they
-are taken in plain PyTorch, with its memory. Only what a gradient is asked for is computed, and an image is
-kept for the backward pass only if a gradient by its coordinates needs it. At kinks derivatives are one-sided,
-on the side that is PyTorch's. ``torch.compile`` takes a function and its first gradient whole; function
-transforms and forward mode inside of what is compiled break the graph.
+any mixture of the modes; only how a homography's or a control point's coordinates move, which is of the
+output's size, is plain PyTorch. For forward mode and second derivatives these hold tangents and gradients
+of the coordinates, which are of the output's size; for first derivatives nothing of the kind. From the
+third on they are taken in plain PyTorch, with its memory. Only what a gradient is asked for is computed,
+and an image is kept for the backward pass only if a gradient by its coordinates needs it. At kinks
+derivatives are one-sided, on the side that is PyTorch's. ``torch.compile`` takes a function whole, with its
+gradients, function transforms and forward mode.
 """
 
 from __future__ import annotations
@@ -238,7 +239,7 @@ def affine_grid_sample(
     The kernels hold no grid and no gradient of a grid in memory. Coordinates, weights and sums are float32
     (float64 where an argument is float64); bad coordinates are treated as in :func:`grid_sample`.
     Differentiable in ``input`` and ``theta`` any number of times, in both modes (see the module); the
-    gradient of a broadcast ``theta`` is summed. That of ``theta`` is the same to the bit each time. Under
+    gradient of a broadcast ``theta`` is summed. Both gradients are the same to the bit each time. Under
     ``vmap`` over ``theta`` alone the samples are transforms of the images, which are not copied.
 
     Raises:
@@ -278,7 +279,7 @@ def projective_grid_sample(
     On the horizon, where W cannot be told from 0 (its terms cancel up to rounding), the coordinate is NaN:
     it reads nothing under zeros padding, and adds nothing to the gradient of ``homography``. So does a
     homography of zeros or NaN. What lies beyond the horizon (W of the other sign) is read where the
-    formula puts it. The kernels hold no grid in memory. The gradient of ``homography`` is the same to the bit
+    formula puts it. The kernels hold no grid in memory. The gradients are the same to the bit
     each time. Differentiable any number of times, in both modes (see the module).
 
     Raises:
@@ -321,9 +322,10 @@ def tps_grid_sample(
         (N, C, *size), or (N, T, C, *size), in the input's dtype and memory format.
 
     Neither a grid nor a (pixels, K) basis is held in memory by the kernels. The gradients of ``points`` and
-    ``control_points`` are the same to the bit each time. Differentiable in ``input``, ``points`` and
-    ``control_points`` any number of times, in both modes (see the module). Under ``vmap`` over
-    ``control_points``, or over their gradient, each sample is computed on its own.
+    ``control_points`` are the same to the bit each time, and that by ``input`` under deterministic
+    algorithms. Differentiable in ``input``, ``points`` and ``control_points`` any number of times, in
+    both modes (see the module). Under ``vmap`` over ``control_points``, or over their gradient, each
+    sample is computed on its own.
 
     Raises:
         TypeError, ValueError: as :func:`affine_grid_sample`; a ValueError names control points that coincide,

@@ -833,13 +833,55 @@ def _curvature(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """d of <by_coordinates, ``_moved``> by params and control points."""
+    batch, _, *size, _ = by_coordinates.shape
+    of_params, of_controls = tangents
+    found: list[Tensor | None] = [None, None]
+    if of_params is not None:
 
-    def function(params: Tensor, control_points: Tensor | None) -> tuple[Tensor | None]:
-        batch, _, *size, _ = by_coordinates.shape
-        place = batch, size, align_corners, by_coordinates.dtype
-        return (_moved(source, params, control_points, tangents, *place),)
+        def function(params: Tensor, control_points: Tensor | None) -> tuple[Tensor | None]:
+            place = batch, size, align_corners, by_coordinates.dtype
+            return (_moved(source, params, control_points, (of_params, None), *place),)
 
-    return _vector_jacobian(function, (params, control_points), tuple(wanted), (by_coordinates,))
+        found = _vector_jacobian(function, (params, control_points), tuple(wanted), (by_coordinates,))
+    if of_controls is not None:
+        assert control_points is not None
+        more = _control_curvature(by_coordinates, params, control_points, of_controls, align_corners, wanted)
+        found = [_sum(a, b) for a, b in zip(found, more, strict=True)]
+    return found
+
+
+def _control_curvature(
+    by_coordinates: Tensor,
+    coefficients: Tensor,
+    control_points: Tensor,
+    tangent: Tensor,
+    align_corners: bool,
+    wanted: Sequence[bool],
+    chunk: int = 32,
+) -> list[Tensor | None]:
+    """A few control points at a time, so that what autograd holds is no more than the outputs."""
+    batch, _, *size, _ = by_coordinates.shape
+    dtype, controls = by_coordinates.dtype, control_points.shape[0]
+    parts: list[list[Tensor | None]] = []
+    for start in range(0, controls, chunk):
+        some = slice(start, min(start + chunk, controls))
+        along = tangent[some].to(dtype)
+
+        def function(weights: Tensor, points: Tensor, along: Tensor = along) -> tuple[Tensor]:
+            place = tuple(size), align_corners
+            moved = reference.spline_control_jvp(
+                _by_transform(weights, dtype), points.to(dtype), along, *place
+            )
+            return (moved.expand(batch, *moved.shape[1:]),)
+
+        chosen = coefficients[..., some, :], control_points[some]
+        parts.append(_vector_jacobian(function, chosen, tuple(wanted), (by_coordinates,)))
+    by_weights, by_points = zip(*parts, strict=True)
+    return [
+        # the last three coefficients are the affine part's, which no control point moves
+        torch.nn.functional.pad(torch.cat(by_weights, -2), (0, 0, 0, 3)) if wanted[0] else None,
+        torch.cat(by_points) if wanted[1] else None,
+    ]
 
 
 def _is_curved(source: int, tangents: _Tensors, wanted: Sequence[bool]) -> tuple[bool, bool]:

@@ -379,7 +379,8 @@ def _solve(control_points: Tensor, regularization: float) -> Tensor:
     affine = torch.cat([control_points, torch.ones_like(control_points[:, :1])], 1)
     corner = torch.zeros(3, 3, dtype=torch.float64, device=control_points.device)
     system = torch.cat([torch.cat([kernel, affine], 1), torch.cat([affine.mT, corner], 1)], 0)
-    return torch.linalg.solve_ex(system, unit)[0]
+    # not solve_ex, whose second derivatives PyTorch takes for 0 where one of the two is in forward mode
+    return torch.linalg.inv_ex(system)[0][:, :count]
 
 
 # ------------------------------------------------------------------- the systems that are remembered

@@ -169,7 +169,7 @@ class Problem:
         leaves = [leaf.clone().requires_grad_() for leaf in (g, input, self.pixels())]
         g, input, pixels = leaves
         tall = (g if g.dim() > input.dim() else g.unsqueeze(1)).movedim(1, 2).flatten(2, 3)
-        samples = reference._sample_pixels(input, pixels.flatten(1, 2), *self.modes)
+        samples = reference._sample_pixels(input, pixels.flatten(1, 2), self.modes)
         by_input, by_pixels = torch.autograd.grad(
             (samples * tall).sum(), leaves[1:], create_graph=True, materialize_grads=True
         )

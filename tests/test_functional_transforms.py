@@ -407,3 +407,42 @@ def test_sources_are_all_here():
     """A source that is added must be added to these tests."""
     assert {source for source, *_ in SOURCES.values()} == set(Source)
     assert ops.__all__ == ["grid", "sample"]
+
+
+@pytest.mark.parametrize("side", [2, 6])
+def test_second_derivatives_by_control_points(side):
+    """By the spline's system too, in every order of the modes; more points than are done at a time."""
+    control_points = stn.transforms.control_lattice(side, dtype=torch.float64).clone()
+    control_points += 0.02 * torch.randn(side**2, 2, dtype=torch.float64)
+    points = control_points[None] + 0.1 * torch.randn(1, side**2, 2, dtype=torch.float64)
+    image = torch.randn(1, 1, 4, 5, dtype=torch.float64)
+    direction = torch.randn_like(control_points)
+
+    def function(control_points):
+        grid = stn.tps_grid(points, (1, 1, 3, 4), control_points)
+        samples = stn.tps_grid_sample(image, points, (2, 3), "bicubic", control_points=control_points)
+        return grid.square().sum() + samples.square().sum()
+
+    def along(t):
+        return control_points + t * direction
+
+    gradient = torch.func.grad(function)
+    expected = (gradient(along(1e-6)) - gradient(along(-1e-6))) / 2e-6
+    products = [
+        torch.func.jvp(gradient, (control_points,), (direction,))[1],
+        torch.func.grad(lambda c: (gradient(c) * direction).sum())(control_points),
+        torch.func.grad(lambda c: torch.func.jvp(function, (c,), (direction,))[1])(control_points),
+    ]
+    with torch.autograd.forward_ad.dual_level():
+        leaf = control_points.clone().requires_grad_()
+        dual = torch.autograd.forward_ad.make_dual(leaf, direction)
+        (found,) = torch.autograd.grad(function(dual), leaf)
+        products.append(torch.autograd.forward_ad.unpack_dual(found).tangent)
+    for product in products:
+        torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-5)
+
+    def twice(inner, t):
+        return torch.func.jvp(inner, (t,), (torch.ones_like(t),))[1]
+
+    second = twice(lambda t: twice(lambda u: function(along(u)), t), torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(second, (direction * expected).sum(), rtol=1e-5, atol=1e-5)

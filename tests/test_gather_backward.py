@@ -214,6 +214,23 @@ def test_maps_without_an_inverse(device, padding, name):
         assert_close(result, wanted.double())
 
 
+def test_minors_that_underflow(device):
+    """A volume's matrix with rows of 1e-20 and 1e4, whose determinant is an ordinary number."""
+    theta = torch.tensor(
+        [
+            [
+                [3e-22, -2.6e-20, -2.6e-21, 0.58],
+                [-9e-23, -1.6e-24, 4.4e-24, 0.06],
+                [8e-25, 2e-22, 29278.0, 7319.5],
+            ]
+        ]
+    )
+    grad_output = torch.ones(1, 1, 2, 8, 8, device=device)
+    modes = Interpolation.NEAREST, Padding.BORDER, False
+    result = gather(grad_output, theta.to(device), (1, 1, 2, 2, 2), modes)
+    assert_close(result, scatter(grad_output, theta, (1, 1, 2, 2, 2), modes))
+
+
 @pytest.mark.parametrize("way", list(WAYS))
 @ALIGN
 @PADDINGS

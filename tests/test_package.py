@@ -1,7 +1,6 @@
 """The package as it is shipped: what is in it, that each way to install it works, and who may import whom."""
 
 import ast
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -271,13 +270,13 @@ def test_imports_run_one_way(layer, package, path):
             assert known, f"{package}.{path.stem} imports {name}, and may import only torch"
 
 
-def test_readme_snippets_run(tmp_path, monkeypatch):
+def test_readme_snippets_run():
     """The README's code, on the CPU and with small images."""
     import torch
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
-    first, second, existing, exported = (
+    first, second, existing, _ = (  # the last runs in test_export.py
         block.replace(', device="cuda"', "").replace("480, 640", "24, 32").replace("224", "8")
         for block in blocks
     )
@@ -296,10 +295,3 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
     exec(existing, names)
     torch.testing.assert_close(names["crops"], fused)
     torch.testing.assert_close(names["theta"].grad, gradient)
-    monkeypatch.chdir(tmp_path)
-    for module in ("onnx", "onnxscript"):
-        if importlib.util.find_spec(module) is None:
-            exported = exported.partition("torch.onnx.export")[0]
-    exec(exported, names)
-    assert not [node for node in names["program"].graph.nodes if "stn_triton" in str(node.target)]
-    assert not importlib.util.find_spec("onnxscript") or (tmp_path / "net.onnx").exists()
