@@ -11,6 +11,9 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 REDUCED = {"channels": (3,), "size": 32}
 
 
+pytestmark = pytest.mark.xdist_group("accuracy")  # the errors are measured once
+
+
 @pytest.fixture(scope="module")
 def found():
     return list(accuracy.measure_all(accuracy.HALVES, **REDUCED))

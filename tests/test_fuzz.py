@@ -463,7 +463,7 @@ KINDS = {  # name: (source, dims, modes, share of the cases)
 
 
 def budget(device):
-    return int(os.environ.get("STN_FUZZ", 3000 if device.type == "cpu" else 300))
+    return int(os.environ.get("STN_FUZZ", 1500 if device.type == "cpu" else 300))
 
 
 @pytest.fixture(scope="module")
