@@ -40,7 +40,7 @@ class Gather(NamedTuple):
     """How ``gather`` finds the outputs that read a tile of the input.
 
     Each lane goes through those of its pixel, ``candidates`` at most (a rotation has 9). Beyond, blocks of
-    ``out_rows * out_columns`` outputs get the lanes: a block costs as much as some hundred candidates.
+    ``out_rows * out_columns`` outputs get the lanes.
     """
 
     out_rows: int

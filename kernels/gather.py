@@ -30,7 +30,7 @@ from .coordinates import (
     unnormalise,
     unnormalise_grad,
 )
-from .interpolation import axis_tap_count, axis_taps
+from .interpolation import at_pixel, axis_tap_count, axis_taps
 from .launch import channel_dim, compute_dtypes, index_dtype, launch, vector_width
 from .modes import Interpolation, Padding, Source
 from .preimage import INFINITY, image_bounds, preimage
@@ -61,12 +61,8 @@ def axis_weight(
         # 1 - t and t with t = x - floor(x), as axis_taps has them, to half a rounding of 1
         return tl.maximum(1.0 - tl.abs(padded - tl.cast(q, COMPUTE)), 0.0)
     else:
-        TAPS: tl.constexpr = axis_tap_count(INTERPOLATION)
         indices, inside, weights = axis_taps(x, size, INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE)
-        weight = tl.zeros(x.shape, COMPUTE)
-        for k in tl.static_range(TAPS):
-            weight += tl.where(inside[k] & (indices[k] == q), weights[k], 0.0)
-        return weight
+        return at_pixel(q, indices, inside, weights, INTERPOLATION, COMPUTE)
 
 
 @triton.jit

@@ -188,3 +188,12 @@ def axis_taps_curvature(
         return (0.0, 0.0)
     else:
         return (0.0,)
+
+
+@triton.jit
+def at_pixel(q, indices, inside, values, INTERPOLATION: tl.constexpr, COMPUTE: tl.constexpr):
+    """The sum of the taps' values (weights, slopes) over the taps that read pixel ``q``."""
+    total = tl.zeros(indices[0].shape, COMPUTE)
+    for k in tl.static_range(axis_tap_count(INTERPOLATION)):
+        total += tl.where(inside[k] & (indices[k] == q), values[k], 0.0)
+    return total

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from . import configs, sources
 from .coordinates import in_bounds, unnormalise_grad
-from .interpolation import axis_tap_count, axis_taps, axis_taps_grad
+from .interpolation import at_pixel, axis_tap_count, axis_taps, axis_taps_grad
 from .launch import INT32_MAX, channel_dim, compute_dtypes, has_fast_log, index_dtype, launch, vector_width
 from .modes import Interpolation, Padding, Source
 from .sample import channel_block
@@ -93,14 +93,11 @@ def weight_and_slope(
 ):
     """The weight with which coordinate ``x`` reads pixel ``q``, and with MOVED its derivative by ``x``."""
     indices, inside, weights = axis_taps(x, size, INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE)
-    weight = tl.zeros(x.shape, COMPUTE)
+    weight = at_pixel(q, indices, inside, weights, INTERPOLATION, COMPUTE)
     slope = tl.zeros(x.shape, COMPUTE)
-    for k in tl.static_range(axis_tap_count(INTERPOLATION)):
-        weight += tl.where(inside[k] & (indices[k] == q), weights[k], 0.0)
     if MOVED:
         slopes = axis_taps_grad(x, size, INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE)
-        for k in tl.static_range(axis_tap_count(INTERPOLATION)):
-            slope += tl.where(inside[k] & (indices[k] == q), slopes[k], 0.0)
+        slope = at_pixel(q, indices, inside, slopes, INTERPOLATION, COMPUTE)
     return weight, slope
 
 

@@ -529,7 +529,8 @@ def _is_tracked() -> bool:
 
 
 class _Function(torch.autograd.Function):
-    """The derivatives and the ``vmap`` of an operator, ``op``, which thereby has them itself."""
+    """The derivatives and the ``vmap`` of an operator, ``op``, which thereby has them itself. ``forward`` is
+    the operator without them."""
 
     op: Any
     run: Callable[..., Any]
@@ -538,7 +539,12 @@ class _Function(torch.autograd.Function):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        op, apply, compute = cls.op, cls.apply, cls.forward
+        op, apply = cls.op, cls.apply
+
+        def compute(*inputs: Any) -> Any:
+            # A result may be a view of a buffer. To autograd it is to be none: some views take no tangents.
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                return op(*inputs)
 
         def run(*inputs: Any) -> Any:
             if torch.compiler.is_compiling():
@@ -549,19 +555,11 @@ class _Function(torch.autograd.Function):
             # in compiled code forward_ad does not know of duals
             return apply(*inputs) if _is_tracked() or torch._C._is_fwd_grad_enabled() else compute(*inputs)
 
+        cls.forward = staticmethod(compute)  # type: ignore[method-assign]
         cls.run = staticmethod(run)
         name = op.name().partition(".")[0]
         for key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):  # the second: all function transforms
             _LIBRARY.impl(name, dispatched, key)
-
-
-def _computed(op: Any, *inputs: Any) -> Any:
-    """An operator's results without derivatives.
-
-    A result may be a view of a buffer. To autograd it is to be none: some views take no tangents.
-    """
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        return op(*inputs)
 
 
 def _primals(ctx: Any) -> tuple[Any, ...]:
@@ -1001,10 +999,6 @@ class _SampleHvp(_Function):
     op = _sample_hvp_op
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return _computed(_sample_hvp_op, *inputs)
-
-    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.rest, ctx.wanted = inputs[6:12], inputs[12:]
         ctx.save_for_backward(*inputs[:6])
@@ -1067,10 +1061,6 @@ class _SampleHvp(_Function):
 
 class _SampleJvp(_Function):
     op = _sample_jvp_op
-
-    @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        return _computed(_sample_jvp_op, *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -1206,10 +1196,6 @@ class _SampleBackward(_Function):
     op = _sample_backward_op
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _computed(_sample_backward_op, *inputs)
-
-    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         grad_output, input, params, control_points, source, in_shape, channels_last, *rest = inputs
         size = grad_output.shape[grad_output.dim() - len(in_shape) + 2 :]
@@ -1253,10 +1239,6 @@ class _SampleBackward(_Function):
 
 class _Sample(_Function):
     op = _sample_op
-
-    @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        return _computed(_sample_op, *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -1314,10 +1296,6 @@ def sample(
 # ------------------------------------------------------------------------------------ grid's Functions
 class _GridBackward(_Function):
     op = _grid_backward_op
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return _computed(_grid_backward_op, *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -1386,10 +1364,6 @@ def _grid_curvature(
 
 class _Grid(_Function):
     op = _grid_op
-
-    @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        return _computed(_grid_op, *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
