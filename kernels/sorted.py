@@ -19,7 +19,7 @@ from . import configs, sources
 from .coordinates import in_bounds, unnormalise_grad
 from .interpolation import at_pixel, axis_tap_count, axis_taps, axis_taps_grad
 from .launch import INT32_MAX, channel_dim, compute_dtypes, has_fast_log, index_dtype, launch, vector_width
-from .modes import Interpolation, Padding, Source
+from .modes import Interpolation, Source
 from .sample import channel_block
 from .tiles import axes, existing, output_pixels, pixel_offset, rounded, strides
 
@@ -291,8 +291,10 @@ def sorted_keys_kernel(
     stride_moved = (stride_moved_x, stride_moved_y, stride_moved_z)
     outputs = sources.outputs_of(b, batch, transforms, GROUP)
     out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS, INDEX)
+    matrix = sources.matrix_for(source, outputs, SOURCE, DIMS, COMPUTE)
     p = sources.input_pixels(
         source,
+        matrix,
         control_ptr,
         controls,
         outputs,
@@ -549,18 +551,18 @@ def _keys(
     records: torch.Tensor,
     images: int,
     size: torch.Size,
-    source: Source,
-    interpolation: Interpolation,
+    source: int,
+    interpolation: int,
     small: bool,
     shared: dict,
 ) -> None:
     """Fills ``keys`` and ``records``."""
     columns, rows = size[-1], size[:-1].numel()
     batch = keys.numel() // size.numel()
-    group = sources.group_size(source, batch)
-    tile = configs.choose(
-        keys.device,
-        images=triton.cdiv(batch, group),
+    problem = configs.Problem(
+        kernel="sorted keys",
+        source=source,
+        images=batch,
         channels=1,
         rows=rows,
         columns=columns,
@@ -570,6 +572,8 @@ def _keys(
         dims=len(size),
         backward=False,
     )
+    tile = configs.choose(keys.device, problem)
+    group = tile.group
     column_tiles, row_tiles = _tiles(tile, columns, rows)
     stride_moved: tuple = (0,) * 6
     if moved is not None:
@@ -626,8 +630,9 @@ def _sums(
     dims, (images, channels) = grad_input.dim() - 2, grad_input.shape[:2]
     columns, rows = grad_input.shape[-1], grad_input.shape[2:-1].numel()
     stride_out_c = grad_output.stride(channel_dim(grad_output, dims))
-    tile = configs.choose(
-        grad_input.device,
+    problem = configs.Problem(
+        kernel="sorted sum",
+        source=Source.GRID,  # by then all are alike
         images=images,
         channels=channels,
         rows=rows,
@@ -639,6 +644,7 @@ def _sums(
         dims=2,
         backward=True,
     )
+    tile = configs.choose(grad_input.device, problem)
     block = tile.channels * tile.unroll
     blocks = triton.cdiv(channels, block)
     split_blocks = triton.cdiv(blocks, tile.splits)
@@ -689,9 +695,9 @@ def sorted_backward(
     params: torch.Tensor,
     control_points: torch.Tensor | None,
     grad_input: torch.Tensor,
-    source: Source,
-    interpolation: Interpolation,
-    padding: Padding,
+    source: int,
+    interpolation: int,
+    padding: int,
     align_corners: bool,
     moved: torch.Tensor | None = None,
 ) -> None:

@@ -32,6 +32,7 @@ from .sorted import sorted_backward
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
@@ -140,8 +141,9 @@ AXES: dict[str, dict[str, tuple]] = {
 SUBSET_AXES = {
     kernel: {**axes, "dtypes": COMMON_DTYPES} if "dtypes" in axes else axes for kernel, axes in AXES.items()
 }
-# Tiles and vectors are chosen as for "backward": half of the layouts meet all other axes, or fewer.
-SUBSET_AXES["gather"]["layout"] = LAYOUTS[1::2]
+# What a layout decides, vectors and even blocks, is alike in these: each meets half of the layouts.
+SUBSET_AXES["forward"]["layout"] = LAYOUTS[::2]
+SUBSET_AXES["backward"]["layout"] = SUBSET_AXES["gather"]["layout"] = LAYOUTS[1::2]
 # Made of the samplers' device functions, which the cases above compile at every width: here fewer of them.
 SUBSET_AXES["derivatives"] |= {
     "dtypes": ((F32, F32), (F64, F64), (BF16, BF16), (F16, F32), (F32, F64)),
@@ -369,6 +371,14 @@ def _compile_derivatives(
 _compiled: list[Any] = []
 
 
+class Launch(NamedTuple):
+    """What a launcher asked for: a kernel, how many programs of it, and its arguments by name."""
+
+    compiled: Any
+    programs: int
+    arguments: dict[str, Any]
+
+
 class _Driver:
     """As much of a Triton driver as compiling needs."""
 
@@ -387,11 +397,18 @@ class _Driver:
 
 
 @contextmanager
-def compiling(target: str) -> Iterator[list[Any]]:
-    """Inside, every launch is compiled for ``target`` instead of run; yields the list of compiled kernels."""
+def compiling(target: str, launches: list[Launch] | None = None) -> Iterator[list[Any]]:
+    """Inside, every launch is compiled for ``target`` instead of run; yields the list of compiled kernels.
+
+    ``launches``: to which the launches are added, with their arguments.
+    """
 
     def compile_only(kernel: Any, programs: int, device: torch.device, *args: Any, **kwargs: Any) -> None:
-        _compiled.append(kernel.warmup(*args, grid=(programs,), **kwargs))
+        compiled = kernel.warmup(*args, grid=(programs,), **kwargs)
+        _compiled.append(compiled)
+        if launches is not None:
+            arguments = {**dict(zip(kernel.arg_names, args)), **kwargs}
+            launches.append(Launch(compiled, programs, arguments))
 
     active = triton.runtime.driver
     before = active._active
