@@ -8,16 +8,19 @@ images. d parameters comes from ``sample`` or ``derivatives``, in a fixed order 
 
 import torch
 
+from . import configs
 from .derivatives import sample_hvp
 from .gather import gather_backward
 from .launch import compute_dtypes
 from .modes import Interpolation, Padding, Source
 from .sample import sample_backward
 from .sorted import sorted_backward
+from .tuning import tunable
 
 INVERTIBLE = (Source.AFFINE, Source.PROJECTIVE)
 
 
+@tunable
 def first(
     grad_output: torch.Tensor,
     input: torch.Tensor | None,
@@ -41,7 +44,7 @@ def first(
     if grad_input is not None:
         if source in INVERTIBLE:
             gather_backward(grad_output, params, grad_input, *modes)
-        elif repeatable:
+        elif repeatable or _prefers_sorted(grad_output, grad_input, source, interpolation):
             sorted_backward(grad_output, params, control_points, grad_input, *modes)
         else:
             total = _zeros(grad_input, params)
@@ -57,6 +60,7 @@ def first(
     return by_params, by_controls
 
 
+@tunable
 def second(
     grad_output: torch.Tensor,
     input: torch.Tensor | None,
@@ -87,6 +91,26 @@ def second(
         )
     _round(total, grad_input)
     return by_coordinates
+
+
+def _prefers_sorted(
+    grad_output: torch.Tensor, grad_input: torch.Tensor, source: Source, interpolation: Interpolation
+) -> bool:
+    dims, (images, channels) = grad_input.dim() - 2, grad_input.shape[:2]
+    problem = configs.Problem(
+        kernel="sum",
+        source=source,
+        interpolation=interpolation,
+        dims=dims,
+        images=images,
+        channels=channels,
+        rows=grad_output.shape[-dims:-1].numel(),
+        columns=grad_output.shape[-1],
+        element_size=grad_input.element_size(),
+        channels_last=grad_input.stride(1) == 1,
+        backward=True,
+    )
+    return configs.prefers_sorted(grad_output.device, problem)
 
 
 def _zeros(grad_input: torch.Tensor, params: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """Every tile size, and the reason for it.
 
-Nothing here is tuned behind the user's back: a tile is a pure function of shape, layout and device.
+A configuration is a function of what a ``Problem`` says and of nothing else: the rules below, and where a
+table has been tuned for the architecture (``tables``) what it says instead. Nothing here is measured; that is
+``tuning``'s, when asked for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -11,7 +13,52 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .modes import Interpolation
+from . import tables
+from .modes import Interpolation, Source
+
+
+class Problem(NamedTuple):
+    """What a configuration depends on: ``images`` outputs of ``channels`` x ``rows`` x ``columns``.
+
+    ``kernel`` names the kernel and what is asked of it. ``channels_last`` says that neighbouring channels are
+    neighbours in memory, in the image that is gathered from or added to: it is touched several times for
+    each output pixel, everything else once.
+    """
+
+    kernel: str
+    source: Source
+    interpolation: Interpolation
+    dims: int
+    images: int
+    channels: int
+    rows: int
+    columns: int
+    element_size: int
+    channels_last: bool
+    backward: bool
+
+    @property
+    def key(self) -> str:
+        """Its bucket in a table: sizes by powers of two, outputs in all by powers of four.
+
+        What tells matrices, dense coordinates and splines apart in cost is their source; rows of 64 pixels
+        and more are alike.
+        """
+        sources = {Source.GRID: "dense", Source.FLOW: "dense", Source.TPS: "tps"}
+        pixels = max(self.images * self.rows * self.columns, 1)
+        return " ".join(
+            (
+                self.kernel,
+                sources.get(self.source, "matrix"),
+                self.interpolation.name.lower(),
+                f"{self.dims}d",
+                f"{8 * self.element_size}-bit",
+                "channels-last" if self.channels_last else "planar",
+                f"channels<={self.channels if self.channels <= 4 else power_of_2(self.channels)}",
+                f"columns<={min(power_of_2(self.columns), 64)}",
+                f"pixels<=4^{(pixels - 1).bit_length() + 1 >> 1}",
+            )
+        )
 
 
 class Tile(NamedTuple):
@@ -21,7 +68,8 @@ class Tile(NamedTuple):
     depth * height rows) for ``channels * unroll`` channels at a time. ``channels == 1`` is the planar
     pattern: lanes lie along x, and ``unroll`` channels are loaded before the first is needed.
     ``channels > 1`` is the channels-last pattern: lanes lie along the channels, 16 bytes each.
-    ``splits`` programs share the channels of one pixel tile.
+    ``splits`` programs share the channels of one pixel tile. A program does the same tile of ``group``
+    outputs, which share a spline's basis.
     """
 
     rows: int
@@ -30,6 +78,7 @@ class Tile(NamedTuple):
     unroll: int
     warps: int
     splits: int
+    group: int
 
     @property
     def pixels(self) -> int:
@@ -48,25 +97,49 @@ class Gather(NamedTuple):
     candidates: int
 
 
-_NONE: dict[str, int] = {}
-_forced: ContextVar[dict[str, int]] = ContextVar("forced_tile", default=_NONE)
+class Sum(NamedTuple):
+    """How d image of a general grid is summed where nothing asks for the same bits each time: by atomics, or
+    (``sorted``) as under deterministic algorithms."""
+
+    sorted: int
+
+
+_NONE: dict[str, Any] = {}
+_forced: ContextVar[dict[str, Any]] = ContextVar("forced_tile", default=_NONE)
+_seen: ContextVar[list[tuple[Problem, NamedTuple]] | None] = ContextVar("seen_problems", default=None)
+
+WAVES = 8  # programs wanted for each processor, see _splits
 
 
 @contextmanager
-def override(**fields: int) -> Iterator[None]:
-    """Replace fields of what is chosen inside the block; the results must not depend on it."""
-    token = _forced.set(fields)
+def override(kernel: str | None = None, **fields: int) -> Iterator[None]:
+    """Replace fields of what is chosen inside the block (for one kernel only, if named); the results must not
+    depend on it."""
+    token = _forced.set({"kernel": kernel, **fields})
     try:
         yield
     finally:
         _forced.reset(token)
 
 
-def _with_forced(chosen: Any) -> Any:
-    return chosen._replace(**{k: v for k, v in _forced.get().items() if k in chosen._fields})
+@contextmanager
+def observe() -> Iterator[list[tuple[Problem, NamedTuple]]]:
+    """Inside, whatever is chosen is noted."""
+    seen: list[tuple[Problem, NamedTuple]] = []
+    token = _seen.set(seen)
+    try:
+        yield seen
+    finally:
+        _seen.reset(token)
 
 
-def _power_of_2(n: int) -> int:
+def forced(kernel: str) -> dict[str, Any]:
+    """What ``override`` says of a kernel."""
+    fields = _forced.get()
+    return fields if fields.get("kernel") in (None, kernel) else _NONE
+
+
+def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
@@ -82,24 +155,21 @@ def _processors(device_type: str, device_index: int | None) -> int:
     )
 
 
-def choose(
-    device: torch.device,
-    *,
-    images: int,
-    channels: int,
-    rows: int,
-    columns: int,
-    element_size: int,
-    channels_last: bool,
-    interpolation: Interpolation,
-    dims: int,
-    backward: bool,
-) -> Tile:
-    """The tile for ``images`` outputs of ``channels`` x ``rows`` x ``columns``.
+def _settled(device: torch.device, problem: Problem, rules: Any) -> tuple[Any, Mapping[str, Any]]:
+    """The rules' choice with what a table and then ``override`` say instead, and all that they say."""
+    fields = {**tables.lookup(device, lambda: problem.key), **forced(problem.kernel)}
+    chosen = rules._replace(**{name: value for name, value in fields.items() if name in rules._fields})
+    seen = _seen.get()
+    if seen is not None:
+        seen.append((problem, chosen))
+    return chosen, fields
 
-    ``channels_last`` says that neighbouring channels are neighbours in memory, in the image that is gathered
-    from or added to: it is touched several times for each output pixel, everything else once.
-    """
+
+def choose(device: torch.device, problem: Problem) -> Tile:
+    """The tile for a problem."""
+    _, source, interpolation, dims, images, channels, rows, columns, element_size, channels_last, backward = (
+        problem
+    )
     taps = (
         1 if interpolation == Interpolation.NEAREST else 2 if interpolation == Interpolation.BILINEAR else 4
     ) ** dims
@@ -109,25 +179,32 @@ def choose(
         # Lanes along the channels, one 16-byte load each; two pixels per lane keep several gathers in
         # flight, more of them would not fit the registers once there are many taps.
         vector = 16 // element_size
-        width = min(_power_of_2(channels), 32 * vector, 128)
+        width = min(power_of_2(channels), 32 * vector, 128)
         pixels = max(128 * vector // width * (2 if taps <= 8 else 1), 8)
-        columns_tile = min(_power_of_2(columns), pixels)
-        tile = Tile(pixels // columns_tile, columns_tile, width, 1, 4, 1)
+        columns_tile = min(power_of_2(columns), pixels)
+        tile = Tile(pixels // columns_tile, columns_tile, width, 1, 4, 1, 1)
     else:
         # Lanes along x: a mild warp then gathers neighbouring addresses. Two pixels per lane share the set-up
         # of a program, the loads of its parameters.
         pixels = 256 if taps <= 8 and not backward else 128
-        columns_tile = min(_power_of_2(columns), 32)
+        columns_tile = min(power_of_2(columns), 32)
         unroll = channels if channels <= 4 else 4
         if taps > 8:
             unroll = min(unroll, 2 if taps <= 16 else 1)
-        tile = Tile(pixels // columns_tile, columns_tile, 1, max(unroll, 1), 4, 1)
-    if device.type != "cpu":
-        tile = tile._replace(splits=_splits(device, images, channels, rows, columns, tile))
-    return _with_forced(tile)
+        tile = Tile(pixels // columns_tile, columns_tile, 1, max(unroll, 1), 4, 1, 1)
+    # Outputs that share a spline's basis: four, as many as keep their coordinates in the registers.
+    group = 4 if source == Source.TPS and 4 <= images < 2**31 else 1
+    tile, fields = _settled(device, problem, tile._replace(group=group))
+    if source != Source.TPS:
+        tile = tile._replace(group=1)
+    if device.type != "cpu" and "splits" not in fields:
+        outputs = -(-images // tile.group)
+        splits = _splits(device, outputs, channels, rows, columns, tile, fields.get("waves", WAVES))
+        tile = tile._replace(splits=splits)
+    return tile
 
 
-def choose_gather(device: torch.device, tile: Tile) -> Gather:
+def choose_gather(device: torch.device, problem: Problem, tile: Tile) -> Gather:
     """How a tile of the input looks for the outputs that read it."""
     if device.type == "cpu":
         limits = Gather(16, 64, 64)
@@ -135,22 +212,32 @@ def choose_gather(device: torch.device, tile: Tile) -> Gather:
         # as many outputs as keep their gradients, a block of channels each, in the registers
         outputs = min(max(4096 // tile.channels, 32), 256)
         limits = Gather(outputs // 32, 32, 512)
-    return _with_forced(limits)
+    return _settled(device, problem._replace(kernel="gather search"), limits)[0]
 
 
-def _splits(device: torch.device, images: int, channels: int, rows: int, columns: int, tile: Tile) -> int:
-    """Programs over which the channels are divided: enough for eight to each processor, if there are.
+def prefers_sorted(device: torch.device, problem: Problem) -> bool:
+    """Whether d image of a general grid is summed from a sorted list though nothing asks for its order.
+
+    Without a table: no. Atomics take less memory, and what the sort costs is not known.
+    """
+    return bool(_settled(device, problem, Sum(0))[0].sorted)
+
+
+def _splits(
+    device: torch.device, images: int, channels: int, rows: int, columns: int, tile: Tile, waves: int
+) -> int:
+    """Programs over which the channels are divided: enough for ``waves`` to each processor, if there are.
 
     Every further program repeats the coordinates of its pixels, so that large images are not split.
     """
     programs = images * -(-rows // tile.rows) * -(-columns // tile.columns)
-    wanted = -(-8 * _processors(device.type, device.index) // max(programs, 1))
+    wanted = -(-waves * _processors(device.type, device.index) // max(programs, 1))
     return max(1, min(wanted, -(-channels // (tile.channels * tile.unroll))))
 
 
 def _interpreter_tile(channels: int, rows: int, columns: int) -> Tile:
     """The interpreter's time goes by program and operation, not by element: few, wide programs."""
-    columns_tile = min(_power_of_2(columns), 64)
-    rows_tile = min(_power_of_2(rows), 4096 // columns_tile)
-    width = min(_power_of_2(channels), 16)
-    return Tile(rows_tile, columns_tile, width, 1, 4, 1)
+    columns_tile = min(power_of_2(columns), 64)
+    rows_tile = min(power_of_2(rows), 4096 // columns_tile)
+    width = min(power_of_2(channels), 16)
+    return Tile(rows_tile, columns_tile, width, 1, 4, 1, 1)

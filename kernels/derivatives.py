@@ -32,6 +32,7 @@ from .sample import (
     taps_of_axes,
 )
 from .tiles import axes, existing, output_pixels, pixel_offset, rounded, strides
+from .tuning import tunable
 
 DIRECTION_UNSPECIALIZED = (
     *UNSPECIALIZED,
@@ -711,6 +712,7 @@ def _image_strides(image: torch.Tensor) -> tuple:
     return stride_n, *rest
 
 
+@tunable
 def sample_jvp(
     input: torch.Tensor | None,
     tangent: torch.Tensor | None,
@@ -736,7 +738,7 @@ def sample_jvp(
     other = gathered if tangent is None else tangent
     tensors = [tensor for tensor in (gathered, other, moved, output) if tensor is not None]
     batch, programs, _, shared = _plan(
-        gathered, output, params, tensors, source, interpolation, backward=False
+        "forward mode", gathered, output, params, tensors, source, interpolation, backward=False
     )
     launch(
         sample_jvp_kernel,
@@ -788,7 +790,15 @@ def sample_hvp(
     dims = image.dim() - 2
     tensors = [tensor for tensor in (image, other, gathered, moved, grad_output) if tensor is not None]
     batch, programs, splits, shared = _plan(
-        gathered, grad_output, params, tensors, source, interpolation, backward=True, dense=True
+        "second derivatives",
+        gathered,
+        grad_output,
+        params,
+        tensors,
+        source,
+        interpolation,
+        backward=True,
+        dense=True,
     )
     buffer = None
     if coordinates_grad:

@@ -799,8 +799,9 @@ def gather_backward(
     dims = grad_input.dim() - 2
     batch, channels = grad_input.shape[:2]
     columns, rows = grad_input.shape[-1], grad_input.shape[-dims:-1].numel()
-    tile = configs.choose(
-        grad_output.device,
+    problem = configs.Problem(
+        kernel="gather",
+        source=source,
         images=batch,
         channels=channels,
         rows=rows,
@@ -811,12 +812,13 @@ def gather_backward(
         dims=dims,
         backward=True,
     )
+    tile = configs.choose(grad_output.device, problem)
     block = tile.channels * tile.unroll
     blocks = triton.cdiv(channels, block)
     split_blocks = triton.cdiv(blocks, tile.splits)
     splits = triton.cdiv(blocks, split_blocks)
     column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
-    search = configs.choose_gather(grad_output.device, tile)
+    search = configs.choose_gather(grad_output.device, problem, tile)
     stride_grad_n, _, *stride_grad = strides(grad_input, dims)
     launch(
         gather_backward_kernel,

@@ -11,6 +11,7 @@ from . import configs, sources
 from .launch import compute_dtypes, has_fast_log, index_dtype, launch
 from .modes import Interpolation, Source
 from .tiles import axes, output_pixels, pixel_offset, rounded
+from .tuning import tunable
 
 UNSPECIALIZED = (
     "grid_ptr",
@@ -142,8 +143,9 @@ def _launch(
     dims = grid.shape[-1]
     size = grid.shape[1:-1]
     columns, rows = size[-1], size[:-1].numel()
-    tile = configs.choose(
-        grid.device,
+    problem = configs.Problem(
+        kernel="grid backward" if backward else "grid",
+        source=source,
         images=grid.shape[0],
         channels=1,
         rows=rows,
@@ -154,6 +156,7 @@ def _launch(
         dims=dims,
         backward=backward,
     )
+    tile = configs.choose(grid.device, problem)
     column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
     tiles = column_tiles * row_tiles
     compute = compute_dtypes(params) if control_points is None else compute_dtypes(params, control_points)
@@ -192,6 +195,7 @@ def _launch(
     return buffer
 
 
+@tunable
 def grid_forward(
     params: torch.Tensor,
     control_points: torch.Tensor | None,
@@ -203,6 +207,7 @@ def grid_forward(
     _launch(grid, params, control_points, source, align_corners, backward=False)
 
 
+@tunable
 def grid_backward(
     grad_grid: torch.Tensor,
     params: torch.Tensor,

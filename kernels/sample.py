@@ -24,6 +24,7 @@ from .interpolation import axis_tap_count, axis_taps, axis_taps_grad
 from .launch import INT32_MAX, channel_dim, compute_dtypes, has_fast_log, index_dtype, launch, vector_width
 from .modes import Interpolation, Padding, Source
 from .tiles import axes, existing, output_pixels, pixel_offset, rounded, strides
+from .tuning import tunable
 
 # Sizes, strides and counts never make a new kernel: only the constexprs do, and whether the stride of the
 # channels is 1. (Tuples would be shorter, but Triton specialises what is in them.)
@@ -542,7 +543,7 @@ def sample_backward_kernel(
 
 # ------------------------------------------------------------------------------------ launchers
 def _plan(
-    gathered, output, params, tensors, source, interpolation, backward, dense=False
+    kernel, gathered, output, params, tensors, source, interpolation, backward, dense=False
 ) -> tuple[int, int, int, dict]:
     """Outputs, programs for each group of them, programs that share its channels, and shared arguments.
 
@@ -551,13 +552,13 @@ def _plan(
     """
     dims = gathered.dim() - 2
     batch = output.shape[: channel_dim(output, dims)].numel()
-    group = sources.group_size(source, batch)
     channels = gathered.shape[1]
     columns = output.shape[-1]
     rows = output.shape[-dims:-1].numel()
-    tile = configs.choose(
-        gathered.device,
-        images=triton.cdiv(batch, group),
+    problem = configs.Problem(
+        kernel=kernel,
+        source=source,
+        images=batch,
         channels=channels,
         rows=rows,
         columns=columns,
@@ -568,6 +569,7 @@ def _plan(
         dims=dims,
         backward=backward,
     )
+    tile = configs.choose(gathered.device, problem)
     block = tile.channels * tile.unroll
     blocks = triton.cdiv(channels, block)
     split_blocks = triton.cdiv(blocks, tile.splits)
@@ -592,7 +594,7 @@ def _plan(
         "DIMS": dims,
         "COMPUTE": compute,
         "INDEX": index,
-        "GROUP": group,
+        "GROUP": tile.group,
         "FAST_LOG": source == Source.TPS and has_fast_log(gathered.device, compute),
         "EVEN_CHANNELS": channels % block == 0,
         "BLOCK_ROWS": tile.rows,
@@ -604,6 +606,7 @@ def _plan(
     return batch, column_tiles * row_tiles * splits, splits, shared
 
 
+@tunable
 def sample_forward(
     input: torch.Tensor,
     params: torch.Tensor,
@@ -618,7 +621,9 @@ def sample_forward(
     dims = input.dim() - 2
     stride_in_n, _, *stride_in = strides(input, dims)
     tensors = (input, output)
-    batch, programs, _, shared = _plan(input, output, params, tensors, source, interpolation, backward=False)
+    batch, programs, _, shared = _plan(
+        "forward", input, output, params, tensors, source, interpolation, backward=False
+    )
     launch(
         sample_forward_kernel,
         triton.cdiv(batch, shared["GROUP"]) * programs,
@@ -657,7 +662,13 @@ def sample_backward(
     dims = input.dim() - 2
     gathered = input if grad_input is None else grad_input
     tensors = (input, gathered, grad_output)
-    plan = _plan(gathered, grad_output, params, tensors, source, interpolation, backward=True)
+    wanted = (
+        ("image", grad_input is not None),
+        ("parameters", params_grad),
+        ("control points", control_grad),
+    )
+    kernel = " ".join(("backward", *(name for name, asked in wanted if asked)))
+    plan = _plan(kernel, gathered, grad_output, params, tensors, source, interpolation, backward=True)
     batch, programs, splits, shared = plan
     buffer = None
     if params_grad:

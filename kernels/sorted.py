@@ -557,10 +557,10 @@ def _keys(
     """Fills ``keys`` and ``records``."""
     columns, rows = size[-1], size[:-1].numel()
     batch = keys.numel() // size.numel()
-    group = sources.group_size(source, batch)
-    tile = configs.choose(
-        keys.device,
-        images=triton.cdiv(batch, group),
+    problem = configs.Problem(
+        kernel="sorted keys",
+        source=source,
+        images=batch,
         channels=1,
         rows=rows,
         columns=columns,
@@ -570,6 +570,8 @@ def _keys(
         dims=len(size),
         backward=False,
     )
+    tile = configs.choose(keys.device, problem)
+    group = tile.group
     column_tiles, row_tiles = _tiles(tile, columns, rows)
     stride_moved: tuple = (0,) * 6
     if moved is not None:
@@ -626,8 +628,9 @@ def _sums(
     dims, (images, channels) = grad_input.dim() - 2, grad_input.shape[:2]
     columns, rows = grad_input.shape[-1], grad_input.shape[2:-1].numel()
     stride_out_c = grad_output.stride(channel_dim(grad_output, dims))
-    tile = configs.choose(
-        grad_input.device,
+    problem = configs.Problem(
+        kernel="sorted sum",
+        source=Source.GRID,  # by then all are alike
         images=images,
         channels=channels,
         rows=rows,
@@ -639,6 +642,7 @@ def _sums(
         dims=2,
         backward=True,
     )
+    tile = configs.choose(grad_input.device, problem)
     block = tile.channels * tile.unroll
     blocks = triton.cdiv(channels, block)
     split_blocks = triton.cdiv(blocks, tile.splits)

@@ -22,7 +22,6 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .coordinates import unnormalise, unnormalise_grad
-from .launch import INT32_MAX
 from .modes import Source
 from .tiles import axes, existing, rounded
 
@@ -637,11 +636,6 @@ def pack(source: Source, params: torch.Tensor, control_points: torch.Tensor | No
     if control_points is None:
         return *packed, params, 0
     return *packed, control_points.contiguous(), control_points.shape[0]
-
-
-def group_size(source: Source, batch: int) -> int:
-    """Outputs a program works on: several where the basis of a spline can be shared."""
-    return 4 if source == Source.TPS and 4 <= batch <= INT32_MAX else 1
 
 
 def gradient_buffer(

@@ -15,6 +15,7 @@ from .functional import (
     tps_grid,
     tps_grid_sample,
 )
+from .kernels.tuning import autotune
 from .patch import patch_torch
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "affine_grid",
     "affine_grid_sample",
+    "autotune",
     "export",
     "flow_grid_sample",
     "grid_sample",

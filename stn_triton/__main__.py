@@ -8,6 +8,7 @@ from importlib import metadata
 import torch
 
 from . import __version__, backend
+from .kernels import tables
 
 _CODE = {
     "triton": "Triton kernels",
@@ -35,6 +36,21 @@ def _devices() -> list[tuple[str, str]]:
     return devices
 
 
+def _configurations(devices: list[tuple[str, str]]) -> str:
+    """Where the kernels' tile sizes come from."""
+    sources = []
+    for kind, _ in devices[1:2]:
+        architecture = tables.architecture(torch.device(kind, 0))
+        entries = len(tables.shipped(architecture))
+        if entries:
+            sources.append(f"{entries} tuned for {architecture}")
+        if backend.select(kind).name == "triton":
+            user = tables.user_table(torch.device(kind, 0))
+            sources.append(f"inside autotune() {len(user.entries)} in {user.path}")
+    sources.append("else the rules in stn_triton/kernels/configs.py")
+    return "; ".join(sources).removeprefix("else ") + " (nothing is tuned unless asked for)"
+
+
 def main() -> None:
     versions = {
         "stn_triton": __version__,
@@ -49,7 +65,7 @@ def main() -> None:
         print(f"{description}: {_CODE[chosen.name]} - {chosen.reason}")
     if len(devices) == 1:
         print("no accelerator: torch finds none")
-    print("kernel configurations: the rules in stn_triton/kernels/configs.py (nothing is tuned at run time)")
+    print("kernel configurations:", _configurations(devices))
 
 
 if __name__ == "__main__":
