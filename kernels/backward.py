@@ -11,11 +11,11 @@ import torch
 from .derivatives import sample_hvp
 from .gather import gather_backward
 from .launch import compute_dtypes
-from .modes import Interpolation, Padding, Source
+from .modes import Source
 from .sample import sample_backward
 from .sorted import sorted_backward
 
-INVERTIBLE = (Source.AFFINE, Source.PROJECTIVE)
+INVERTIBLE = (int(Source.AFFINE), int(Source.PROJECTIVE))
 
 
 def first(
@@ -24,9 +24,9 @@ def first(
     params: torch.Tensor,
     control_points: torch.Tensor | None,
     grad_input: torch.Tensor | None,
-    source: Source,
-    interpolation: Interpolation,
-    padding: Padding,
+    source: int,
+    interpolation: int,
+    padding: int,
     align_corners: bool,
     params_grad: bool,
     control_grad: bool,
@@ -65,9 +65,9 @@ def second(
     control_points: torch.Tensor | None,
     moved: torch.Tensor | None,
     grad_input: torch.Tensor | None,
-    source: Source,
-    interpolation: Interpolation,
-    padding: Padding,
+    source: int,
+    interpolation: int,
+    padding: int,
     align_corners: bool,
     coordinates_grad: bool,
     repeatable: bool,

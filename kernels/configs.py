@@ -3,7 +3,7 @@
 Nothing here is tuned behind the user's back: a tile is a pure function of shape, layout and device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -48,22 +48,27 @@ class Gather(NamedTuple):
     candidates: int
 
 
-_NONE: dict[str, int] = {}
-_forced: ContextVar[dict[str, int]] = ContextVar("forced_tile", default=_NONE)
+_forced: ContextVar[tuple[tuple[str, int], ...]] = ContextVar("forced_tile", default=())
 
 
 @contextmanager
 def override(**fields: int) -> Iterator[None]:
     """Replace fields of what is chosen inside the block; the results must not depend on it."""
-    token = _forced.set(fields)
+    token = _forced.set(tuple(fields.items()))
     try:
         yield
     finally:
         _forced.reset(token)
 
 
+def state() -> Hashable:
+    """All that a choice depends on besides its arguments: what is kept of choices is kept by it."""
+    return _forced.get()
+
+
 def _with_forced(chosen: Any) -> Any:
-    return chosen._replace(**{k: v for k, v in _forced.get().items() if k in chosen._fields})
+    forced = _forced.get()
+    return chosen._replace(**{k: v for k, v in forced if k in chosen._fields}) if forced else chosen
 
 
 def _power_of_2(n: int) -> int:
@@ -91,7 +96,7 @@ def choose(
     columns: int,
     element_size: int,
     channels_last: bool,
-    interpolation: Interpolation,
+    interpolation: int,
     dims: int,
     backward: bool,
 ) -> Tile:
