@@ -11,13 +11,13 @@ import torch
 from . import configs
 from .derivatives import sample_hvp
 from .gather import gather_backward
-from .launch import compute_dtypes
-from .modes import Interpolation, Padding, Source
+from .launch import compute_dtypes, planned
+from .modes import Source
 from .sample import sample_backward
 from .sorted import sorted_backward
 from .tuning import tunable
 
-INVERTIBLE = (Source.AFFINE, Source.PROJECTIVE)
+INVERTIBLE = (int(Source.AFFINE), int(Source.PROJECTIVE))
 
 
 @tunable
@@ -27,9 +27,9 @@ def first(
     params: torch.Tensor,
     control_points: torch.Tensor | None,
     grad_input: torch.Tensor | None,
-    source: Source,
-    interpolation: Interpolation,
-    padding: Padding,
+    source: int,
+    interpolation: int,
+    padding: int,
     align_corners: bool,
     params_grad: bool,
     control_grad: bool,
@@ -44,7 +44,7 @@ def first(
     if grad_input is not None:
         if source in INVERTIBLE:
             gather_backward(grad_output, params, grad_input, *modes)
-        elif repeatable or _prefers_sorted(grad_output, grad_input, source, interpolation):
+        elif repeatable or _prefers_sorted((grad_output, grad_input), source, interpolation):
             sorted_backward(grad_output, params, control_points, grad_input, *modes)
         else:
             total = _zeros(grad_input, params)
@@ -69,9 +69,9 @@ def second(
     control_points: torch.Tensor | None,
     moved: torch.Tensor | None,
     grad_input: torch.Tensor | None,
-    source: Source,
-    interpolation: Interpolation,
-    padding: Padding,
+    source: int,
+    interpolation: int,
+    padding: int,
     align_corners: bool,
     coordinates_grad: bool,
     repeatable: bool,
@@ -93,8 +93,9 @@ def second(
     return by_coordinates
 
 
+@planned
 def _prefers_sorted(
-    grad_output: torch.Tensor, grad_input: torch.Tensor, source: Source, interpolation: Interpolation
+    grad_output: torch.Tensor, grad_input: torch.Tensor, source: int, interpolation: int
 ) -> bool:
     dims, (images, channels) = grad_input.dim() - 2, grad_input.shape[:2]
     problem = configs.Problem(

@@ -5,7 +5,8 @@ table has been tuned for the architecture (``tables``) what it says instead. Not
 ``tuning``'s, when asked for.
 """
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -26,8 +27,8 @@ class Problem(NamedTuple):
     """
 
     kernel: str
-    source: Source
-    interpolation: Interpolation
+    source: int
+    interpolation: int
     dims: int
     images: int
     channels: int
@@ -44,13 +45,13 @@ class Problem(NamedTuple):
         What tells matrices, dense coordinates and splines apart in cost is their source; rows of 64 pixels
         and more are alike.
         """
-        sources = {Source.GRID: "dense", Source.FLOW: "dense", Source.TPS: "tps"}
+        sources: dict[int, str] = {Source.GRID: "dense", Source.FLOW: "dense", Source.TPS: "tps"}
         pixels = max(self.images * self.rows * self.columns, 1)
         return " ".join(
             (
                 self.kernel,
                 sources.get(self.source, "matrix"),
-                self.interpolation.name.lower(),
+                Interpolation(self.interpolation).name.lower(),
                 f"{self.dims}d",
                 f"{8 * self.element_size}-bit",
                 "channels-last" if self.channels_last else "planar",
@@ -104,9 +105,11 @@ class Sum(NamedTuple):
     sorted: int
 
 
-_NONE: dict[str, Any] = {}
-_forced: ContextVar[dict[str, Any]] = ContextVar("forced_tile", default=_NONE)
-_seen: ContextVar[list[tuple[Problem, NamedTuple]] | None] = ContextVar("seen_problems", default=None)
+# The kernel that is meant, or None for all, and what fields are to be.
+_forced: ContextVar[tuple[str | None, tuple[tuple[str, int], ...]]] = ContextVar("forced", default=(None, ()))
+# The number of the observer that is watching, whom nothing kept may escape, and its list.
+_seen: ContextVar[tuple[int, list[tuple[Problem, NamedTuple]]] | None] = ContextVar("seen", default=None)
+_observers = itertools.count()
 
 WAVES = 8  # programs wanted for each processor, see _splits
 
@@ -115,7 +118,7 @@ WAVES = 8  # programs wanted for each processor, see _splits
 def override(kernel: str | None = None, **fields: int) -> Iterator[None]:
     """Replace fields of what is chosen inside the block (for one kernel only, if named); the results must not
     depend on it."""
-    token = _forced.set({"kernel": kernel, **fields})
+    token = _forced.set((kernel, tuple(fields.items())))
     try:
         yield
     finally:
@@ -126,17 +129,23 @@ def override(kernel: str | None = None, **fields: int) -> Iterator[None]:
 def observe() -> Iterator[list[tuple[Problem, NamedTuple]]]:
     """Inside, whatever is chosen is noted."""
     seen: list[tuple[Problem, NamedTuple]] = []
-    token = _seen.set(seen)
+    token = _seen.set((next(_observers), seen))
     try:
         yield seen
     finally:
         _seen.reset(token)
 
 
-def forced(kernel: str) -> dict[str, Any]:
+def state() -> Hashable:
+    """All that a choice depends on besides its arguments: what is kept of choices is kept by it."""
+    seen = _seen.get()
+    return _forced.get(), tables.generation, None if seen is None else seen[0]
+
+
+def _overridden(kernel: str) -> tuple[tuple[str, int], ...]:
     """What ``override`` says of a kernel."""
-    fields = _forced.get()
-    return fields if fields.get("kernel") in (None, kernel) else _NONE
+    named, fields = _forced.get()
+    return fields if named in (None, kernel) else ()
 
 
 def power_of_2(n: int) -> int:
@@ -157,11 +166,11 @@ def _processors(device_type: str, device_index: int | None) -> int:
 
 def _settled(device: torch.device, problem: Problem, rules: Any) -> tuple[Any, Mapping[str, Any]]:
     """The rules' choice with what a table and then ``override`` say instead, and all that they say."""
-    fields = {**tables.lookup(device, lambda: problem.key), **forced(problem.kernel)}
+    fields = {**tables.lookup(device, lambda: problem.key), **dict(_overridden(problem.kernel))}
     chosen = rules._replace(**{name: value for name, value in fields.items() if name in rules._fields})
     seen = _seen.get()
     if seen is not None:
-        seen.append((problem, chosen))
+        seen[1].append((problem, chosen))
     return chosen, fields
 
 

@@ -18,8 +18,7 @@ import triton.language as tl
 
 from . import sources
 from .interpolation import axis_tap_count, axis_taps_curvature, has_curvature
-from .launch import compute_dtypes, launch, vector_width
-from .modes import Interpolation, Padding, Source
+from .launch import Plan, compute_dtypes, planned, vector_width
 from .sample import (
     CHANNEL_STRIDES,
     UNSPECIALIZED,
@@ -712,35 +711,26 @@ def _image_strides(image: torch.Tensor) -> tuple:
     return stride_n, *rest
 
 
-@tunable
-def sample_jvp(
+@planned
+def _jvp_plan(
+    output: torch.Tensor,
     input: torch.Tensor | None,
     tangent: torch.Tensor | None,
     params: torch.Tensor,
     control_points: torch.Tensor | None,
     moved: torch.Tensor | None,
-    output: torch.Tensor,
-    source: Source,
-    interpolation: Interpolation,
-    padding: Padding,
+    source: int,
+    interpolation: int,
+    padding: int,
     align_corners: bool,
-) -> None:
-    """Fills ``output``, (N, C, ...) or (N, T, C, ...), with the derivative of samples along a direction.
-
-    ``tangent``: that of ``input``, of any strides; None is 0. ``moved``, (N, T, ..., dims) of any strides and
-    in the compute type: the tangent of the source's coordinates, normalised (a flow's: in pixels), x first;
-    None is 0, and then no ``input`` is needed. One of the two must be given.
-    """
-    gathered = tangent if moved is None else input
-    assert gathered is not None
+) -> Plan:
+    gathered, image, other = _jvp_images(input, tangent, moved)
     dims = gathered.dim() - 2
-    image = gathered if input is None else input
-    other = gathered if tangent is None else tangent
     tensors = [tensor for tensor in (gathered, other, moved, output) if tensor is not None]
     batch, programs, _, shared = _plan(
         "forward mode", gathered, output, params, tensors, source, interpolation, backward=False
     )
-    launch(
+    return Plan(
         sample_jvp_kernel,
         triton.cdiv(batch, shared["GROUP"]) * programs,
         gathered.device,
@@ -764,7 +754,43 @@ def sample_jvp(
     )
 
 
-def sample_hvp(
+def _jvp_images(
+    input: torch.Tensor | None, tangent: torch.Tensor | None, moved: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What decides how the work is cut; the kernel's image and its tangent, another where there is none."""
+    gathered = tangent if moved is None else input
+    assert gathered is not None
+    return gathered, gathered if input is None else input, gathered if tangent is None else tangent
+
+
+@tunable
+def sample_jvp(
+    input: torch.Tensor | None,
+    tangent: torch.Tensor | None,
+    params: torch.Tensor,
+    control_points: torch.Tensor | None,
+    moved: torch.Tensor | None,
+    output: torch.Tensor,
+    source: int,
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+) -> None:
+    """Fills ``output``, (N, C, ...) or (N, T, C, ...), with the derivative of samples along a direction.
+
+    ``tangent``: that of ``input``, of any strides; None is 0. ``moved``, (N, T, ..., dims) of any strides and
+    in the compute type: the tangent of the source's coordinates, normalised (a flow's: in pixels), x first;
+    None is 0, and then no ``input`` is needed. One of the two must be given.
+    """
+    tensors = output, input, tangent, params, control_points, moved
+    plan = _jvp_plan(tensors, source, interpolation, padding, align_corners)
+    gathered, image, other = _jvp_images(input, tangent, moved)
+    direction = gathered if moved is None else moved
+    plan(image, other, direction, output, *sources.pointers(params, control_points))
+
+
+@planned
+def _hvp_plan(
     grad_output: torch.Tensor,
     input: torch.Tensor | None,
     tangent: torch.Tensor | None,
@@ -772,21 +798,14 @@ def sample_hvp(
     control_points: torch.Tensor | None,
     moved: torch.Tensor | None,
     grad_input: torch.Tensor | None,
-    source: Source,
-    interpolation: Interpolation,
-    padding: Padding,
+    source: int,
+    interpolation: int,
+    padding: int,
     align_corners: bool,
     coordinates_grad: bool,
-) -> torch.Tensor | None:
-    """The Hessian of <grad_output, samples> by image and coordinates, times a direction as of ``sample_jvp``.
-
-    Adds its image part to ``grad_input`` (zeros, in the compute type) if given, which needs ``moved``.
-    Returns its part by the source's coordinates, (N, T, ..., dims) in the compute type, if asked for;
-    ``input`` is needed only for this one, and only with ``moved``.
-    """
-    image = next(tensor for tensor in (input, tangent, grad_input) if tensor is not None)
-    other = image if tangent is None else tangent
-    gathered = image if grad_input is None else grad_input
+) -> tuple[Plan, tuple[int, ...], torch.dtype]:
+    """And the shape and type of the gradient by the coordinates."""
+    image, other, gathered = _hvp_images(input, tangent, grad_input)
     dims = image.dim() - 2
     tensors = [tensor for tensor in (image, other, gathered, moved, grad_output) if tensor is not None]
     batch, programs, splits, shared = _plan(
@@ -800,11 +819,7 @@ def sample_hvp(
         backward=True,
         dense=True,
     )
-    buffer = None
-    if coordinates_grad:
-        shape = (splits, image.shape[0], shared["transforms"], *grad_output.shape[-dims:], dims)
-        buffer = image.new_empty(shape, dtype=compute_dtypes(gathered, params)[1])
-    launch(
+    plan = Plan(
         sample_hvp_kernel,
         triton.cdiv(batch, shared["GROUP"]) * programs,
         image.device,
@@ -813,7 +828,7 @@ def sample_hvp(
         other,
         gathered if moved is None else moved,
         gathered,
-        gathered if buffer is None else buffer,
+        gathered,  # or the buffer of the gradient by the coordinates
         *sources.pack(source, params, control_points),
         *strides(grad_output, dims),
         *_image_strides(image),
@@ -832,6 +847,52 @@ def sample_hvp(
         VECTOR_GRAD=vector_width(gathered, dims),
         **shared,
     )
+    shape = (splits, image.shape[0], shared["transforms"], *grad_output.shape[-dims:], dims)
+    return plan, shape, compute_dtypes(gathered, params)[1]
+
+
+def _hvp_images(
+    input: torch.Tensor | None, tangent: torch.Tensor | None, grad_input: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The kernel's image, its tangent and what is added to, each another where there is none."""
+    image = next(tensor for tensor in (input, tangent, grad_input) if tensor is not None)
+    return image, image if tangent is None else tangent, image if grad_input is None else grad_input
+
+
+def sample_hvp(
+    grad_output: torch.Tensor,
+    input: torch.Tensor | None,
+    tangent: torch.Tensor | None,
+    params: torch.Tensor,
+    control_points: torch.Tensor | None,
+    moved: torch.Tensor | None,
+    grad_input: torch.Tensor | None,
+    source: int,
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+    coordinates_grad: bool,
+) -> torch.Tensor | None:
+    """The Hessian of <grad_output, samples> by image and coordinates, times a direction as of ``sample_jvp``.
+
+    Adds its image part to ``grad_input`` (zeros, in the compute type) if given, which needs ``moved``.
+    Returns its part by the source's coordinates, (N, T, ..., dims) in the compute type, if asked for;
+    ``input`` is needed only for this one, and only with ``moved``.
+    """
+    tensors = grad_output, input, tangent, params, control_points, moved, grad_input
+    modes = source, interpolation, padding, align_corners
+    plan, shape, dtype = _hvp_plan(tensors, *modes, coordinates_grad)
+    image, other, gathered = _hvp_images(input, tangent, grad_input)
+    buffer = image.new_empty(shape, dtype=dtype) if coordinates_grad else None
+    plan(
+        grad_output,
+        image,
+        other,
+        gathered if moved is None else moved,
+        gathered,
+        gathered if buffer is None else buffer,
+        *sources.pointers(params, control_points),
+    )
     if buffer is None:
         return None
-    return buffer[0] if splits == 1 else buffer.sum(0)
+    return buffer[0] if shape[0] == 1 else buffer.sum(0)

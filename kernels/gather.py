@@ -31,8 +31,7 @@ from .coordinates import (
     unnormalise_grad,
 )
 from .interpolation import at_pixel, axis_tap_count, axis_taps
-from .launch import channel_dim, compute_dtypes, index_dtype, launch, vector_width
-from .modes import Interpolation, Padding, Source
+from .launch import Plan, channel_dim, compute_dtypes, index_dtype, planned, vector_width
 from .preimage import INFINITY, image_bounds, preimage
 from .sample import CHANNEL_STRIDES, UNSPECIALIZED, channel_block
 from .tiles import axes, output_pixels, pixel_offset, rounded, strides
@@ -786,16 +785,16 @@ def gather_backward_kernel(
             tl.store(target + c * stride_grad_c, rounded(acc[step], grad_input_ptr), exists & real)
 
 
-def gather_backward(
+@planned
+def _plan(
     grad_output: torch.Tensor,
     params: torch.Tensor,
     grad_input: torch.Tensor,
-    source: Source,
-    interpolation: Interpolation,
-    padding: Padding,
+    source: int,
+    interpolation: int,
+    padding: int,
     align_corners: bool,
-) -> None:
-    """Fills ``grad_input``, (N, C, ...) of any strides, from d output, (N, C, ...) or (N, T, C, ...)."""
+) -> Plan:
     dims = grad_input.dim() - 2
     batch, channels = grad_input.shape[:2]
     columns, rows = grad_input.shape[-1], grad_input.shape[-dims:-1].numel()
@@ -820,7 +819,7 @@ def gather_backward(
     column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
     search = configs.choose_gather(grad_output.device, problem, tile)
     stride_grad_n, _, *stride_grad = strides(grad_input, dims)
-    launch(
+    return Plan(
         gather_backward_kernel,
         batch * splits * column_tiles * row_tiles,
         grad_input.device,
@@ -859,3 +858,17 @@ def gather_backward(
         CANDIDATES=search.candidates,
         num_warps=tile.warps,
     )
+
+
+def gather_backward(
+    grad_output: torch.Tensor,
+    params: torch.Tensor,
+    grad_input: torch.Tensor,
+    source: int,
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+) -> None:
+    """Fills ``grad_input``, (N, C, ...) of any strides, from d output, (N, C, ...) or (N, T, C, ...)."""
+    plan = _plan((grad_output, params, grad_input), source, interpolation, padding, align_corners)
+    plan(grad_output, grad_input, params)

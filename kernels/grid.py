@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from . import configs, sources
-from .launch import compute_dtypes, has_fast_log, index_dtype, launch
+from .launch import Plan, compute_dtypes, has_fast_log, index_dtype, planned
 from .modes import Interpolation, Source
 from .tiles import axes, output_pixels, pixel_offset, rounded
 from .tuning import tunable
@@ -131,15 +131,16 @@ def grid_kernel(
             tl.store(target + k * stride_k, rounded(p[0][k], grid_ptr), mask)
 
 
-def _launch(
+@planned
+def _plan(
     grid: torch.Tensor,
     params: torch.Tensor,
     control_points: torch.Tensor | None,
-    source: Source,
+    source: int,
     align_corners: bool,
     backward: bool,
-    control_grad: bool = False,
-):
+    control_grad: bool,
+) -> tuple[Plan, sources.Sums]:
     dims = grid.shape[-1]
     size = grid.shape[1:-1]
     columns, rows = size[-1], size[:-1].numel()
@@ -160,17 +161,14 @@ def _launch(
     column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
     tiles = column_tiles * row_tiles
     compute = compute_dtypes(params) if control_points is None else compute_dtypes(params, control_points)
-    buffer = None
-    if backward:
-        controls = control_points.shape[0] if control_grad and control_points is not None else 0
-        buffer = sources.gradient_buffer(source, params, grid.shape[0], 1, tiles, compute[1], controls)
+    controls = control_points.shape[0] if control_grad and control_points is not None else 0
     stride = grid.stride()
-    launch(
+    plan = Plan(
         grid_kernel,
         grid.shape[0] * tiles,
         grid.device,
         grid,
-        grid if buffer is None else buffer,
+        grid,  # or the buffer of the sums
         *sources.pack(source, params, control_points),
         stride[0],
         stride[-1],
@@ -192,7 +190,7 @@ def _launch(
         BLOCK_COLUMNS=tile.columns,
         num_warps=tile.warps,
     )
-    return buffer
+    return plan, sources.Sums(grid.shape[0], 1, tiles, compute[1], controls)
 
 
 @tunable
@@ -200,11 +198,12 @@ def grid_forward(
     params: torch.Tensor,
     control_points: torch.Tensor | None,
     grid: torch.Tensor,
-    source: Source,
+    source: int,
     align_corners: bool,
 ) -> None:
     """Fills ``grid``, (N, [D,] H, W, dims), with normalised coordinates."""
-    _launch(grid, params, control_points, source, align_corners, backward=False)
+    plan, _ = _plan((grid, params, control_points), source, align_corners, False, False)
+    plan(grid, grid, *sources.pointers(params, control_points))
 
 
 @tunable
@@ -212,10 +211,12 @@ def grid_backward(
     grad_grid: torch.Tensor,
     params: torch.Tensor,
     control_points: torch.Tensor | None,
-    source: Source,
+    source: int,
     align_corners: bool,
     control_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """d params, and d control points if asked for, summed in a fixed order."""
-    buffer = _launch(grad_grid, params, control_points, source, align_corners, True, control_grad)
+    plan, sums = _plan((grad_grid, params, control_points), source, align_corners, True, control_grad)
+    buffer = sources.gradient_buffer(source, params, *sums)
+    plan(grad_grid, buffer, *sources.pointers(params, control_points))
     return sources.reduce_gradient(source, params, buffer, control_points if control_grad else None)

@@ -1,10 +1,20 @@
-"""What every launcher needs: the compute type, the index width, vector widths, and the launch."""
+"""What every launcher needs: the compute type, the index width, vector widths, and the launch.
+
+What a launcher decides is kept (``planned``), and so is the kernel that Triton compiled for it (``Plan``):
+a call like an earlier one looks both up and fills in the pointers.
+"""
 
 import contextlib
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import torch
 import triton
 import triton.language as tl
+
+from . import configs
 
 INT32_MAX = 2**31 - 1
 MOST_PROGRAMS = 2**31 - 1  # of a launch, along the first axis of its grid
@@ -75,9 +85,10 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     )
 
 
-def run(kernel, programs: int, device: torch.device, *args, **kwargs) -> None:
+def run(kernel, programs: int, device: torch.device, *args, **kwargs):
+    """Launches; returns the compiled kernel, the interpreter nothing."""
     with on_device(device):
-        kernel[(programs,)](*args, **kwargs)
+        return kernel[(programs,)](*args, **kwargs)
 
 
 # What a launch does. ``specialisations`` compiles here instead, for GPUs that are not there.
@@ -85,7 +96,113 @@ runner = run
 
 
 def launch(kernel, programs: int, device: torch.device, *args, **kwargs) -> None:
-    """Runs ``programs`` programs of a kernel. Every launch of the package goes through here."""
+    """Runs ``programs`` programs of a kernel. Every launch of the package goes through here or a ``Plan``."""
+    _check_programs(programs)
+    runner(kernel, programs, device, *args, **OPTIONS, **kwargs)
+
+
+def _check_programs(programs: int) -> None:
     if programs > MOST_PROGRAMS:
         raise ValueError(f"{programs} tiles of pixels are more than the 2^31 - 1 that can be done at once")
-    runner(kernel, programs, device, *args, **OPTIONS, **kwargs)
+
+
+# --------------------------------------------------------------------------------------------- plans
+class Plan:
+    """A launch without its tensors: what their layouts, dtypes and modes decide.
+
+    Arguments as of ``launch``; of the tensors among ``args`` only the places are kept, and a call names the
+    tensors in that order. Triton finds the compiled kernel by looking at every argument; here they are known
+    but for the pointers' alignment, so that it is asked once for each.
+    """
+
+    __slots__ = ("args", "compiled", "device", "kernel", "kwargs", "places", "programs", "rest")
+
+    def __init__(self, kernel, programs: int, device: torch.device, *args, **kwargs) -> None:
+        _check_programs(programs)
+        self.kernel, self.programs, self.device = kernel, programs, device
+        self.places = [i for i, argument in enumerate(args) if isinstance(argument, torch.Tensor)]
+        self.args = [None if isinstance(argument, torch.Tensor) else argument for argument in args]
+        self.kwargs = {**OPTIONS, **kwargs}
+        self.rest = [kwargs[name] for name in kernel.arg_names[len(args) :]]
+        # by which pointers are multiples of 16 bytes, as Triton tells kernels apart
+        self.compiled: dict[int, Any] = {}
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        args = self.args.copy()
+        aligned = 1
+        for place, tensor in zip(self.places, tensors, strict=True):
+            args[place] = tensor
+            aligned = aligned << 1 | (tensor.data_ptr() & 15 == 0)
+        if runner is not run:
+            runner(self.kernel, self.programs, self.device, *args, **self.kwargs)
+            return
+        launcher = self.compiled.get(aligned)
+        if launcher is None or _instrumented():
+            compiled = run(self.kernel, self.programs, self.device, *args, **self.kwargs)
+            if _tells_kernels_apart(compiled) and not _instrumented():
+                self.compiled[aligned] = compiled[(self.programs, 1, 1)]
+        elif self.device.type == "cuda" and self.device.index == torch.cuda.current_device():
+            launcher(*args, *self.rest)
+        else:
+            with on_device(self.device):
+                launcher(*args, *self.rest)
+
+
+def _tells_kernels_apart(compiled: Any) -> bool:
+    """Whether Triton would take this kernel again for the same numbers, dtypes and alignments.
+
+    On other GPUs than NVIDIA's it looks at more, such as the size of a tensor's storage.
+    """
+    return isinstance(compiled, triton.compiler.CompiledKernel) and compiled.metadata.target.backend == "cuda"
+
+
+def _instrumented() -> bool:
+    """Whether Triton is set to compile kernels another way than it usually does, in this process."""
+    knobs = triton.knobs
+    return bool(
+        knobs.runtime.debug
+        or knobs.compilation.instrumentation_mode
+        or knobs.runtime.add_stages_inspection_hook is not None
+    )
+
+
+Made = TypeVar("Made")
+
+
+class planned(Generic[Made]):
+    """Decorates a function of tensors and numbers that decides by the tensors' layouts and dtypes alone.
+
+    What it returns is kept for the next call: as much as is usual in a program whose shapes repeat. No tensor
+    is. Called with the tensors, of which the first is not None and all are on its device, and the numbers.
+    """
+
+    MOST = 512  # of each function, a few kilobytes each; then the oldest goes
+
+    def __init__(self, make: Callable[..., Made]) -> None:
+        functools.update_wrapper(self, make)
+        self._make = make
+        self._kept: dict[tuple, Made] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, tensors: tuple[Any, ...], *numbers: Any) -> Made:
+        if runner is not run:  # whoever watches launches sees what is decided, too
+            return self._make(*tensors, *numbers)
+        key = (
+            tensors[0].device,
+            configs.state(),
+            numbers,
+            *[None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors],
+        )
+        made = self._kept.get(key)
+        return self._keep(key, self._make(*tensors, *numbers)) if made is None else made
+
+    def _keep(self, key: tuple, made: Made) -> Made:
+        with self._lock:
+            while len(self._kept) >= self.MOST:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = made
+        return made
+
+    def forget(self) -> None:
+        with self._lock:
+            self._kept.clear()

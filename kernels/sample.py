@@ -21,8 +21,17 @@ import triton.language as tl
 from . import configs, sources
 from .coordinates import NEAREST
 from .interpolation import axis_tap_count, axis_taps, axis_taps_grad
-from .launch import INT32_MAX, channel_dim, compute_dtypes, has_fast_log, index_dtype, launch, vector_width
-from .modes import Interpolation, Padding, Source
+from .launch import (
+    INT32_MAX,
+    Plan,
+    channel_dim,
+    compute_dtypes,
+    has_fast_log,
+    index_dtype,
+    planned,
+    vector_width,
+)
+from .modes import Source
 from .tiles import axes, existing, output_pixels, pixel_offset, rounded, strides
 from .tuning import tunable
 
@@ -606,25 +615,24 @@ def _plan(
     return batch, column_tiles * row_tiles * splits, splits, shared
 
 
-@tunable
-def sample_forward(
+@planned
+def _forward_plan(
     input: torch.Tensor,
     params: torch.Tensor,
     control_points: torch.Tensor | None,
     output: torch.Tensor,
-    source: Source,
-    interpolation: Interpolation,
-    padding: Padding,
+    source: int,
+    interpolation: int,
+    padding: int,
     align_corners: bool,
-) -> None:
-    """Fills ``output``, (N, C, ...) or (N, T, C, ...) of any strides, with samples of ``input``."""
+) -> Plan:
     dims = input.dim() - 2
     stride_in_n, _, *stride_in = strides(input, dims)
     tensors = (input, output)
     batch, programs, _, shared = _plan(
         "forward", input, output, params, tensors, source, interpolation, backward=False
     )
-    launch(
+    return Plan(
         sample_forward_kernel,
         triton.cdiv(batch, shared["GROUP"]) * programs,
         input.device,
@@ -642,23 +650,37 @@ def sample_forward(
     )
 
 
-def sample_backward(
+@tunable
+def sample_forward(
+    input: torch.Tensor,
+    params: torch.Tensor,
+    control_points: torch.Tensor | None,
+    output: torch.Tensor,
+    source: int,
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+) -> None:
+    """Fills ``output``, (N, C, ...) or (N, T, C, ...) of any strides, with samples of ``input``."""
+    tensors = input, params, control_points, output
+    plan = _forward_plan(tensors, source, interpolation, padding, align_corners)
+    plan(input, output, *sources.pointers(params, control_points))
+
+
+@planned
+def _backward_plan(
     grad_output: torch.Tensor,
     input: torch.Tensor,
     params: torch.Tensor,
     control_points: torch.Tensor | None,
     grad_input: torch.Tensor | None,
-    source: Source,
-    interpolation: Interpolation,
-    padding: Padding,
+    source: int,
+    interpolation: int,
+    padding: int,
     align_corners: bool,
     params_grad: bool,
-    control_grad: bool = False,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Adds to ``grad_input`` (zeros, in the compute type) if given; returns d params and d control points.
-
-    Either is None unless asked for; the control points' comes with the parameters' only.
-    """
+    control_grad: bool,
+) -> tuple[Plan, sources.Sums | None]:
     dims = input.dim() - 2
     gathered = input if grad_input is None else grad_input
     tensors = (input, gathered, grad_output)
@@ -668,23 +690,23 @@ def sample_backward(
         ("control points", control_grad),
     )
     kernel = " ".join(("backward", *(name for name, asked in wanted if asked)))
-    plan = _plan(kernel, gathered, grad_output, params, tensors, source, interpolation, backward=True)
-    batch, programs, splits, shared = plan
-    buffer = None
+    work = _plan(kernel, gathered, grad_output, params, tensors, source, interpolation, backward=True)
+    batch, programs, splits, shared = work
+    sums = None
     if params_grad:
         compute = compute_dtypes(input, params)[1]
         controls = control_points.shape[0] if control_grad and control_points is not None else 0
-        buffer = sources.gradient_buffer(source, params, batch, splits, programs, compute, controls)
+        sums = sources.Sums(batch, splits, programs, compute, controls)
     stride_in_n, _, *stride_in = strides(input, dims)
     stride_grad_n, _, *stride_grad = strides(gathered, dims)
-    launch(
+    plan = Plan(
         sample_backward_kernel,
         triton.cdiv(batch, shared["GROUP"]) * programs,
         input.device,
         grad_output,
         input,
         gathered,
-        gathered if buffer is None else buffer,
+        gathered,  # or the buffer of the sums
         *sources.pack(source, params, control_points),
         *strides(grad_output, dims),
         stride_in_n,
@@ -701,6 +723,33 @@ def sample_backward(
         VECTOR_GRAD=vector_width(gathered, dims),
         **shared,
     )
+    return plan, sums
+
+
+def sample_backward(
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    params: torch.Tensor,
+    control_points: torch.Tensor | None,
+    grad_input: torch.Tensor | None,
+    source: int,
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+    params_grad: bool,
+    control_grad: bool = False,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Adds to ``grad_input`` (zeros, in the compute type) if given; returns d params and d control points.
+
+    Either is None unless asked for; the control points' comes with the parameters' only.
+    """
+    tensors = grad_output, input, params, control_points, grad_input
+    modes = source, interpolation, padding, align_corners
+    plan, sums = _backward_plan(tensors, *modes, params_grad, control_grad)
+    gathered = input if grad_input is None else grad_input
+    buffer = None if sums is None else sources.gradient_buffer(source, params, *sums)
+    target = gathered if buffer is None else buffer
+    plan(grad_output, input, gathered, target, *sources.pointers(params, control_points))
     if buffer is None:
         return None, None
     return sources.reduce_gradient(source, params, buffer, control_points if control_grad else None)

@@ -19,7 +19,7 @@ from . import configs, sources
 from .coordinates import in_bounds, unnormalise_grad
 from .interpolation import at_pixel, axis_tap_count, axis_taps, axis_taps_grad
 from .launch import INT32_MAX, channel_dim, compute_dtypes, has_fast_log, index_dtype, launch, vector_width
-from .modes import Interpolation, Padding, Source
+from .modes import Interpolation, Source
 from .sample import channel_block
 from .tiles import axes, existing, output_pixels, pixel_offset, rounded, strides
 
@@ -549,8 +549,8 @@ def _keys(
     records: torch.Tensor,
     images: int,
     size: torch.Size,
-    source: Source,
-    interpolation: Interpolation,
+    source: int,
+    interpolation: int,
     small: bool,
     shared: dict,
 ) -> None:
@@ -693,9 +693,9 @@ def sorted_backward(
     params: torch.Tensor,
     control_points: torch.Tensor | None,
     grad_input: torch.Tensor,
-    source: Source,
-    interpolation: Interpolation,
-    padding: Padding,
+    source: int,
+    interpolation: int,
+    padding: int,
     align_corners: bool,
     moved: torch.Tensor | None = None,
 ) -> None:

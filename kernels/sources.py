@@ -16,6 +16,8 @@ what depends on the pixels alone is computed once. Tuples over axes are x first:
 over the group hold one such tuple for each of its outputs.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -619,8 +621,8 @@ def input_pixels_backward(
 DENSE = (Source.GRID, Source.FLOW)
 
 
-def pack(source: Source, params: torch.Tensor, control_points: torch.Tensor | None) -> tuple:
-    """A source's pointer and its five strides, the control points and their number.
+def pack(source: int, params: torch.Tensor, control_points: torch.Tensor | None) -> tuple:
+    """A source's pointer and its five strides, the control points and their number (see ``pointers``).
 
     A parameter batch of 1 is broadcast.
     """
@@ -633,13 +635,33 @@ def pack(source: Source, params: torch.Tensor, control_points: torch.Tensor | No
     else:
         stride_t = strides[1] if params.dim() == 4 else 0
         packed = (params, stride_n, stride_t, strides[-2], strides[-1], 0)
-    if control_points is None:
-        return *packed, params, 0
-    return *packed, control_points.contiguous(), control_points.shape[0]
+    return (
+        *packed,
+        pointers(params, control_points)[1],
+        0 if control_points is None else control_points.shape[0],
+    )
+
+
+def pointers(params: torch.Tensor, control_points: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tensors that ``pack`` packs: without control points there is another to point to."""
+    return params, params if control_points is None else control_points.contiguous()
+
+
+class Sums(NamedTuple):
+    """What, besides the parameters, says what ``backward`` writes.
+
+    ``controls``: control points for which a gradient is wanted.
+    """
+
+    batch: int
+    splits: int
+    programs: int
+    compute: torch.dtype
+    controls: int
 
 
 def gradient_buffer(
-    source: Source,
+    source: int,
     params: torch.Tensor,
     batch: int,
     splits: int,
@@ -647,32 +669,32 @@ def gradient_buffer(
     compute: torch.dtype,
     controls: int,
 ) -> torch.Tensor:
-    """What ``backward`` writes: the gradient itself where one program sees all of it, else partial sums.
-
-    ``controls``: control points for which a gradient is wanted.
-    """
+    """What ``backward`` writes: the gradient itself where one program sees all of it, else partial sums."""
     if source in DENSE:
         final = splits == 1 and params.shape[0] == batch
         shape = (splits, batch, *params.shape[1:])
-        return torch.empty(shape, dtype=params.dtype if final else compute, device=params.device)
-    entries = params.shape[-2] * params.shape[-1] + 2 * controls
-    return torch.empty((batch, entries, programs), dtype=compute, device=params.device)
+        return params.new_empty(shape, dtype=params.dtype if final else compute)
+    rows, columns = params.shape[-2:]
+    # a spline's have two columns too
+    return params.new_empty((batch, rows + controls, columns, programs), dtype=compute)
 
 
 def reduce_gradient(
-    source: Source, params: torch.Tensor, buffer: torch.Tensor, control_points: torch.Tensor | None
+    source: int, params: torch.Tensor, buffer: torch.Tensor, control_points: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """d params, and d control points if these are given, from the filled buffer, in a fixed order of sums."""
     if source in DENSE:
         if buffer.dtype == params.dtype and buffer.shape[0] == 1 and buffer.shape[1:] == params.shape:
             return buffer[0], None
         return buffer.sum((0, 1) if params.shape[0] == 1 else 0).to(params.dtype).view(params.shape), None
-    sums = buffer.sum(-1)
-    entries = params.shape[-2] * params.shape[-1]
-    gradient = sums[:, :entries]
-    if params.shape[0] == 1:
-        gradient = gradient.reshape(-1, params.shape[1] if params.dim() == 4 else 1, entries).sum(0)
+    gradient = buffer[..., 0] if buffer.shape[-1] == 1 else buffer.sum(-1)
     by_controls = None
     if control_points is not None:
-        by_controls = sums[:, entries:].sum(0).to(control_points.dtype).view(control_points.shape)
-    return gradient.to(params.dtype).reshape(params.shape), by_controls
+        rows = params.shape[-2]
+        by_controls = gradient[:, rows:].sum(0).to(control_points.dtype)
+        gradient = gradient[:, :rows]
+    if params.shape[0] == 1 < gradient.shape[0]:
+        gradient = gradient.unflatten(0, (-1, params.shape[1] if params.dim() == 4 else 1)).sum(0)
+    if gradient.dtype != params.dtype:
+        gradient = gradient.to(params.dtype)
+    return gradient if gradient.shape == params.shape else gradient.reshape(params.shape), by_controls

@@ -128,6 +128,7 @@ class UserTable:
             content = read(self.path) or {"entries": {}}
             entries = {**content["entries"], key: dict(entry)}
             write(self.path, {**about, "format": FORMAT, "entries": entries})
+        changed()
 
 
 def user_directory() -> Path:
@@ -161,6 +162,7 @@ def user_table(device: torch.device) -> UserTable:
 
 
 _live = 0  # open blocks of autotune()
+generation = 0  # counts what changes a lookup
 _live_lock = threading.Lock()
 
 
@@ -174,6 +176,14 @@ def set_live(change: int) -> None:
     global _live
     with _live_lock:
         _live += change
+    changed()
+
+
+def changed() -> None:
+    """Tells those who keep what they looked up that it may have changed."""
+    global generation
+    with _live_lock:
+        generation += 1
 
 
 def lookup(device: torch.device, key: Callable[[], str]) -> Fields:

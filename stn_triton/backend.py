@@ -38,7 +38,7 @@ def select(device_type: str) -> Backend:
     forced = _forced
     if forced:
         return forced[-1]
-    return _select(device_type, interpreting())
+    return _select(device_type, device_type == "cpu" and interpreting())
 
 
 @cache

@@ -58,15 +58,15 @@ def _register(schema: str, implementation: Any, fake: Any) -> Any:
 # ----------------------------------------------------------------------------------------- allocation
 def _is_channels_last(image: Tensor) -> bool:
     """Whether an image's channels lie innermost: what is made from it then is channels_last too."""
-    channels = image.shape[1]
-    return channels > 1 and image.stride(1) == 1 and all(stride >= channels for stride in image.stride()[2:])
+    channels, stride = image.shape[1], image.stride()
+    return channels > 1 and stride[1] == 1 and all(step >= channels for step in stride[2:])
 
 
-def _new_images(like: Tensor, shape: Any, channels_last: bool) -> Tensor:
-    memory_format = torch.contiguous_format
-    if channels_last:
-        memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
-    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=memory_format)
+def _new_images(like: Tensor, shape: tuple[Any, ...], channels_last: bool) -> Tensor:
+    if not channels_last:
+        return like.new_empty(shape)
+    memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
 def _has_transforms(params: Tensor, source: int) -> bool:
@@ -93,8 +93,12 @@ def _new_coordinates(grad_output: Tensor, params: Tensor, source: int, dims: int
 
 def _packed(tensor: Tensor) -> Tensor:
     """Contiguous with the strides a new tensor has, those of axes of one element included."""
-    packed = tensor.new_empty(tensor.shape)
-    return tensor if tensor.stride() == packed.stride() else packed.copy_(tensor)
+    step = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if stride != step:
+            return tensor.new_empty(tensor.shape).copy_(tensor)
+        step *= max(size, 1)
+    return tensor
 
 
 def _new_grid(params: Tensor, size: Any) -> Tensor:
@@ -113,7 +117,7 @@ def _sample(
     align_corners: bool,
 ) -> Tensor:
     output = _new_output(input, params, source, size)
-    modes = Interpolation(interpolation), Padding(padding), align_corners
+    modes = interpolation, padding, align_corners
     return output if output.numel() == 0 else _fill(output, input, params, control_points, source, *modes)
 
 
@@ -126,14 +130,19 @@ def _fill(
     *modes: Any,
 ) -> Tensor:
     if backend.select(input.device.type).name == "torch":
-        size = tuple(output.shape[2 - input.dim() :])
+        place = Source(source), tuple(output.shape[2 - input.dim() :]), *_named(*modes)
         with backend.without_autocast(input.device.type):
-            samples = reference.sample(input, params, control_points, Source(source), size, *modes)
+            samples = reference.sample(input, params, control_points, *place)
         return output.copy_(samples.view(output.shape))
     from .kernels.sample import sample_forward
 
-    sample_forward(input, params, control_points, output, Source(source), *modes)
+    sample_forward(input, params, control_points, output, source, *modes)
     return output
+
+
+def _named(interpolation: int, padding: int, align_corners: bool) -> tuple[Interpolation, Padding, bool]:
+    """The modes of an operator's codes, for ``reference``."""
+    return Interpolation(interpolation), Padding(padding), align_corners
 
 
 def _sample_fake(
@@ -168,7 +177,7 @@ def _new_gradients(
     """d input in the input's memory format, d params and d control points contiguous."""
     input_grad, params_grad, control_grad = wanted
     grad_input = _new_image_gradient(grad_output, in_shape, channels_last, input_grad)
-    grad_params = params.new_empty(params.shape if params_grad else (0,))
+    grad_params = params.new_empty(params.shape if params_grad else 0)
     return grad_input, grad_params, _new_control_gradient(params, control_points, control_grad)
 
 
@@ -201,19 +210,16 @@ def _sample_backward(
     params_grad: bool,
     control_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = input_grad, params_grad, control_grad
-    gradients = _new_gradients(grad_output, params, control_points, in_shape, channels_last, wanted)
-    grad_input, grad_params, grad_controls = gradients
     if grad_output.numel() == 0:
-        return grad_input.zero_(), grad_params.zero_(), grad_controls.zero_()
-    if interpolation == Interpolation.NEAREST:  # steps: the slope is 0
-        grad_params.zero_()
-        grad_controls.zero_()
-        params_grad = control_grad = False
-    if not (input_grad or params_grad or control_grad):
-        return grad_input, grad_params, grad_controls
-    modes = Interpolation(interpolation), Padding(padding), align_corners
-    if backend.select(grad_output.device.type).name == "torch":
+        wanted = input_grad, params_grad, control_grad
+        gradients = _new_gradients(grad_output, params, control_points, in_shape, channels_last, wanted)
+        return gradients[0].zero_(), gradients[1].zero_(), gradients[2].zero_()
+    grad_input = _new_image_gradient(grad_output, in_shape, channels_last, input_grad)
+    by_params, by_controls = None, None
+    slopes = interpolation != Interpolation.NEAREST  # else steps
+    if not (input_grad or (slopes and (params_grad or control_grad))):
+        pass
+    elif backend.select(grad_output.device.type).name == "torch":
         with backend.without_autocast(grad_output.device.type):
             by_input, by_params, by_controls = reference.sample_backward(
                 grad_output if _has_transforms(params, source) else grad_output.unsqueeze(1),
@@ -222,10 +228,10 @@ def _sample_backward(
                 control_points,
                 Source(source),
                 in_shape[2:],
-                *modes,
+                *_named(interpolation, padding, align_corners),
                 input_grad,
-                params_grad,
-                control_grad,
+                params_grad and slopes,
+                control_grad and slopes,
             )
         if by_input is not None:
             grad_input.copy_(by_input)
@@ -238,17 +244,23 @@ def _sample_backward(
             params,
             control_points,
             grad_input if input_grad else None,
-            Source(source),
-            *modes,
-            params_grad,
-            control_grad,
+            source,
+            interpolation,
+            padding,
+            align_corners,
+            params_grad and slopes,
+            control_grad and slopes,
             torch.are_deterministic_algorithms_enabled(),
         )
-    if params_grad and by_params is not None:
-        grad_params = _packed(by_params)
-    if control_grad and by_controls is not None:
-        grad_controls = _packed(by_controls)
-    return grad_input, grad_params, grad_controls
+    grad_params = _result(by_params, params if params_grad else None, params)
+    return grad_input, grad_params, _result(by_controls, control_points if control_grad else None, params)
+
+
+def _result(found: Tensor | None, of: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient as an operator returns it: 0 where nothing was found, empty where it is of nothing."""
+    if of is None:
+        return like.new_empty(0)
+    return of.new_zeros(of.shape) if found is None else _packed(found)
 
 
 def _sample_backward_fake(
@@ -299,18 +311,18 @@ def _sample_jvp(
         moved = None
     if output.numel() == 0 or (moved is None and tangent is None):
         return output.zero_()
-    modes = Interpolation(interpolation), Padding(padding), align_corners
+    modes = interpolation, padding, align_corners
     if moved is None:  # samples are linear in the image
         assert tangent is not None
         return _fill(output, tangent, params, control_points, source, *modes)
     if backend.select(output.device.type).name == "torch":
-        place = Source(source), tuple(size), *modes
+        place = Source(source), tuple(size), *_named(*modes)
         with backend.without_autocast(output.device.type):
             samples = reference.sample_jvp(input, tangent, params, control_points, moved, *place)
         return output.copy_(samples.view(output.shape))
     from .kernels.derivatives import sample_jvp
 
-    sample_jvp(input, tangent, params, control_points, moved, output, Source(source), *modes)
+    sample_jvp(input, tangent, params, control_points, moved, output, source, *modes)
     return output
 
 
@@ -360,7 +372,6 @@ def _sample_hvp(
     )
     if grad_output.numel() == 0 or interpolation == Interpolation.NEAREST:
         return grad_input.zero_(), by_coordinates.zero_()
-    modes = Interpolation(interpolation), Padding(padding), align_corners
     if backend.select(grad_output.device.type).name == "torch":
         with backend.without_autocast(grad_output.device.type):
             by_input, by_places = reference.sample_hvp(
@@ -372,7 +383,7 @@ def _sample_hvp(
                 moved,
                 Source(source),
                 in_shape[2:],
-                *modes,
+                *_named(interpolation, padding, align_corners),
                 input_grad,
                 coordinates_grad,
             )
@@ -389,8 +400,10 @@ def _sample_hvp(
             control_points,
             moved,
             grad_input if input_grad else None,
-            Source(source),
-            *modes,
+            source,
+            interpolation,
+            padding,
+            align_corners,
             coordinates_grad,
             torch.are_deterministic_algorithms_enabled(),
         )
@@ -456,7 +469,7 @@ def _grid(
         return output.copy_(grid.squeeze(1))
     from .kernels.grid import grid_forward
 
-    grid_forward(params, control_points, output, Source(source), align_corners)
+    grid_forward(params, control_points, output, source, align_corners)
     return output
 
 
@@ -494,7 +507,7 @@ def _grid_backward(
         from .kernels.grid import grid_backward
 
         by_params, by_controls = grid_backward(
-            grad_grid, params, control_points, Source(source), align_corners, control_grad
+            grad_grid, params, control_points, source, align_corners, control_grad
         )
     return _packed(by_params), params.new_empty(0) if by_controls is None else _packed(by_controls)
 
@@ -519,13 +532,9 @@ _grid_backward_op = _register(
 
 
 # ------------------------------------------------------------------------------------------- autograd
-def _is_tracked() -> bool:
-    """Whether what is computed may be differentiated: else the operators do without their Functions."""
-    return (
-        torch.is_grad_enabled()
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
+def _is_transformed() -> bool:
+    """Whether a function transform or forward mode may ask for derivatives, which no tensor's flag tells."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 class _Function(torch.autograd.Function):
@@ -534,12 +543,15 @@ class _Function(torch.autograd.Function):
 
     op: Any
     run: Callable[..., Any]
-    """The operator. Eager code goes straight to the derivatives; compilers see the operator alone, as Dynamo
-    traces no Function that has a ``jvp``."""
+    """The operator. Eager code goes straight to the derivatives, and where none can be asked for does without
+    them; compilers see the operator alone, as Dynamo traces no Function that has a ``jvp``."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         op, apply = cls.op, cls.apply
+        # ``apply`` inspects ``forward`` for defaults first, which takes longer than all the rest
+        record = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
+        tensors = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)  # they come first
 
         def compute(*inputs: Any) -> Any:
             # A result may be a view of a buffer. To autograd it is to be none: some views take no tangents.
@@ -549,17 +561,29 @@ class _Function(torch.autograd.Function):
         def run(*inputs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return op(*inputs)
-            return apply(*inputs) if _is_tracked() else compute(*inputs)
+            if _is_transformed():
+                return apply(*inputs)
+            if torch.is_grad_enabled():
+                for tensor in inputs[:tensors]:
+                    if tensor is not None and tensor.requires_grad:
+                        return record(*map(_unwrapped, inputs[:tensors]), *inputs[tensors:])
+            return compute(*inputs)
 
         def dispatched(*inputs: Any) -> Any:
             # in compiled code forward_ad does not know of duals
-            return apply(*inputs) if _is_tracked() or torch._C._is_fwd_grad_enabled() else compute(*inputs)
+            tracked = torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or _is_transformed()
+            return apply(*inputs) if tracked else compute(*inputs)
 
         cls.forward = staticmethod(compute)  # type: ignore[method-assign]
         cls.run = staticmethod(run)
         name = op.name().partition(".")[0]
         for key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):  # the second: all function transforms
             _LIBRARY.impl(name, dispatched, key)
+
+
+def _unwrapped(tensor: Tensor | None) -> Tensor | None:
+    """What a function transform left wrapped when it ended."""
+    return None if tensor is None else torch._C._functorch.unwrap_if_dead(tensor)
 
 
 def _primals(ctx: Any) -> tuple[Any, ...]:
@@ -1009,7 +1033,7 @@ class _SampleHvp(_Function):
     @staticmethod
     def plain(ctx: Any) -> Callable[..., tuple[Tensor | None, ...]]:
         source, in_shape, _, interpolation, padding, align_corners = ctx.rest
-        modes = Interpolation(interpolation), Padding(padding), align_corners
+        modes = _named(interpolation, padding, align_corners)
 
         def function(
             grad_output: Tensor,
