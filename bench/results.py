@@ -199,14 +199,16 @@ def table(results: Results) -> str:
     if results.roof and results.roof_after:
         drift = results.roof_after / results.roof - 1
         lines.append(f"copy after all cases: {results.roof_after / 1e9:.0f} GB/s ({drift:+.1%})")
-    for row, told in results.rows.items():
+    for row, about in results.rows.items():
         entries = [entry for entry in results.entries if entry.row == row]
         timed = [entry for entry in entries if "ours" in entry.times()]
         total = len(entries) + list(results.not_reached.values()).count(row)
-        lines.append(f"{told['title']}: {len(timed)} of {total} cases timed")
-        lines += [f"    {verdict}" for verdict in verdicts(results, row)]
+        lines.append(f"{about['title']}: {len(timed)} of {total} cases timed")
+        small = results.method["small"]  # whose times mean nothing
+        lines += [] if small else [f"    {verdict}" for verdict in verdicts(results, row)]
         for entry in entries:
-            lines += [f"  ! {entry.id}: {text}" for text in (*losses(entry), *problems(entry))]
+            told = [] if small else losses(entry)
+            lines += [f"  ! {entry.id}: {text}" for text in (*told, *problems(entry))]
     absent = sorted({m.why for entry in results.entries for m in entry.measurements if "imported" in m.why})
     lines += [f"missing: {why}" for why in absent]
     lines += [f"memory of {text}" for text in memory(results)]

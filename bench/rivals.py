@@ -223,7 +223,7 @@ def kornia(case: Case, inputs: Inputs) -> Sampler:
 
     With aligned corners alone, as what it does without has changed between releases. For splines its function
     that solves for the weights has the control points' places in the input as centres, which makes another
-    spline than everybody's: its sampler gets the usual weights instead, and a product in place of the solving.
+    spline than everybody's: its sampler gets the usual weights instead, by a product in place of the solving.
     """
     if case.dims != 2 or case.source not in ("affine", "projective", "tps") or case.shared:
         raise Missing("kornia warps 2-D images by affine maps, homographies and splines, one for each image")
@@ -261,20 +261,28 @@ def kornia(case: Case, inputs: Inputs) -> Sampler:
 
 
 def torchvision(case: Case, inputs: Inputs) -> Sampler:
-    """torchvision takes one map for the whole batch: an elastic one here, a flow."""
-    if not case.shared or case.source != "flow" or case.align_corners or case.work != "forward":
-        raise Missing("torchvision has flows for a whole batch, forward, align_corners=False")
+    """torchvision takes one map for the whole batch, whose numbers are on the host: forward alone."""
+    if not case.shared or case.source not in ("affine", "projective", "flow") or case.align_corners:
+        raise Missing("torchvision has one map for a batch, without aligned corners")
+    if case.dims != 2 or case.size != case.shape[2:] or (case.mode, case.padding) != ("bilinear", "zeros"):
+        raise Missing("torchvision's maps keep the size, 2-D, bilinear, zeros")
+    if case.work != "forward":
+        raise Missing("torchvision's maps have no gradient")
     v2 = optional("torchvision.transforms.v2.functional")
-    sizes = torch.tensor(case.shape[:1:-1]).to(inputs.params)
-
-    def sampler(image: Tensor, flow: Tensor) -> Tensor:
-        return v2.elastic(image, flow.movedim(1, -1) * (2 / sizes), interpolation=_bilinear())
-
-    return sampler
-
-
-def _bilinear() -> Any:
-    return optional("torchvision.transforms").InterpolationMode.BILINEAR
+    bilinear = optional("torchvision.transforms").InterpolationMode.BILINEAR
+    height, width = case.size
+    if case.source == "flow":
+        scale = 2 / torch.tensor([width, height]).to(inputs.params)
+        return lambda image, flow: v2.elastic(image, flow.movedim(1, -1) * scale, interpolation=bilinear)
+    # In pixels from the outer edge, as torchvision has them.
+    edges = torch.tensor(
+        [[width / 2, 0, width / 2], [0, height / 2, height / 2], [0, 0, 1]], dtype=torch.float64
+    )
+    normalised = torch.eye(3, dtype=torch.float64)
+    normalised[: inputs.params.shape[1]] = inputs.params[0].double().cpu()
+    pixels = edges @ normalised @ torch.linalg.inv(edges)
+    numbers = (pixels / pixels[2, 2]).flatten().tolist()[:8]
+    return lambda image, params: v2.perspective(image, None, None, bilinear, coefficients=numbers)
 
 
 def flag_gems(case: Case, inputs: Inputs) -> Sampler:

@@ -102,11 +102,16 @@ def measure(case: Case, rival: rivals.Rival, bench: Bench, seconds: float | None
         found.status, found.why = "mismatch", str(error)[:WORDS]
     except Exception as error:
         found.why = message(error)
-        try:
-            timing.synchronize(bench.device)
-        except Exception as lost:
-            raise DeviceLost(found.why) from lost
+        assert_alive(bench.device, found.why)
     return found
+
+
+def assert_alive(device: torch.device, why: str) -> None:
+    """Raises DeviceLost with ``why`` if the device answers no more."""
+    try:
+        timing.synchronize(device)
+    except Exception as error:
+        raise DeviceLost(why) from error
 
 
 def run_case(
@@ -179,13 +184,17 @@ def sweep(
         start = time.monotonic()
         small = case.small() if results.method["small"] else case
         try:
-            run_case(begun, small, chosen, device, options.seconds_each)
+            try:
+                run_case(begun, small, chosen, device, options.seconds_each)
+            except DeviceLost:
+                raise
+            except Exception as error:
+                begun.status, begun.why = "failed", message(error)
+                assert_alive(device, begun.why)
         except DeviceLost as error:
             begun.status, begun.why = "failed", f"the device was lost: {error}"
             results.save(path)
             raise
-        except Exception as error:
-            begun.status, begun.why = "failed", message(error)
         except KeyboardInterrupt:
             results.entries.remove(begun)  # it goes first when the run goes on
             results.save(path)
