@@ -121,55 +121,66 @@ def load(path: Path) -> Results:
 # ------------------------------------------------------------------------------------------------ the table
 @dataclasses.dataclass
 class Verdict:
-    """A target of a row, and the least and the most that cases reached; None where nothing was measured."""
+    """A target of a row, and the least and the most that cases reached; None where nothing was measured.
+
+    ``whole``: every case of the row was measured.
+    """
 
     rival: str
     target: float
     least: float | None
     most: float | None
+    whole: bool
 
     @property
     def word(self) -> str:
         if self.least is None:
             return "not measured"
-        return "met" if self.least >= self.target else "MISSED"
+        if self.least < self.target:
+            return "MISSED"
+        return "met" if self.whole else "met where measured"
 
     def __str__(self) -> str:
-        percent = self.rival == "roof"
-
-        def number(value: float) -> str:
-            return f"{100 * value:.0f} %" if percent else f"{value:.2f}x"
-
-        wanted = f"{self.rival} >= {number(self.target)}"
+        unit, factor = (" %", 100) if self.rival == "roof" else ("x", 1)
+        digits = 0 if self.rival == "roof" else 2
         if self.least is None or self.most is None:
-            return f"{wanted}: not measured"
-        span = number(self.least)
-        if number(self.most) != span:
-            span += f" to {number(self.most)}"
-        return f"{wanted}: {span}, {self.word}"
+            reached = ""
+        else:
+            low, high = (f"{value * factor:.{digits}f}" for value in (self.least, self.most))
+            reached = f" {low}{unit}" if low == high else f" {low}-{high}{unit}"
+        return f"{self.rival}{reached} (>= {self.target * factor:.{digits}f}{unit}: {self.word})"
 
 
 def verdicts(results: Results, row: str) -> list[Verdict]:
-    """A target is met if every case that was measured reaches it."""
+    """A target is met if every case of the row reaches it, the slowest counts."""
     entries = [entry for entry in results.entries if entry.row == row]
+    timed = [entry for entry in entries if "ours" in entry.times()]
+    whole = len(timed) == len(entries) and row not in results.not_reached.values()
+
+    def verdict(rival: str, target: float, reached: list[float]) -> Verdict:
+        return Verdict(rival, target, min(reached, default=None), max(reached, default=None), whole)
+
     found = []
     for rival, target in results.rows[row]["targets"].items():
-        values = [speedups[rival] for entry in entries if rival in (speedups := entry.speedups())]
-        found.append(Verdict(rival, target, min(values, default=None), max(values, default=None)))
-    roof = results.rows[row]["roof"]
-    if roof is not None:
-        reached = [entry.bandwidth() for entry in entries]
+        speedups = [entry.speedups() for entry in timed]
+        found.append(verdict(rival, target, [each[rival] for each in speedups if rival in each]))
+    target = results.rows[row]["roof"]
+    if target is not None:
+        reached = [entry.bandwidth() for entry in timed]
         shares = [value / results.roof for value in reached if value and results.roof]
-        found.append(Verdict("roof", roof, min(shares, default=None), max(shares, default=None)))
+        found.append(verdict("roof", target, shares))
     return found
 
 
 def losses(entry: Entry) -> list[str]:
     """Rivals that are faster than ours. Our own affine map is none."""
+    times = entry.times()
+    ours = times.pop("ours", None)
+    times.pop("ours affine", None)
+    if ours is None:
+        return []
     return [
-        f"{name} is faster: {1 / ratio:.2f}x as fast as ours"
-        for name, ratio in entry.speedups().items()
-        if ratio < 1 and name != "ours affine" and name in entry.times()
+        f"{name} is faster, {time:.4g} ms to our {ours:.4g}" for name, time in times.items() if time < ours
     ]
 
 
@@ -203,9 +214,11 @@ def table(results: Results) -> str:
         entries = [entry for entry in results.entries if entry.row == row]
         timed = [entry for entry in entries if "ours" in entry.times()]
         total = len(entries) + list(results.not_reached.values()).count(row)
-        lines.append(f"{about['title']}: {len(timed)} of {total} cases timed")
+        if not total:
+            continue
         small = results.method["small"]  # whose times mean nothing
-        lines += [] if small else [f"    {verdict}" for verdict in verdicts(results, row)]
+        reached = [] if small else [str(verdict) for verdict in verdicts(results, row)]
+        lines.append("; ".join([f"{about['title']} [{len(timed)}/{total}]", *reached]))
         for entry in entries:
             told = [] if small else losses(entry)
             lines += [f"  ! {entry.id}: {text}" for text in (*told, *problems(entry))]

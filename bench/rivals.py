@@ -15,7 +15,7 @@ from torch import Tensor
 
 import stn_triton as stn
 
-from .cases import Case, Inputs, lattice
+from .cases import Case, Inputs, bytes_moved, lattice
 
 Sampler = Callable[[Tensor, Tensor], Tensor]  # of the image and the parameters
 
@@ -392,6 +392,11 @@ def share_read(case: Case, inputs: Inputs) -> float:
         output = sample(plain, image, grid_maker(case, params)(params))
         (touched,) = torch.autograd.grad(output.sum(), image)
     return torch.count_nonzero(touched).item() / touched.numel()
+
+
+def fewest_bytes(case: Case, inputs: Inputs) -> int:
+    """What the case must move at least."""
+    return bytes_moved(case, share_read(case, inputs))
 
 
 def errors(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[float]:

@@ -159,7 +159,7 @@ def sweep(
     results: Results, path: Path, cases: Sequence[Case], device: torch.device, options: argparse.Namespace
 ) -> None:
     """Measures what has not been measured yet, until the time is up."""
-    chosen = [r for r in rivals.RIVALS if r is rivals.OURS or not options.rival or r.name in options.rival]
+    chosen = chosen_rivals(options)
     deadline = time.monotonic() + options.budget_seconds
     results.complete, results.not_reached = False, {}
     if results.roof is None:
@@ -216,13 +216,14 @@ def progress(entry: Entry, place: int, count: int, seconds: float) -> str:
     return "\n".join(lines + [f"    ! {problem}" for problem in problems(entry)])
 
 
-def warm(cases: Sequence[Case], device: torch.device, part: str) -> int:
+def warm(cases: Sequence[Case], device: torch.device, options: argparse.Namespace) -> int:
     """Runs each case of the part I/N once: caches on disk then hold what is compiled. How many went wrong."""
-    index, count = map(int, part.split("/"))
+    index, count = map(int, options.warm.split("/"))
     wrong = 0
     for case in cases[index::count]:
+        case = case.small() if device.type == "cpu" else case
         bench = Bench(device)
-        for rival in rivals.RIVALS:
+        for rival in chosen_rivals(options):
             found = measure(case, rival, bench, None)
             if found.status in ("mismatch", "failed"):
                 wrong += 1
@@ -262,6 +263,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def chosen_rivals(options: argparse.Namespace) -> list[rivals.Rival]:
+    """Ours first: where it is wrong nothing else is timed."""
+    return [r for r in rivals.RIVALS if r is rivals.OURS or not options.rival or r.name in options.rival]
+
+
 def restart() -> None:
     """This command in a new process, which takes this one's place: a lost device is lost for the old one."""
     sys.stdout.flush()
@@ -283,7 +289,7 @@ def main(arguments: Sequence[str] | None = None, restart: Callable[[], None] = r
         print("no GPU: --cpu runs small cases on the CPU", file=sys.stderr)
         return 2
     if options.warm:
-        return 1 if warm(cases, device, options.warm) else 0
+        return 1 if warm(cases, device, options) else 0
     signal.signal(signal.SIGTERM, stop)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.json"

@@ -80,6 +80,17 @@ def capture(call: Call, device: torch.device) -> Call:
     return replay
 
 
+def finished(call: Call, device: torch.device) -> Call:
+    """The call, as a replay where it can be captured, that returns when the device is done with it."""
+    run = _captured(call, device)[0]
+
+    def wait() -> None:
+        run()
+        synchronize(device)
+
+    return wait
+
+
 def time_device(call: Call, device: torch.device, budget: float = 0.2, flush: bool = True) -> Timing:
     """Times ``call`` for about ``budget`` seconds, with at least 10 and at most 200 runs.
 
@@ -87,14 +98,7 @@ def time_device(call: Call, device: torch.device, budget: float = 0.2, flush: bo
     """
     if device.type == "cpu":
         return _time_wall(call, budget)
-    how = "events"
-    timed = call
-    if device.type == "cuda":
-        try:
-            timed, how = capture(call, device), "graph"
-        except Exception:
-            # A failed capture leaves the stream usable; a lost device raises here, and is not hidden.
-            synchronize(device)
+    timed, how = _captured(call, device)
     for _ in range(WARM_UPS):
         timed()
     synchronize(device)
@@ -166,6 +170,18 @@ def floor(device: torch.device) -> Timing:
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
+
+
+def _captured(call: Call, device: torch.device) -> tuple[Call, str]:
+    """The call as a graph if that is possible, and what the device's time is then taken of."""
+    if device.type != "cuda":
+        return call, "events"
+    try:
+        return capture(call, device), "graph"
+    except Exception:
+        # A failed capture leaves the stream usable; a lost device raises here, and is not hidden.
+        synchronize(device)
+        return call, "events"
 
 
 def _on_default_stream(device: torch.device) -> bool:
