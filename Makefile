@@ -2,7 +2,7 @@
 # ARGS= goes to pytest: `make test ARGS="-k affine -x"`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint compile compile-oldest dist clean
+.PHONY: help demo test lint compile compile-oldest bench sweep plot gpu dist clean
 .NOTPARALLEL:
 
 ifdef PY
@@ -62,6 +62,19 @@ compile-oldest: ## run the compile tests under the oldest supported Triton
 	fi; \
 	echo "oldest Triton: running" $$tests; \
 	PYTHONPATH="$(CURDIR)/$(OLDEST):$(CURDIR)" "$$py" -m pytest $$("$$py" -c "$$WORKERS") $$tests
+
+bench: ## time the kernels with pytest-benchmark; ARGS=--benchmark-compare compares with the last time
+	@py=$$(.ci/venv bench) && "$$py" -m pytest bench/test_speed.py --benchmark-autosave $(ARGS)
+
+RESULTS := build/bench
+sweep: ## time the kernels and every rival on a GPU: build/bench/results.json; ARGS="--select rgb --quick"
+	@py=$$(.ci/venv bench) && "$$py" -m bench.sweep --out $(RESULTS) $(ARGS)
+
+plot: ## draw the results of sweep
+	@py=$$(.ci/venv bench) && "$$py" -m bench.plot $(RESULTS)/results.json $(ARGS)
+
+gpu: ## on a GPU, in nine minutes: tests, memcheck, sweep, pictures, into build/gpu
+	@py=$$(.ci/venv bench) && "$$py" -m bench.gpu $(ARGS)
 
 dist: ## build the source distribution and the wheel into dist/
 	@py=$$(.ci/venv dev) && rm -rf build/lib && "$$py" -m build --outdir dist .

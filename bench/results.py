@@ -1,0 +1,241 @@
+"""A run's results: what the JSON file holds, written after every case; and the table made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+# Two results are of one run if these agree; other facts of the machine may differ (date, clocks).
+SAME = ("device", "torch", "triton", "sources", "interpreted")
+
+
+@dataclasses.dataclass
+class Measurement:
+    """One way to do a case.
+
+    ``status``: "timed"; "missing" (not installed, or has no such way), "mismatch" (wrong result: not timed),
+    "failed"; ``why`` tells. ``errors``: ||result - exact|| / ||exact|| of output, d image and d parameters,
+    of those that the case has; None for NaN and infinity. Milliseconds of device time: ``median``, ``low``
+    (20 %), ``high`` (80 %), of so many ``runs``, taken by ``how``: "graph", "events" or "wall". ``call``: of
+    an eager call, host included. ``peak``: the most bytes held beyond the inputs.
+    """
+
+    name: str
+    status: str
+    eager: bool = False
+    why: str = ""
+    errors: list[float | None] = dataclasses.field(default_factory=list)
+    median: float | None = None
+    low: float | None = None
+    high: float | None = None
+    runs: int | None = None
+    how: str | None = None
+    call: float | None = None
+    peak: int | None = None
+
+
+@dataclasses.dataclass
+class Entry:
+    """A case and what was measured of it.
+
+    ``status``: "done", "failed" (``why``; or a rival's result is wrong or failed) or "running" (the process
+    ended in it). ``bytes``: the fewest that it moves; ``share_read``: of the image's pixels.
+    """
+
+    id: str
+    row: str
+    case: dict[str, Any]
+    status: str = "running"
+    why: str = ""
+    attempts: int = 1
+    share_read: float | None = None
+    bytes: int | None = None
+    measurements: list[Measurement] = dataclasses.field(default_factory=list)
+
+    def times(self) -> dict[str, float]:
+        """Milliseconds by name, of those that were timed."""
+        return {m.name: m.median for m in self.measurements if m.median is not None}
+
+    def find(self, name: str) -> Measurement | None:
+        return next((m for m in self.measurements if m.name == name), None)
+
+    def speedups(self) -> dict[str, float]:
+        """How many times as fast as each rival ours is; "eager" is the fastest of PyTorch's eager ways."""
+        times = self.times()
+        ours = times.pop("ours", None)
+        if ours is None:
+            return {}
+        found = {name: time / ours for name, time in times.items()}
+        eager = [found[m.name] for m in self.measurements if m.eager and m.name in found]
+        return found | ({"eager": min(eager)} if eager else {})
+
+    def bandwidth(self) -> float | None:
+        """Of ours: the fewest bytes over the time, bytes per second."""
+        ours = self.times().get("ours")
+        return self.bytes / (ours * 1e-3) if ours and self.bytes else None
+
+
+@dataclasses.dataclass
+class Results:
+    """``machine``: bench.machine's facts; ``method``: how it was timed; ``roof``: bytes per second of a copy,
+    and of one after all else; ``floor``: milliseconds of the shortest kernel; ``rows``: targets;
+    ``not_reached``: ids of cases for which there was no time, and their rows."""
+
+    machine: dict[str, Any]
+    method: dict[str, Any]
+    rows: dict[str, Any]
+    schema: int = SCHEMA
+    roof: float | None = None
+    roof_after: float | None = None
+    floor: float | None = None
+    complete: bool = False
+    not_reached: dict[str, str] = dataclasses.field(default_factory=dict)
+    entries: list[Entry] = dataclasses.field(default_factory=list)
+
+    def find(self, id: str) -> Entry | None:
+        return next((entry for entry in self.entries if entry.id == id), None)
+
+    def save(self, path: Path) -> None:
+        """All or nothing: who is killed in it leaves what was there before."""
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n")
+        os.replace(part, path)
+
+
+def load(path: Path) -> Results:
+    """Raises ValueError for a file of another schema."""
+    data = json.loads(path.read_text())
+    if data.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: schema {data.get('schema')!r}, this code reads {SCHEMA}")
+    entries = [
+        Entry(**entry | {"measurements": [Measurement(**m) for m in entry["measurements"]]})
+        for entry in data.pop("entries")
+    ]
+    return Results(**data, entries=entries)
+
+
+# ------------------------------------------------------------------------------------------------ the table
+@dataclasses.dataclass
+class Verdict:
+    """A target of a row, and the least and the most that cases reached; None where nothing was measured.
+
+    ``whole``: every case of the row was measured.
+    """
+
+    rival: str
+    target: float
+    least: float | None
+    most: float | None
+    whole: bool
+
+    @property
+    def word(self) -> str:
+        if self.least is None:
+            return "not measured"
+        if self.least < self.target:
+            return "MISSED"
+        return "met" if self.whole else "met where measured"
+
+    def __str__(self) -> str:
+        unit, factor = (" %", 100) if self.rival == "roof" else ("x", 1)
+        digits = 0 if self.rival == "roof" else 2
+        if self.least is None or self.most is None:
+            reached = ""
+        else:
+            low, high = (f"{value * factor:.{digits}f}" for value in (self.least, self.most))
+            reached = f" {low}{unit}" if low == high else f" {low}-{high}{unit}"
+        return f"{self.rival}{reached} (>= {self.target * factor:.{digits}f}{unit}: {self.word})"
+
+
+def verdicts(results: Results, row: str) -> list[Verdict]:
+    """A target is met if every case of the row reaches it, the slowest counts."""
+    entries = [entry for entry in results.entries if entry.row == row]
+    timed = [entry for entry in entries if "ours" in entry.times()]
+    whole = len(timed) == len(entries) and row not in results.not_reached.values()
+
+    def verdict(rival: str, target: float, reached: list[float]) -> Verdict:
+        return Verdict(rival, target, min(reached, default=None), max(reached, default=None), whole)
+
+    found = []
+    for rival, target in results.rows[row]["targets"].items():
+        speedups = [entry.speedups() for entry in timed]
+        found.append(verdict(rival, target, [each[rival] for each in speedups if rival in each]))
+    target = results.rows[row]["roof"]
+    if target is not None:
+        reached = [entry.bandwidth() for entry in timed]
+        shares = [value / results.roof for value in reached if value and results.roof]
+        found.append(verdict("roof", target, shares))
+    return found
+
+
+def losses(entry: Entry) -> list[str]:
+    """Rivals that are faster than ours. Our own affine map is none."""
+    times = entry.times()
+    ours = times.pop("ours", None)
+    times.pop("ours affine", None)
+    if ours is None:
+        return []
+    return [
+        f"{name} is faster, {time:.4g} ms to our {ours:.4g}" for name, time in times.items() if time < ours
+    ]
+
+
+def problems(entry: Entry) -> list[str]:
+    """What went wrong; a rival that is not there is no problem, but is told."""
+    found = [f"{entry.status}: {entry.why}"] if entry.why or entry.status == "running" else []
+    wrong = [m for m in entry.measurements if m.status in ("mismatch", "failed")]
+    return found + [f"{m.name} {m.status}: {m.why}" for m in wrong]
+
+
+def conditions(results: Results) -> str:
+    """One line for under a table or a picture."""
+    machine = results.machine
+    parts = [machine["device"]]
+    if machine.get("driver"):
+        parts.append(f"driver {machine['driver']}")
+    parts += [f"torch {machine['torch']}", f"triton {machine['triton']}", f"commit {machine['commit'][:12]}"]
+    parts += [machine["date"][:10], results.method["clock"]]
+    if results.roof:
+        parts.append(f"copy {results.roof / 1e9:.0f} GB/s")
+    return ", ".join(parts)
+
+
+def table(results: Results) -> str:
+    """The rows, their targets and what was reached; losses and problems by case."""
+    lines = [conditions(results)]
+    if results.roof and results.roof_after:
+        drift = results.roof_after / results.roof - 1
+        lines.append(f"copy after all cases: {results.roof_after / 1e9:.0f} GB/s ({drift:+.1%})")
+    for row, about in results.rows.items():
+        entries = [entry for entry in results.entries if entry.row == row]
+        timed = [entry for entry in entries if "ours" in entry.times()]
+        total = len(entries) + list(results.not_reached.values()).count(row)
+        if not total:
+            continue
+        small = results.method["small"]  # whose times mean nothing
+        reached = [] if small else [str(verdict) for verdict in verdicts(results, row)]
+        lines.append("; ".join([f"{about['title']} [{len(timed)}/{total}]", *reached]))
+        for entry in entries:
+            told = [] if small else losses(entry)
+            lines += [f"  ! {entry.id}: {text}" for text in (*told, *problems(entry))]
+    absent = sorted({m.why for entry in results.entries for m in entry.measurements if "imported" in m.why})
+    lines += [f"missing: {why}" for why in absent]
+    lines += [f"memory of {text}" for text in memory(results)]
+    if results.not_reached:
+        lines.append(f"{len(results.not_reached)} cases not reached for want of time")
+    return "\n".join(lines)
+
+
+def memory(results: Results) -> list[str]:
+    """The most that training steps hold beyond their inputs, ours beside PyTorch's."""
+    found = []
+    for entry in results.entries:
+        peaks = {m.name: m.peak for m in entry.measurements if m.peak is not None}
+        if entry.case.get("work") == "step" and "ours" in peaks and len(peaks) > 1:
+            shown = ", ".join(f"{name} {peak / 2**20:.0f} MiB" for name, peak in peaks.items())
+            found.append(f"{entry.id}: {shown}")
+    return found
