@@ -2,7 +2,7 @@
 # ARGS= goes to pytest: `make test ARGS="-k affine -x"`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint compile compile-oldest bench sweep plot gpu dist clean
+.PHONY: help demo test lint compile compile-oldest bench sweep plot tune gpu dist clean
 .NOTPARALLEL:
 
 ifdef PY
@@ -72,6 +72,9 @@ sweep: ## time the kernels and every rival on a GPU: build/bench/results.json; A
 
 plot: ## draw the results of sweep
 	@py=$$(.ci/venv bench) && "$$py" -m bench.plot $(RESULTS)/results.json $(ARGS)
+
+tune: ## tune the kernels for the GPU at hand, into kernels/tuned/; ARGS="--budget-seconds 300"
+	@py=$$(.ci/venv bench) && "$$py" -m bench.tune $(ARGS)
 
 gpu: ## on a GPU, in nine minutes: tests, memcheck, sweep, pictures, into build/gpu
 	@py=$$(.ci/venv bench) && "$$py" -m bench.gpu $(ARGS)

@@ -225,7 +225,7 @@ def pretend(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tables, "user_table", lambda device: table)
     monkeypatch.setattr(tables, "about", lambda device: {"device": "pretended"})
-    monkeypatch.setattr(tuning, "device_time", device_time)
+    monkeypatch.setattr(tuning, "clock", device_time)
     can_tune = tuning._can_tune
     monkeypatch.setattr(tuning, "_can_tune", lambda device: can_tune(torch.device("xpu")))
     monkeypatch.setattr(tuning, "NEIGHBOURS", (tuning._warps, tuning._sum))
@@ -361,3 +361,71 @@ def test_autotune_on_a_gpu(tmp_path, monkeypatch):
     finally:
         tables.user_table.cache_clear()
     assert list(tmp_path.glob("*.json"))
+
+
+# ------------------------------------------------------------------------------------------ make tune
+def run_make_tune(monkeypatch, tmp_path, *more):
+    """``bench.tune`` on small cases, the interpreter's device taken for a GPU."""
+    from bench import tune
+    from bench.cases import CASES
+
+    rows = "rgb", "image-rgb"
+    cases = [next(case.small() for case in CASES if case.row == row) for row in rows]
+    monkeypatch.setattr(tune, "CASES", cases)
+    monkeypatch.setattr(tune.machine, "accelerator", lambda: torch.device("cpu"))
+    monkeypatch.setattr(tables, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(torch.cpu, "current_device", lambda: 0)
+    monkeypatch.setenv("STN_TRITON_CACHE", "")
+    status = tune.main(["--out", str(tmp_path / "out"), "--workers", "1", "--commit", "abc", *more])
+    return status, tmp_path / "out" / "sm_90.json"
+
+
+def test_make_tune_writes_what_is_faster_than_the_rules(pretend, monkeypatch, tmp_path, capsys):
+    table, _ = pretend
+    status, path = run_make_tune(monkeypatch, tmp_path)
+    assert status == 0
+    content = tables.read(path)
+    assert content["commit"] == "abc"
+    assert content["entries"]
+    for key, entry in content["entries"].items():
+        assert entry["fields"] == {"warps": 1}, "what differs from the rules, and nothing else"
+        assert table.entries[key]["warps"] == 1
+    assert "gather search" in {key.split(" matrix")[0] for key in table.entries}
+    assert "gather search" not in {key.split(" matrix")[0] for key in content["entries"]}, "not faster"
+    assert "faster than by the rules" in capsys.readouterr().out
+
+
+def test_make_tune_writes_nothing_if_a_result_is_wrong(pretend, monkeypatch, tmp_path):
+    from bench import rivals
+
+    monkeypatch.setattr(rivals, "errors", lambda results, expected: [1.0] * len(results))
+    status, path = run_make_tune(monkeypatch, tmp_path)
+    assert status == 1
+    assert not path.exists()
+
+
+def test_make_tune_says_what_it_did_not_come_to(pretend, monkeypatch, tmp_path, capsys):
+    status, path = run_make_tune(monkeypatch, tmp_path, "--budget-seconds", "-1")
+    assert status == 0
+    assert tables.read(path)["entries"] == {}
+    assert "not reached: 2 of 2" in capsys.readouterr().out
+
+
+def test_compiling_ahead_times_and_runs_nothing(pretend, monkeypatch):
+    from bench import tune
+    from stn_triton.kernels import launch
+
+    _, timed = pretend
+    compiled = []
+
+    class Kernel:
+        def warmup(self, *args, grid, **kwargs):
+            compiled.append(grid)
+
+    real = launch.runner
+    with tune.compiling(), monkeypatch.context() as context:
+        context.setattr(tuning, "search", lambda problem, start, cost: (start, cost(start), 1.0))
+        tuning.clock(lambda: launch.runner(Kernel(), 3, torch.device("cpu")), torch.device("cpu"))
+    assert compiled == [(3,)]
+    assert launch.runner is real
+    assert not timed
