@@ -1,4 +1,4 @@
-"""Tunes the kernels for this GPU, into kernels/tuned/ARCHITECTURE.json: ``python -m bench.tune``, ``make tune``.
+"""Tunes the kernels for this GPU, into kernels/tuned/: ``python -m bench.tune`` (``make tune``).
 
 1. ``--workers`` processes run the registry's cases and compile for each all that the search will try first,
    into Triton's cache on disk; nothing is timed.
