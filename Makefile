@@ -2,7 +2,7 @@
 # ARGS= goes to pytest: `make test ARGS="-k affine -x"`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint compile compile-oldest dist clean
+.PHONY: help demo test lint compile compile-oldest host dist clean
 .NOTPARALLEL:
 
 ifdef PY
@@ -62,6 +62,9 @@ compile-oldest: ## run the compile tests under the oldest supported Triton
 	fi; \
 	echo "oldest Triton: running" $$tests; \
 	PYTHONPATH="$(CURDIR)/$(OLDEST):$(CURDIR)" "$$py" -m pytest $$("$$py" -c "$$WORKERS") $$tests
+
+host: ## measure the host time of a call, by layers
+	@py=$$(.ci/venv test) && env -u TRITON_INTERPRET "$$py" -m bench.host $(ARGS)
 
 dist: ## build the source distribution and the wheel into dist/
 	@py=$$(.ci/venv dev) && rm -rf build/lib && "$$py" -m build --outdir dist .

@@ -186,7 +186,7 @@ def _grid_sample_fits(input: Any, grid: Any, mode: Any, padding_mode: Any, align
         and grid.dtype == input.dtype
         and grid.device == input.device
         and input.layout == grid.layout == torch.strided
-        and all(size > 0 for size in input.shape[2:])
+        and 0 not in input.shape[2:]
     )
 
 
@@ -449,7 +449,7 @@ def _check_image(input: Tensor, dims: int | None = None) -> int:
         refuse(ValueError, "input", "(N, C, H, W)", f"shape {tuple(input.shape)}")
     if input.dim() not in (4, 5):
         refuse(ValueError, "input", "(N, C, H, W) or (N, C, D, H, W)", f"shape {tuple(input.shape)}")
-    if any(size == 0 for size in input.shape[2:]):
+    if 0 in input.shape[2:]:
         refuse(ValueError, "input", "of non-empty spatial size", f"shape {tuple(input.shape)}")
     return input.dim() - 2
 

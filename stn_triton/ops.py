@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backend, distributed, reference
+from . import backend, distributed, kernels, reference
 from .kernels.modes import Interpolation, Padding, Source
 
 __all__ = ["grid", "sample"]
@@ -70,13 +70,13 @@ def _new_images(like: Tensor, shape: tuple[Any, ...], channels_last: bool) -> Te
 
 
 def _has_transforms(params: Tensor, source: int) -> bool:
-    return source not in (Source.GRID, Source.FLOW) and params.dim() == 4
+    return params.dim() == 4 and source not in (Source.GRID, Source.FLOW)
 
 
 def _new_output(input: Tensor, params: Tensor, source: int, size: Any) -> Tensor:
     """(N, C, *size), or (N, T, C, *size) where params has transforms; a grid makes contiguous images."""
     channels_last = source != Source.GRID and _is_channels_last(input)
-    batch, channels = input.shape[:2]
+    batch, channels, *_ = input.shape
     if _has_transforms(params, source):
         transforms = params.shape[1]
         output = _new_images(input, (batch * transforms, channels, *size), channels_last)
@@ -134,9 +134,7 @@ def _fill(
         with backend.without_autocast(input.device.type):
             samples = reference.sample(input, params, control_points, *place)
         return output.copy_(samples.view(output.shape))
-    from .kernels.sample import sample_forward
-
-    sample_forward(input, params, control_points, output, source, *modes)
+    kernels.launchers.sample_forward(input, params, control_points, output, source, *modes)
     return output
 
 
@@ -236,9 +234,7 @@ def _sample_backward(
         if by_input is not None:
             grad_input.copy_(by_input)
     else:
-        from .kernels import backward
-
-        by_params, by_controls = backward.first(
+        by_params, by_controls = kernels.launchers.first(
             grad_output,
             input,
             params,
@@ -320,9 +316,7 @@ def _sample_jvp(
         with backend.without_autocast(output.device.type):
             samples = reference.sample_jvp(input, tangent, params, control_points, moved, *place)
         return output.copy_(samples.view(output.shape))
-    from .kernels.derivatives import sample_jvp
-
-    sample_jvp(input, tangent, params, control_points, moved, output, source, *modes)
+    kernels.launchers.sample_jvp(input, tangent, params, control_points, moved, output, source, *modes)
     return output
 
 
@@ -390,9 +384,7 @@ def _sample_hvp(
         if by_input is not None:
             grad_input.copy_(by_input)
     else:
-        from .kernels import backward
-
-        by_places = backward.second(
+        by_places = kernels.launchers.second(
             grad_output,
             input,
             tangent,
@@ -467,9 +459,7 @@ def _grid(
         with backend.without_autocast(params.device.type):
             grid = reference.coordinates(*place, reference.compute_dtype(params))
         return output.copy_(grid.squeeze(1))
-    from .kernels.grid import grid_forward
-
-    grid_forward(params, control_points, output, source, align_corners)
+    kernels.launchers.grid_forward(params, control_points, output, source, align_corners)
     return output
 
 
@@ -504,9 +494,7 @@ def _grid_backward(
                 Source(source), by_transform, params, control_points, align_corners, control_grad
             )
     else:
-        from .kernels.grid import grid_backward
-
-        by_params, by_controls = grid_backward(
+        by_params, by_controls = kernels.launchers.grid_backward(
             grad_grid, params, control_points, source, align_corners, control_grad
         )
     return _packed(by_params), params.new_empty(0) if by_controls is None else _packed(by_controls)
