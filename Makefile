@@ -2,7 +2,7 @@
 # ARGS= goes to pytest: `make test ARGS="-k affine -x"`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint compile compile-oldest bench sweep plot tune gpu dist clean
+.PHONY: help demo test lint compile compile-oldest host bench sweep plot tune gpu dist clean
 .NOTPARALLEL:
 
 ifdef PY
@@ -78,6 +78,9 @@ tune: ## tune the kernels for the GPU at hand, into kernels/tuned/; ARGS="--budg
 
 gpu: ## on a GPU, in nine minutes: tests, memcheck, sweep, pictures, into build/gpu
 	@py=$$(.ci/venv bench) && "$$py" -m bench.gpu $(ARGS)
+
+host: ## measure the host time of a call, by layers
+	@py=$$(.ci/venv test) && env -u TRITON_INTERPRET "$$py" -m bench.host $(ARGS)
 
 dist: ## build the source distribution and the wheel into dist/
 	@py=$$(.ci/venv dev) && rm -rf build/lib && "$$py" -m build --outdir dist .

@@ -15,12 +15,10 @@ from .launch import compute_dtypes, planned
 from .modes import Source
 from .sample import sample_backward
 from .sorted import sorted_backward
-from .tuning import tunable
 
 INVERTIBLE = (int(Source.AFFINE), int(Source.PROJECTIVE))
 
 
-@tunable
 def first(
     grad_output: torch.Tensor,
     input: torch.Tensor | None,
@@ -60,7 +58,6 @@ def first(
     return by_params, by_controls
 
 
-@tunable
 def second(
     grad_output: torch.Tensor,
     input: torch.Tensor | None,

@@ -31,7 +31,6 @@ from .sample import (
     taps_of_axes,
 )
 from .tiles import axes, existing, output_pixels, pixel_offset, rounded, strides
-from .tuning import tunable
 
 DIRECTION_UNSPECIALIZED = (
     *UNSPECIALIZED,
@@ -763,7 +762,6 @@ def _jvp_images(
     return gathered, gathered if input is None else input, gathered if tangent is None else tangent
 
 
-@tunable
 def sample_jvp(
     input: torch.Tensor | None,
     tangent: torch.Tensor | None,

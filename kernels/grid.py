@@ -11,7 +11,6 @@ from . import configs, sources
 from .launch import Plan, compute_dtypes, has_fast_log, index_dtype, planned
 from .modes import Interpolation, Source
 from .tiles import axes, output_pixels, pixel_offset, rounded
-from .tuning import tunable
 
 UNSPECIALIZED = (
     "grid_ptr",
@@ -193,7 +192,6 @@ def _plan(
     return plan, sources.Sums(grid.shape[0], 1, tiles, compute[1], controls)
 
 
-@tunable
 def grid_forward(
     params: torch.Tensor,
     control_points: torch.Tensor | None,
@@ -206,7 +204,6 @@ def grid_forward(
     plan(grid, grid, *sources.pointers(params, control_points))
 
 
-@tunable
 def grid_backward(
     grad_grid: torch.Tensor,
     params: torch.Tensor,

@@ -115,7 +115,7 @@ class Plan:
     but for the pointers' alignment, so that it is asked once for each.
     """
 
-    __slots__ = ("args", "compiled", "device", "kernel", "kwargs", "places", "programs", "rest")
+    __slots__ = ("args", "compiled", "device", "kernel", "kwargs", "module", "places", "programs", "rest")
 
     def __init__(self, kernel, programs: int, device: torch.device, *args, **kwargs) -> None:
         _check_programs(programs)
@@ -124,27 +124,28 @@ class Plan:
         self.args = [None if isinstance(argument, torch.Tensor) else argument for argument in args]
         self.kwargs = {**OPTIONS, **kwargs}
         self.rest = [kwargs[name] for name in kernel.arg_names[len(args) :]]
-        # by which pointers are multiples of 16 bytes, as Triton tells kernels apart
+        self.module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
+        # by which pointers are no multiples of 16 bytes, as Triton tells kernels apart
         self.compiled: dict[int, Any] = {}
 
     def __call__(self, *tensors: torch.Tensor) -> None:
         args = self.args.copy()
-        aligned = 1
+        unaligned = 0
         for place, tensor in zip(self.places, tensors, strict=True):
             args[place] = tensor
-            aligned = aligned << 1 | (tensor.data_ptr() & 15 == 0)
+            unaligned = unaligned << 1 | (tensor.data_ptr() & 15 != 0)
         if runner is not run:
             runner(self.kernel, self.programs, self.device, *args, **self.kwargs)
             return
-        launcher = self.compiled.get(aligned)
+        launcher = self.compiled.get(unaligned)
         if launcher is None or _instrumented():
             compiled = run(self.kernel, self.programs, self.device, *args, **self.kwargs)
             if _tells_kernels_apart(compiled) and not _instrumented():
-                self.compiled[aligned] = compiled[(self.programs, 1, 1)]
-        elif self.device.type == "cuda" and self.device.index == torch.cuda.current_device():
+                self.compiled[unaligned] = compiled[(self.programs, 1, 1)]
+        elif self.module is None or self.module.current_device() == self.device.index:
             launcher(*args, *self.rest)
         else:
-            with on_device(self.device):
+            with self.module.device(self.device.index):
                 launcher(*args, *self.rest)
 
 
@@ -167,6 +168,13 @@ def _instrumented() -> bool:
 
 
 Made = TypeVar("Made")
+_planned: list[Any] = []
+
+
+def forget() -> None:
+    """Drops all plans, and with them the kernels compiled for a driver that is no longer active."""
+    for function in _planned:
+        function.forget()
 
 
 class planned(Generic[Made]):
@@ -183,6 +191,7 @@ class planned(Generic[Made]):
         self._make = make
         self._kept: dict[tuple, Made] = {}
         self._lock = threading.Lock()
+        _planned.append(self)
 
     def __call__(self, tensors: tuple[Any, ...], *numbers: Any) -> Made:
         if runner is not run:  # whoever watches launches sees what is decided, too

@@ -33,7 +33,6 @@ from .launch import (
 )
 from .modes import Source
 from .tiles import axes, existing, output_pixels, pixel_offset, rounded, strides
-from .tuning import tunable
 
 # Sizes, strides and counts never make a new kernel: only the constexprs do, and whether the stride of the
 # channels is 1. (Tuples would be shorter, but Triton specialises what is in them.)
@@ -650,7 +649,6 @@ def _forward_plan(
     )
 
 
-@tunable
 def sample_forward(
     input: torch.Tensor,
     params: torch.Tensor,

@@ -72,10 +72,10 @@ def _sample(
     output = reference.sample(input, params, control_points, Source(source), tuple(size), *modes)
     images = output.flatten(0, 1)
     memory_format = torch.contiguous_format
-    if source != Source.GRID and ops._is_channels_last(input):
+    if source != Source.GRID and ops.is_channels_last(input):
         memory_format = torch.channels_last if input.dim() == 4 else torch.channels_last_3d
     images = images.contiguous(memory_format=memory_format)
-    if ops._has_transforms(params, source):
+    if ops.has_transforms(params, source):
         return images.view(output.shape)
     return images
 

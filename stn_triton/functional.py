@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed, ops, transforms
+from . import autograd, distributed, transforms
 from .checks import (
     DTYPES,
     INTERPOLATIONS,
@@ -98,7 +98,7 @@ def grid_sample(
     if align_corners is None:
         _warn(_DEFAULT_ALIGN_CORNERS)
     modes = INTERPOLATIONS[mode], PADDINGS[padding_mode], bool(align_corners)
-    return ops.sample(input, grid, Source.GRID, grid.shape[1:-1], *modes)
+    return autograd.sample(input, grid, Source.GRID, grid.shape[1:-1], *modes)
 
 
 def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None = None) -> Tensor:
@@ -126,7 +126,7 @@ def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None =
         _warn(_DEFAULT_ALIGN_CORNERS)
     if align_corners and 1 in size[2:]:
         _warn(_UNIT_SIZE)
-    return ops.grid(theta, Source.AFFINE, tuple(size[2:]), bool(align_corners))
+    return autograd.grid(theta, Source.AFFINE, tuple(size[2:]), bool(align_corners))
 
 
 # PyTorch's warnings, in PyTorch's words.
@@ -186,7 +186,7 @@ def _grid_sample_fits(input: Any, grid: Any, mode: Any, padding_mode: Any, align
         and grid.dtype == input.dtype
         and grid.device == input.device
         and input.layout == grid.layout == torch.strided
-        and all(size > 0 for size in input.shape[2:])
+        and 0 not in input.shape[2:]
     )
 
 
@@ -250,7 +250,7 @@ def affine_grid_sample(
     _check_parameter("theta", theta, (dims, dims + 1), input)
     size = _check_size(size, input)
     modes = check_modes(mode, padding_mode, align_corners)
-    return ops.sample(input, theta, Source.AFFINE, size, *modes)
+    return autograd.sample(input, theta, Source.AFFINE, size, *modes)
 
 
 def projective_grid_sample(
@@ -289,7 +289,7 @@ def projective_grid_sample(
     _check_parameter("homography", homography, (3, 3), input)
     size = _check_size(size, input)
     modes = check_modes(mode, padding_mode, align_corners)
-    return ops.sample(input, homography, Source.PROJECTIVE, size, *modes)
+    return autograd.sample(input, homography, Source.PROJECTIVE, size, *modes)
 
 
 def tps_grid_sample(
@@ -338,7 +338,7 @@ def tps_grid_sample(
     if input.dtype == torch.float64:
         points = points.double()
     coefficients, control_points = _spline(points, control_points, regularization)
-    return ops.sample(input, coefficients, Source.TPS, size, *modes, control_points)
+    return autograd.sample(input, coefficients, Source.TPS, size, *modes, control_points)
 
 
 def flow_grid_sample(
@@ -377,7 +377,7 @@ def flow_grid_sample(
         refuse(ValueError, "flow", expected, f"shape {tuple(flow.shape)}")
     check_device("flow", flow, "input", input)
     modes = check_modes(mode, padding_mode, align_corners)
-    return ops.sample(input, flow, Source.FLOW, flow.shape[2:], *modes)
+    return autograd.sample(input, flow, Source.FLOW, flow.shape[2:], *modes)
 
 
 # --------------------------------------------------------------------------------------------- grids
@@ -398,7 +398,7 @@ def projective_grid(homography: Tensor, size: Sequence[int], align_corners: bool
     check_tensor("homography", homography)
     if homography.dim() != 3 or tuple(homography.shape[1:]) != (3, 3):
         refuse(ValueError, "homography", "(N, 3, 3)", f"shape {tuple(homography.shape)}")
-    return ops.grid(
+    return autograd.grid(
         homography, Source.PROJECTIVE, _check_grid_size(size, homography, align_corners), align_corners
     )
 
@@ -429,7 +429,7 @@ def tps_grid(
         refuse(ValueError, "points", "(N, K, 2)", f"shape {tuple(points.shape)}")
     out_size = _check_grid_size(size, points, align_corners)
     coefficients, control_points = _spline(points, control_points, regularization)
-    return ops.grid(coefficients, Source.TPS, out_size, align_corners, control_points).to(points.dtype)
+    return autograd.grid(coefficients, Source.TPS, out_size, align_corners, control_points).to(points.dtype)
 
 
 def _spline(points: Tensor, control_points: Tensor | None, regularization: float) -> tuple[Tensor, Tensor]:
@@ -449,7 +449,7 @@ def _check_image(input: Tensor, dims: int | None = None) -> int:
         refuse(ValueError, "input", "(N, C, H, W)", f"shape {tuple(input.shape)}")
     if input.dim() not in (4, 5):
         refuse(ValueError, "input", "(N, C, H, W) or (N, C, D, H, W)", f"shape {tuple(input.shape)}")
-    if any(size == 0 for size in input.shape[2:]):
+    if 0 in input.shape[2:]:
         refuse(ValueError, "input", "of non-empty spatial size", f"shape {tuple(input.shape)}")
     return input.dim() - 2
 

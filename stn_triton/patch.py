@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, kernels
 from .checks import DTYPES
 from .kernels.modes import Interpolation, Padding, Source
 
@@ -153,7 +153,7 @@ def _forward(dims: int, original: Callable[..., Any]) -> Callable[..., Tensor]:
     ) -> Tensor:
         if not _fits(dims, input, grid, interpolation, padding):
             return original(keyset, input, grid, interpolation, padding, align_corners)
-        return _sample(input, grid, Interpolation(interpolation), Padding(padding), align_corners)
+        return _sample(input, grid, interpolation, padding, align_corners)
 
     return forward
 
@@ -236,14 +236,11 @@ def _is_gradient(grad_output: Tensor, input: Tensor, grid: Tensor) -> bool:
     )
 
 
-def _sample(
-    input: Tensor, grid: Tensor, interpolation: Interpolation, padding: Padding, align_corners: bool
-) -> Tensor:
-    from .kernels.sample import sample_forward
-
+def _sample(input: Tensor, grid: Tensor, interpolation: int, padding: int, align_corners: bool) -> Tensor:
     output = input.new_empty(_output_shape(input, grid))
     if output.numel() > 0:
-        sample_forward(input, grid, None, output, Source.GRID, interpolation, padding, align_corners)
+        modes = Source.GRID, interpolation, padding, align_corners
+        kernels.launchers.sample_forward(input, grid, None, output, *modes)
     return output
 
 
@@ -264,7 +261,7 @@ def _sample_backward(
     grad_input, grad_grid = None, None
     slopes = grid_grad and interpolation != Interpolation.NEAREST  # steps: the slope is 0
     if grad_output.numel() > 0 and (input_grad or slopes):
-        modes = Interpolation(interpolation), Padding(padding), align_corners
+        modes = interpolation, padding, align_corners
         grad_input, grad_grid = _gradients(grad_output, input, grid, *modes, input_grad, slopes)
     if input_grad and grad_input is None:
         grad_input = input.new_zeros(input.shape)
@@ -277,19 +274,17 @@ def _gradients(
     grad_output: Tensor,
     input: Tensor,
     grid: Tensor,
-    interpolation: Interpolation,
-    padding: Padding,
+    interpolation: int,
+    padding: int,
     align_corners: bool,
     input_grad: bool,
     grid_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Either is None unless asked for."""
-    from .kernels import backward
-
     grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device) if input_grad else None
     modes = interpolation, padding, align_corners
     repeatable = torch.are_deterministic_algorithms_enabled()
-    grad_grid, _ = backward.first(
+    grad_grid, _ = kernels.launchers.first(
         grad_output, input, grid, None, grad_input, Source.GRID, *modes, grid_grad, False, repeatable
     )
     return grad_input, grad_grid

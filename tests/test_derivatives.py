@@ -12,7 +12,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stn_triton as stn
-from stn_triton import backend, ops
+from stn_triton import autograd, backend, ops
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
 DOUBLE = torch.float64
@@ -75,7 +75,7 @@ def sampler(name, size, mode, padding, align_corners=False):
     source = SOURCES[name][0]
 
     def function(image, params, control_points=None):
-        return ops.sample(image, params, source, size, *codes, control_points)
+        return autograd.sample(image, params, source, size, *codes, control_points)
 
     return function
 
@@ -208,7 +208,7 @@ def test_grids(either_backend, device, source):
         function = lambda h: stn.projective_grid(h, size)  # noqa: E731
     else:
         tensors = (torch.randn(1, 7, 2), torch.rand(4, 2))
-        function = lambda c, p: ops.grid(c, Source.TPS, (2, 3), False, p)  # noqa: E731
+        function = lambda c, p: autograd.grid(c, Source.TPS, (2, 3), False, p)  # noqa: E731
     tensors = [tensor.to(device, DOUBLE) for tensor in tensors]
     assert gradcheck(function, leaves(tensors), check_forward_ad=True, fast_mode=True)
     assert gradgradcheck(function, leaves(tensors), check_fwd_over_rev=True, fast_mode=True)
@@ -436,5 +436,5 @@ def test_operators_make_the_derivatives(anywhere, device):
         function = sampler(name, size, "bilinear", "zeros")
         weights = torch.ones_like(function(*tensors))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ops._SampleHvp, "plain", None)
+            patch.setattr(autograd._SampleHvp, "plain", None)
             second_order(function, tensors, [torch.ones_like(t) for t in tensors], weights)

@@ -12,7 +12,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import stn_triton as stn
-from stn_triton import backend, ops
+from stn_triton import autograd, backend
 from stn_triton.kernels.modes import Source
 
 SAMPLES = 3
@@ -406,7 +406,7 @@ def test_compiled_transforms(anywhere, device, function, grad_mode):
 def test_sources_are_all_here():
     """A source that is added must be added to these tests."""
     assert {source for source, *_ in SOURCES.values()} == set(Source)
-    assert ops.__all__ == ["grid", "sample"]
+    assert autograd.__all__ == ["grid", "sample"]
 
 
 @pytest.mark.parametrize("side", [2, 6])

@@ -9,7 +9,7 @@ from common import random_grid, random_theta
 from torch._subclasses import FakeTensorMode
 
 import stn_triton as stn
-from stn_triton import backend, ops
+from stn_triton import autograd, backend, ops
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
 NAMESPACE = torch.ops.stn_triton
@@ -50,7 +50,7 @@ def arguments(source, dims, device, layout="contiguous", transforms=None, dtype=
 def in_place_of_size(sample_arguments):
     """What the operators that make images have where ``sample`` has the output's size, and after it."""
     input, _, _, source, _, *modes = sample_arguments
-    return source, list(input.shape), ops._is_channels_last(input), *modes
+    return source, list(input.shape), ops.is_channels_last(input), *modes
 
 
 def derivatives(sample_arguments, grad_output):
@@ -229,6 +229,6 @@ def test_second_derivatives_of_a_grid(device):
 def test_operators_need_no_autograd(device):
     """The differentiable functions wrap one operator call each."""
     input, theta, *_ = arguments(Source.AFFINE, 2, device)
-    assert not ops.sample(
+    assert not autograd.sample(
         input, theta, Source.AFFINE, (2, 2), Interpolation.NEAREST, Padding.ZEROS, False
     ).requires_grad
