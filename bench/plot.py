@@ -92,7 +92,7 @@ def bars(results: Results) -> Figure:
         place += GAP
     axes.set_yticks([middle for middle, _ in labels], [text for _, text in labels], fontsize=7)
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(place - 1, -1)
+    axes.set_ylim(max(place - 1, 0), -1)
     axes.margins(x=0.2)
     if results.roof:
         axes.axvline(results.roof / 1e9, color="black", linewidth=0.8, linestyle="--", zorder=0, label="copy")

@@ -199,7 +199,7 @@ def sweep(
             results.entries.remove(begun)  # it goes first when the run goes on
             results.save(path)
             raise
-        gc.collect()
+        release(device)
         results.save(path)
         print(progress(begun, place, len(cases), time.monotonic() - start), flush=True)
     if device.type != "cpu" and not results.not_reached:
@@ -229,8 +229,15 @@ def warm(cases: Sequence[Case], device: torch.device, options: argparse.Namespac
                 wrong += 1
                 print(f"{case.id}: {found.name} {found.status}: {found.why}", flush=True)
         del bench
-        gc.collect()
+        release(device)
     return wrong
+
+
+def release(device: torch.device) -> None:
+    """Gives back the memory that one case's stream has kept, which the next one's could not use."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 # --------------------------------------------------------------------------------------------- command line
