@@ -151,9 +151,9 @@ class Copy(NamedTuple):
     timing: Timing
 
 
-def copy_roof(device: torch.device, size: int | None = None, budget: float = 0.5) -> Copy:
-    """The bandwidth of PyTorch's copy between two buffers of ``size`` bytes, well above L2: the roof."""
-    size = size or (COPY_BYTES if device.type != "cpu" else 1 << 24)
+def copy_roof(device: torch.device) -> Copy:
+    """The bandwidth of PyTorch's copy between two buffers well above L2: the roof."""
+    size, budget = (COPY_BYTES, 0.5) if device.type != "cpu" else (1 << 24, 0.02)
     source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
     timing = time_device(lambda: target.copy_(source), device, budget)
