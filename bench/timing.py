@@ -91,7 +91,7 @@ def finished(call: Call, device: torch.device) -> Call:
     return wait
 
 
-def time_device(call: Call, device: torch.device, budget: float = 0.2, flush: bool = True) -> Timing:
+def time_device(call: Call, device: torch.device, budget: float = 0.1, flush: bool = True) -> Timing:
     """Times ``call`` for about ``budget`` seconds, with at least 10 and at most 200 runs.
 
     ``flush``: every run finds L2 full of something else. Whatever ``call`` returns is dropped.
