@@ -24,7 +24,7 @@ def accelerator() -> torch.device | None:
     if os.environ.get("TRITON_INTERPRET", "0") == "1" or not torch.accelerator.is_available():
         return None
     found = torch.accelerator.current_accelerator()
-    return found if found.type in ("cuda", "xpu") else None
+    return found if found is not None and found.type in ("cuda", "xpu") else None
 
 
 def version(package: str) -> str | None:

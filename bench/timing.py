@@ -247,5 +247,5 @@ def _runs(budget: float, seconds: float, at_least: int = MIN_RUNS) -> int:
 
 def _timing(milliseconds: Sequence[float], how: str) -> Timing:
     ordered = sorted(milliseconds)
-    quantiles = [ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8)]
-    return Timing(statistics.median(ordered), *quantiles, len(ordered), how)
+    low, high = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8))
+    return Timing(statistics.median(ordered), low, high, len(ordered), how)
