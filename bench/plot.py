@@ -126,9 +126,7 @@ def roofline(results: Results) -> Figure:
         sizes = [size for size, _, _ in points if size]
         low, high = min(sizes) / 2, max(sizes) * 2
         line = [low * (high / low) ** (k / 200) for k in range(201)]
-        axes.plot(
-            across, [_roof(results, size) for size in across], color="black", linewidth=0.8, label="roof"
-        )
+        axes.plot(line, [_roof(results, size) for size in line], color="black", linewidth=0.8, label="roof")
         axes.set_xlim(low, high)
     axes.set_xscale("log")
     axes.set_yscale("log")

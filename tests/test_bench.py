@@ -389,6 +389,11 @@ def test_pictures(tmp_path):
     texts = " ".join(text.get_text() for text in figure.axes[0].texts)
     assert "4.0× eager, 2.0× compiled" in texts
     assert figure.get_supxlabel() == results.conditions(found)
+    found.entries[0].bytes = 4 * 10**6  # less than the copy moves in the shortest kernel's time, 6 MB
+    (line,) = plot.roofline(found).axes[0].lines
+    sizes, roof = line.get_data()
+    assert sizes[0] < 4e6 < 6e6 < sizes[-1]
+    assert_close(torch.tensor(roof), torch.tensor(sizes).div(0.003e-3).clamp(max=2e12) / 1e9)
     found.entries = []
     assert plot.draw(found, tmp_path / "empty")
     plot.plt.close("all")
