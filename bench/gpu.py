@@ -93,8 +93,6 @@ class Stage:
             return
         self.started = time.monotonic()
         with log.open("ab") as output:
-            # A process group of its own, so that its children end with it; not a session, which could
-            # outlive whoever stops this one.
             self.process = subprocess.Popen(
                 self.command,
                 cwd=machine.ROOT,
@@ -102,7 +100,7 @@ class Stage:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                preexec_fn=os.setpgrp,
+                preexec_fn=_own_group,
             )
         self.outcome = "running"
 
@@ -138,6 +136,13 @@ class Stage:
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, number)
+
+
+def _own_group() -> None:
+    """In a child: a process group, so that its children end with it, and not a session, which could outlive
+    whoever stops this one. It hears SIGINT, which a shell's background jobs do not."""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait(stages: Sequence[Stage], deadline: float) -> bool:

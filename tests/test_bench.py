@@ -523,19 +523,28 @@ def test_stages_run_at_once_and_are_stopped_with_their_children(tmp_path):
         python("deaf", deaf),
         gpu.Stage("none", [], absent="not installed"),
         python("unneeded", "import time; time.sleep(60)", may_stop=True),
+        python(
+            "asked",
+            "try:\n  import time; time.sleep(60)\nexcept KeyboardInterrupt:\n  print('what there is')",
+        ),
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "GRACE", 0.2)
+        patch.setattr(gpu, "GRACE", 2)
         start = time.monotonic()
-        gpu.run(stages, tmp_path, start + 4)
+        ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for a job in the background
+        try:
+            gpu.run(stages, tmp_path, start + 4)
+        finally:
+            signal.signal(signal.SIGINT, ignored)
     assert time.monotonic() - start < 20
-    assert [stage.failed for stage in stages] == [False, True, True, False, False]
+    assert [stage.failed for stage in stages] == [False, True, True, False, False, True]
     lines = gpu.lines_of(tmp_path, stages)
     assert "1 passed" in lines[0]
     assert "exit status 3" in lines[1]
     assert "2 failed" in lines[1]
     assert "stopped" in lines[2]
     assert "not installed" in lines[3]
+    assert "what there is" in lines[5]
     left = int((tmp_path / "deaf.log").read_text())
     for _ in range(100):
         state = subprocess.run(["ps", "-o", "stat=", "-p", str(left)], capture_output=True, text=True)
