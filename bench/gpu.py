@@ -66,13 +66,17 @@ GRACE = 5.0  # seconds between asking to stop and killing
 
 @dataclasses.dataclass
 class Stage:
-    """A child process, or why there is none (``absent``). ``ok``: exit codes that are no failure."""
+    """A child process, or why there is none (``absent``).
+
+    ``ok``: exit codes that are no failure. ``may_stop``: nothing is lost if its time is up.
+    """
 
     name: str
     command: list[str]
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     absent: str = ""
     ok: tuple[int, ...] = (0,)
+    may_stop: bool = False
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     seconds: float = 0.0
@@ -81,7 +85,7 @@ class Stage:
 
     @property
     def failed(self) -> bool:
-        return self.outcome not in ("ok", "absent")
+        return self.outcome not in ("ok", "absent") and not (self.stopped and self.may_stop)
 
     def start(self, log: Path) -> None:
         if self.absent:
@@ -89,8 +93,6 @@ class Stage:
             return
         self.started = time.monotonic()
         with log.open("ab") as output:
-            # A process group of its own, so that its children end with it; not a session, which could
-            # outlive whoever stops this one.
             self.process = subprocess.Popen(
                 self.command,
                 cwd=machine.ROOT,
@@ -98,7 +100,7 @@ class Stage:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                preexec_fn=os.setpgrp,
+                preexec_fn=_own_group,
             )
         self.outcome = "running"
 
@@ -127,13 +129,20 @@ class Stage:
         if self.process is not None and self.outcome == "running":
             self._signal(signal.SIGKILL)
             self.process.wait()
-            self.seconds = time.monotonic() - self.started
+            self.seconds, self.stopped = time.monotonic() - self.started, True
             self.outcome = f"stopped after {self.seconds:.0f} s"
 
     def _signal(self, number: int) -> None:
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, number)
+
+
+def _own_group() -> None:
+    """In a child: a process group, so that its children end with it, and not a session, which could outlive
+    whoever stops this one. It hears SIGINT, which a shell's background jobs do not."""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait(stages: Sequence[Stage], deadline: float) -> bool:
@@ -180,7 +189,7 @@ def checks(options: argparse.Namespace) -> list[Stage]:
         return [
             Stage("tests-gpu", pytest("-m", "gpu", "tests/test_backend.py"), ok=(0, 5)),
             Stage("tests", pytest("tests/test_backend.py::test_use_is_undone")),
-            Stage("warm", sweep("--cpu", "--warm", "0/1", *chosen(options))),
+            Stage("warm", sweep("--cpu", "--warm", "0/1", *chosen(options)), may_stop=True),
         ]
     files = [f"tests/{name}.py" for name in DEVICE_TESTS]
     found = [
@@ -192,13 +201,13 @@ def checks(options: argparse.Namespace) -> list[Stage]:
     threads = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     for part in range(WARMING):
         command = sweep("--warm", f"{part}/{WARMING}", *chosen(options))
-        found.append(Stage(f"warm-{part}", command, threads))
+        found.append(Stage(f"warm-{part}", command, threads, may_stop=True))
     return found
 
 
 def memcheck() -> Stage:
     """Without PyTorch's cache of memory, in which an access beside a tensor is one within an allocation."""
-    tool = shutil.which("compute-sanitizer")
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     command = [tool or "", "--tool", "memcheck", "--error-exitcode", "66", *pytest("-x")]
     command += ["tests/test_guard_bands.py", "-k", MEMCHECK]
     absent = "" if tool else "compute-sanitizer is not installed"

@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # What decides a measurement, for trees that have no git.
-SOURCES = ("stn_triton/*.py", "kernels/*.py", "kernels/*.json", "bench/*.py")
+SOURCES = ("stn_triton/*.py", "kernels/*.py", "kernels/**/*.json", "bench/*.py")
 
 
 def accelerator() -> torch.device | None:
@@ -24,7 +24,7 @@ def accelerator() -> torch.device | None:
     if os.environ.get("TRITON_INTERPRET", "0") == "1" or not torch.accelerator.is_available():
         return None
     found = torch.accelerator.current_accelerator()
-    return found if found.type in ("cuda", "xpu") else None
+    return found if found is not None and found.type in ("cuda", "xpu") else None
 
 
 def version(package: str) -> str | None:

@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -38,7 +39,12 @@ COLOURS = {
 }
 BAR = 0.13  # inches
 GAP = 1.3  # bars
-STYLE = {"font.size": 8, "svg.hashsalt": "stn_triton", "axes.spines.top": False, "axes.spines.right": False}
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "svg.hashsalt": "stn_triton",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 def bandwidths(entry: Entry) -> dict[str, float]:
@@ -86,13 +92,12 @@ def bars(results: Results) -> Figure:
             axes.barh(place, value, 0.9, color=COLOURS[name])
             drawn.add(name)
             place += 1
-        axes.text(
-            found["ours"], place - 1, f" {factors(entry)}", va="center", color=COLOURS["ours"], fontsize=7
-        )
+        told = axes.text(found["ours"], place - 1, f" {factors(entry)}", va="center", fontsize=7)
+        told.set(color=COLOURS["ours"], bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         place += GAP
     axes.set_yticks([middle for middle, _ in labels], [text for _, text in labels], fontsize=7)
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(place - 1, -1)
+    axes.set_ylim(max(place - 1, 0), -1)
     axes.margins(x=0.2)
     if results.roof:
         axes.axvline(results.roof / 1e9, color="black", linewidth=0.8, linestyle="--", zorder=0, label="copy")
@@ -115,14 +120,13 @@ def roofline(results: Results) -> Figure:
         if chosen:
             ours = name == "ours"
             size, edge = (30, "white") if ours else (16, "none")
-            axes.scatter(*zip(*chosen), s=size, color=colour, edgecolor=edge, linewidth=0.5, label=name)
+            across, up = zip(*chosen)
+            axes.scatter(across, up, s=size, color=colour, edgecolor=edge, linewidth=0.5, label=name)
     if points and results.roof:
         sizes = [size for size, _, _ in points if size]
         low, high = min(sizes) / 2, max(sizes) * 2
-        across = [low * (high / low) ** (k / 200) for k in range(201)]
-        axes.plot(
-            across, [_roof(results, size) for size in across], color="black", linewidth=0.8, label="roof"
-        )
+        line = [low * (high / low) ** (k / 200) for k in range(201)]
+        axes.plot(line, [_roof(results, size) for size in line], color="black", linewidth=0.8, label="roof")
         axes.set_xlim(low, high)
     axes.set_xscale("log")
     axes.set_yscale("log")

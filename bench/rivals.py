@@ -162,7 +162,10 @@ def eager(case: Case, inputs: Inputs, cudnn: bool = False) -> Sampler:
 
 
 def autocast(case: Case, inputs: Inputs) -> Sampler:
-    """A half image under autocast: PyTorch samples it in float32, to a float32 output."""
+    """A half image under autocast: PyTorch samples it in float32, to a float32 output.
+
+    The grid is made outside, where autocast does not round it to half.
+    """
     if _same_dtypes(case):
         raise Missing("for half images")
     make = grid_maker(case, inputs.params)
@@ -171,8 +174,9 @@ def autocast(case: Case, inputs: Inputs) -> Sampler:
     def sampler(image: Tensor, params: Tensor) -> Tensor:
         if device == "cpu":  # whose autocast leaves grid_sample alone
             return sample(case, image.float(), make(params))
+        grid = make(params)
         with torch.autocast(device, case.dtype), torch.backends.cudnn.flags(enabled=False):
-            return sample(case, image, make(params))
+            return sample(case, image, grid)
 
     return sampler
 
@@ -193,15 +197,12 @@ def compiled(case: Case, inputs: Inputs) -> Sampler:
     def function(image: Tensor, params: Tensor) -> Tensor:
         return sample(case, image.to(wide), make(params)).to(image.dtype)
 
-    torch._dynamo.reset()  # one case's graphs are no limit for the next
-    run = torch.compile(function, fullgraph=True, dynamic=False)
     from torch._functorch import config
 
-    def sampler(image: Tensor, params: Tensor) -> Tensor:
-        with config.patch(donated_buffer=False):  # a backward pass that is timed runs many times
-            return run(image, params)
-
-    return sampler
+    # A backward pass that is timed alone runs many times on the same buffers: they cannot be given away.
+    config.donated_buffer = case.work in ("forward", "step")
+    torch._dynamo.reset()  # one case's graphs are no limit for the next
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def alone(case: Case, inputs: Inputs) -> Sampler:

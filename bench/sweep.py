@@ -199,7 +199,7 @@ def sweep(
             results.entries.remove(begun)  # it goes first when the run goes on
             results.save(path)
             raise
-        gc.collect()
+        release(device)
         results.save(path)
         print(progress(begun, place, len(cases), time.monotonic() - start), flush=True)
     if device.type != "cpu" and not results.not_reached:
@@ -229,8 +229,15 @@ def warm(cases: Sequence[Case], device: torch.device, options: argparse.Namespac
                 wrong += 1
                 print(f"{case.id}: {found.name} {found.status}: {found.why}", flush=True)
         del bench
-        gc.collect()
+        release(device)
     return wrong
+
+
+def release(device: torch.device) -> None:
+    """Gives back the memory that one case's stream has kept, which the next one's could not use."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 # --------------------------------------------------------------------------------------------- command line
@@ -250,14 +257,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--select", action="append", help="only cases whose id has this in it; repeatable")
     parser.add_argument("--rival", action="append", help="only this rival, beside ours; repeatable")
     parser.add_argument("--budget-seconds", type=float, default=math.inf, help="begin no case after so long")
-    parser.add_argument("--seconds-each", type=float, help="how long each is timed, 0.2 or with --quick 0.1")
+    parser.add_argument("--seconds-each", type=float, help="how long each is timed, 0.1 or with --quick 0.05")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--cpu", action="store_true", help="few pixels, on the CPU: to see that it works")
     parser.add_argument("--warm", metavar="I/N", help="time nothing: compile and check each N-th case")
     parser.add_argument("--list", action="store_true", help="print the cases' ids, in their order")
     options = parser.parse_args(arguments)
     if options.seconds_each is None:
-        options.seconds_each = 0.001 if options.cpu else 0.1 if options.quick else 0.2
+        options.seconds_each = 0.001 if options.cpu else 0.05 if options.quick else 0.1
     if not (options.out or options.warm or options.list):
         parser.error("--out DIR is needed")
     return options

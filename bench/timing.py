@@ -91,7 +91,7 @@ def finished(call: Call, device: torch.device) -> Call:
     return wait
 
 
-def time_device(call: Call, device: torch.device, budget: float = 0.2, flush: bool = True) -> Timing:
+def time_device(call: Call, device: torch.device, budget: float = 0.1, flush: bool = True) -> Timing:
     """Times ``call`` for about ``budget`` seconds, with at least 10 and at most 200 runs.
 
     ``flush``: every run finds L2 full of something else. Whatever ``call`` returns is dropped.
@@ -151,9 +151,9 @@ class Copy(NamedTuple):
     timing: Timing
 
 
-def copy_roof(device: torch.device, size: int | None = None, budget: float = 0.5) -> Copy:
-    """The bandwidth of PyTorch's copy between two buffers of ``size`` bytes, well above L2: the roof."""
-    size = size or (COPY_BYTES if device.type != "cpu" else 1 << 24)
+def copy_roof(device: torch.device) -> Copy:
+    """The bandwidth of PyTorch's copy between two buffers well above L2: the roof."""
+    size, budget = (COPY_BYTES, 0.5) if device.type != "cpu" else (1 << 24, 0.02)
     source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
     timing = time_device(lambda: target.copy_(source), device, budget)
@@ -247,5 +247,5 @@ def _runs(budget: float, seconds: float, at_least: int = MIN_RUNS) -> int:
 
 def _timing(milliseconds: Sequence[float], how: str) -> Timing:
     ordered = sorted(milliseconds)
-    quantiles = [ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8)]
-    return Timing(statistics.median(ordered), *quantiles, len(ordered), how)
+    low, high = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8))
+    return Timing(statistics.median(ordered), low, high, len(ordered), how)

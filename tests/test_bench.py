@@ -39,7 +39,7 @@ def test_rivals_of_the_targets_exist():
 
 
 def test_bandwidth_rows_are_larger_than_a_cache():
-    """Where a share of the copy's bandwidth is the target, an H200's 60 MB of L2 must not hold the tensors."""
+    """Where a share of the copy's bandwidth is the target, 60 MB of L2 (an H200's) must not hold a case."""
     for case in cases.CASES:
         if cases.ROWS[case.row].roof is not None:
             assert cases.bytes_moved(case, 1.0) > 100e6, case.id
@@ -58,11 +58,13 @@ def test_every_case_is_right(case):
             assert found.status == "timed"
 
 
-def test_compiled_rival_is_right():
-    """A backward pass that runs twice included."""
+def test_compiled_rival_is_right(monkeypatch):
+    """A backward pass that is taken many times included, after a step of the same shapes."""
+    monkeypatch.setattr("torch._functorch.config.donated_buffer", True)
     case = next(case for case in cases.CASES if case.row == "step").small()
     for work in ("step", "both"):
-        found = sweep.measure(dataclasses.replace(case, work=work), rival("compiled"), sweep.Bench(CPU), None)
+        case = dataclasses.replace(case, work=work)
+        found = sweep.measure(case, rival("compiled"), sweep.Bench(CPU), 0.001)
         assert found.status == "timed", found.why
 
 
@@ -180,12 +182,20 @@ def test_deterministic_cases_run_deterministically():
 
 
 # --------------------------------------------------------------------------------------------- the sweep
+@pytest.fixture
+def handlers():
+    """``bench.gpu`` and ``bench.sweep`` change what SIGTERM does."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 def run_sweep(folder, *arguments, **options):
     with backend.use("torch"):
         return sweep.main(["--cpu", "--out", str(folder), "--rival", "eager", *arguments], **options)
 
 
-ONE = ("--select", FIRST.row + "-affine", "--quick")
+ONE = ("--select", "rgb-affine-forward", "--quick")
 
 
 def test_sweep_writes_what_it_measured(tmp_path, capsys):
@@ -235,8 +245,8 @@ def test_results_of_another_run_are_not_mixed(tmp_path, capsys):
     found = results.load(tmp_path / "results.json")
     found.machine["sources"] = "other"
     found.save(tmp_path / "results.json")
-    assert run_sweep(tmp_path, *ONE) == 2
-    assert "sources" in capsys.readouterr().err
+    assert run_sweep(tmp_path, *ONE, "--seconds-each", "0.002") == 2
+    assert "sources, method" in capsys.readouterr().err
 
 
 def test_failures_are_recorded_and_the_sweep_goes_on(tmp_path, monkeypatch, capsys):
@@ -252,7 +262,7 @@ def test_failures_are_recorded_and_the_sweep_goes_on(tmp_path, monkeypatch, caps
     broken = rivals.Rival("broken", raises)
     monkeypatch.setattr(rivals, "OURS", ours)
     monkeypatch.setattr(rivals, "RIVALS", (ours, broken, rival("eager")))
-    select = ("--select", "rgb-affine", "--select", "rgb-last-affine", "--quick", "--rival", "broken")
+    select = (*ONE, "--select", "rgb-last-affine", "--rival", "broken")
     assert run_sweep(tmp_path, *select) == 1
     entries = {entry.row: entry for entry in results.load(tmp_path / "results.json").entries}
     assert [m.status for m in entries["rgb"].measurements] == ["timed", "failed", "timed"]
@@ -291,22 +301,21 @@ def test_process_that_dies_in_a_case_twice_leaves_it_out(tmp_path):
     assert results.load(path).entries[0].why == "the process ended in it"
 
 
-def test_interrupted_sweep_keeps_what_it_has(tmp_path, monkeypatch):
+def test_interrupted_sweep_keeps_what_it_has(tmp_path, monkeypatch, handlers):
     run_case, seen = sweep.run_case, []
 
     def interrupted(*arguments):
         seen.append(1)
         if len(seen) == 2:
+            # Who is killed here leaves the first case, and a note of the second.
+            first, second = results.load(tmp_path / "results.json").entries
+            assert (first.status, second.status) == ("done", "running")
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
         return run_case(*arguments)
 
     monkeypatch.setattr(sweep, "run_case", interrupted)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert run_sweep(tmp_path, "--select", "rgb-affine") == 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    assert run_sweep(tmp_path, "--select", "rgb-affine-forward") == 130
     (entry,) = results.load(tmp_path / "results.json").entries
     assert entry.status == "done"
     assert not list(tmp_path.glob("*.part"))
@@ -380,6 +389,11 @@ def test_pictures(tmp_path):
     texts = " ".join(text.get_text() for text in figure.axes[0].texts)
     assert "4.0× eager, 2.0× compiled" in texts
     assert figure.get_supxlabel() == results.conditions(found)
+    found.entries[0].bytes = 4 * 10**6  # less than the copy moves in the shortest kernel's time, 6 MB
+    (line,) = plot.roofline(found).axes[0].lines
+    sizes, roof = line.get_data()
+    assert sizes[0] < 4e6 < 6e6 < sizes[-1]
+    assert_close(torch.tensor(roof), torch.tensor(sizes).div(0.003e-3).clamp(max=2e12) / 1e9)
     found.entries = []
     assert plot.draw(found, tmp_path / "empty")
     plot.plt.close("all")
@@ -393,6 +407,81 @@ def test_time_on_a_cpu():
     assert timed.median >= 2.0
     assert timed.runs >= 3
     assert timing.time_calls(lambda: time.sleep(0.002), CPU, 0.01) >= 2.0
+
+
+class FakeModule:
+    """A device's module whose events only note when they are recorded."""
+
+    def __init__(self):
+        self.log = []
+        module = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                module.log.append("event")
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return 0.5
+
+        self.Event = Event
+
+    def synchronize(self, device):
+        pass
+
+
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("host, wipes", [(0.0, 1), (0.002, 5)], ids=["quick", "slow"])
+def test_cache_is_wiped_outside_of_the_timed_part(monkeypatch, flush, host, wipes):
+    """As often as a slow host needs to queue the call while the device is busy: here 0.5 ms each."""
+    fake = FakeModule()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: fake)
+    monkeypatch.setattr(timing, "l2_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(timing, "_wiper", lambda device, l2: lambda: fake.log.append("wipe"))
+    monkeypatch.setattr(timing, "_host_seconds", lambda call, device: host)
+    timing._seconds_of_wipe.cache_clear()
+    try:
+        timed = timing.time_device(lambda: fake.log.append("call"), torch.device("meta"), 0.02, flush)
+    finally:
+        timing._seconds_of_wipe.cache_clear()
+    assert (timed.median, timed.how) == (0.5, "events")
+    one = ["wipe"] * (wipes * flush) + ["event", "call", "event"]
+    assert fake.log[-len(one) * timed.runs :] == one * timed.runs
+    assert timed.runs == max(10, int(0.02 / (0.0005 + flush * wipes * 0.0005)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(machine.accelerator() is None, reason="needs a GPU")
+@pytest.mark.parametrize("work", ["forward", "both", "step"])
+@pytest.mark.parametrize("name", ["ours", "eager", "compiled"])
+def test_time_on_a_gpu(name, work):
+    """Graphs take the place of eager calls, backward passes included; no memory moves 20 TB/s."""
+    device = machine.accelerator()
+    case = cases.case("rgb", "affine", work, 8, 3, 1080, 1920)
+    with timing.own_stream(device):
+        found = sweep.measure(case, rival(name), sweep.Bench(device), 0.05)
+    assert found.status == "timed", found.why
+    assert found.how == ("graph" if device.type == "cuda" else "events")
+    assert found.median > 1e3 * cases.bytes_moved(case, 0.75) / 20e12
+    assert found.peak >= 8 * 3 * 1080 * 1920 * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(machine.accelerator() is None, reason="needs a GPU")
+def test_training_step_holds_no_grid():
+    """Beyond its inputs the output and the image's gradient, and less than a grid would take."""
+    device = machine.accelerator()
+    case = cases.case("step", "affine", "step", 8, 3, 1080, 1920)
+    inputs = cases.make_inputs(case, device)
+    call = rivals.prepare(case, rivals.OURS, inputs)
+    call()
+    image = inputs.image.numel() * 4
+    assert timing.peak_bytes(call, device) < 2 * image + image // 3
 
 
 def test_commit_of_a_tree_without_git(tmp_path, monkeypatch):
@@ -433,19 +522,29 @@ def test_stages_run_at_once_and_are_stopped_with_their_children(tmp_path):
         python("bad", "import sys; print('2 failed'); sys.exit(3)"),
         python("deaf", deaf),
         gpu.Stage("none", [], absent="not installed"),
+        python("unneeded", "import time; time.sleep(60)", may_stop=True),
+        python(
+            "asked",
+            "try:\n  import time; time.sleep(60)\nexcept KeyboardInterrupt:\n  print('what there is')",
+        ),
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "GRACE", 0.2)
+        patch.setattr(gpu, "GRACE", 2)
         start = time.monotonic()
-        gpu.run(stages, tmp_path, start + 4)
+        ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for a job in the background
+        try:
+            gpu.run(stages, tmp_path, start + 4)
+        finally:
+            signal.signal(signal.SIGINT, ignored)
     assert time.monotonic() - start < 20
-    assert [stage.failed for stage in stages] == [False, True, True, False]
+    assert [stage.failed for stage in stages] == [False, True, True, False, False, True]
     lines = gpu.lines_of(tmp_path, stages)
     assert "1 passed" in lines[0]
     assert "exit status 3" in lines[1]
     assert "2 failed" in lines[1]
     assert "stopped" in lines[2]
     assert "not installed" in lines[3]
+    assert "what there is" in lines[5]
     left = int((tmp_path / "deaf.log").read_text())
     for _ in range(100):
         state = subprocess.run(["ps", "-o", "stat=", "-p", str(left)], capture_output=True, text=True)
@@ -459,20 +558,14 @@ def test_stages_run_at_once_and_are_stopped_with_their_children(tmp_path):
     assert "2 failed" in (tmp_path / "gpu.log").read_text()
 
 
-@pytest.mark.parametrize("broken", [False, True], ids=["right", "failing"])
-def test_command_for_a_gpu(tmp_path, monkeypatch, capsys, broken):
-    """The plumbing, with real sweep and pictures on few pixels; a stage that fails makes it fail."""
+def test_command_for_a_gpu(tmp_path, monkeypatch, capsys, handlers):
+    """The plumbing, with a real sweep and pictures on few pixels."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    before = signal.getsignal(signal.SIGTERM)
-    check = python("tests", "import sys; print('7 passed'); sys.exit(%d)" % broken)
-    monkeypatch.setattr(gpu, "checks", lambda options: [check])
-    arguments = ["--cpu", "--quick", "--select", "rgb-affine", "--rival", "eager", "--seconds", "120"]
-    try:
-        status = gpu.main([*arguments, "--out", str(tmp_path)])
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    monkeypatch.setattr(gpu, "checks", lambda options: [python("tests", "print('7 passed')")])
+    arguments = ["--cpu", "--quick", "--select", "rgb-affine-forward", "--rival", "eager", "--seconds", "120"]
+    status = gpu.main([*arguments, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert status == int(broken), printed
+    assert status == 0, printed
     assert "7 passed" in printed
     assert printed.splitlines()[-1].startswith("plot")
     written = {path.name for path in tmp_path.iterdir()}
@@ -480,11 +573,40 @@ def test_command_for_a_gpu(tmp_path, monkeypatch, capsys, broken):
     assert results.load(tmp_path / "results.json").complete
 
 
+@pytest.mark.parametrize("code", ["raise SystemExit(1)", "import time; time.sleep(60)"])
+@pytest.mark.parametrize("which", ["tests", "sweep"])
+def test_command_for_a_gpu_fails_with_a_stage(tmp_path, monkeypatch, capsys, handlers, which, code):
+    """One that fails and one that is stopped; what there is of the results is told all the same."""
+    synthetic().save(tmp_path / "results.json")
+    good = [sys.executable, "-c", "pass"]
+    bad = [sys.executable, "-c", code]
+    monkeypatch.setattr(gpu, "GRACE", 0.2)
+    monkeypatch.setattr(
+        gpu, "checks", lambda options: [gpu.Stage("tests", bad if which == "tests" else good)]
+    )
+    monkeypatch.setattr(gpu, "sweep", lambda *arguments: bad if which == "sweep" else good)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)  # no pictures
+    assert gpu.main(["--cpu", "--seconds", "2", "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "eager 4.00x" in printed
+    assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["tests", "sweep", "plot"]
+
+
 def test_without_a_gpu_it_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(machine, "accelerator", lambda: None)
     assert gpu.main(["--out", str(tmp_path)]) == 2
     assert sweep.main(["--out", str(tmp_path)]) == 2
     assert "no GPU" in capsys.readouterr().err
+
+
+def test_checks_of_a_gpu_are_told_apart(tmp_path):
+    """Each has a log of its own; the cases are split over the processes that compile them."""
+    stages = gpu.checks(gpu.parse(["--quick", "--rival", "eager", "--out", str(tmp_path)]))
+    names = [stage.name for stage in stages]
+    assert len(set(names)) == len(names)
+    assert {"tests", "tests-gpu", "tests-large", "memcheck"} < set(names)
+    parts = [stage.command[stage.command.index("--warm") + 1] for stage in stages if stage.may_stop]
+    assert parts == [f"{part}/{gpu.WARMING}" for part in range(gpu.WARMING)]
 
 
 def test_files_of_device_tests_exist():
