@@ -1,8 +1,8 @@
 # Every target runs in the environment that .ci/venv finds or makes; PY=/path/to/python names one instead.
-# ARGS= goes to pytest: `make test ARGS="-k affine -x"`.
+# ARGS= goes to pytest, `make test ARGS="-k affine -x"`, or to the report, `make kernels ARGS=--check`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint compile compile-oldest dist clean
+.PHONY: help demo test lint compile compile-oldest kernels dist clean
 .NOTPARALLEL:
 
 ifdef PY
@@ -62,6 +62,9 @@ compile-oldest: ## run the compile tests under the oldest supported Triton
 	fi; \
 	echo "oldest Triton: running" $$tests; \
 	PYTHONPATH="$(CURDIR)/$(OLDEST):$(CURDIR)" "$$py" -m pytest $$("$$py" -c "$$WORKERS") $$tests
+
+kernels: ## report what the compiler made of the kernels; ARGS=--update-budget makes it the budget
+	@py=$$(.ci/venv test) && "$$py" -W ignore -m bench.report $(ARGS)
 
 dist: ## build the source distribution and the wheel into dist/
 	@py=$$(.ci/venv dev) && rm -rf build/lib && "$$py" -m build --outdir dist .
