@@ -769,7 +769,8 @@ def main() -> int:
         Path(options.json).write_text(json.dumps({"triton": triton.__version__, "cases": data}, indent=1))
     if options.check:
         found = complaints(results, Budget.load())
-        print(*found, *([HELP] if found else []), sep="\n")
+        for line in [*found, HELP] if found else []:
+            print(line)
         print(f"{len(results)} kernels checked, {len(found)} complaints")
         return 1 if found else 0
     print(*(details(results) if options.lines else markdown(results)), sep="\n")
