@@ -548,7 +548,10 @@ def run_all(work: list[tuple[str, str]], jobs: int) -> Iterator[dict[str, Any]]:
 
 # ------------------------------------------------------------------------------------------ budget
 class Budget(NamedTuple):
-    """``exceptions``: {"case", "target", "rule", "why"}, the first two with wildcards."""
+    """``exceptions``: {"case", "target", "rule", "why"}, the first two with wildcards.
+
+    One with "triton", with wildcards too, holds under those versions alone.
+    """
 
     triton: str
     exceptions: list[dict[str, str]]
@@ -571,6 +574,7 @@ class Budget(NamedTuple):
     def excused(self, rule: str, name: str, target: str) -> bool:
         return any(
             rule == each["rule"]
+            and fnmatch.fnmatch(triton.__version__, each.get("triton", "*"))
             and fnmatch.fnmatch(name, each["case"])
             and fnmatch.fnmatch(target, each["target"])
             for each in self.exceptions
