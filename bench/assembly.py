@@ -88,10 +88,10 @@ def _reachable(code: list[Instruction]) -> list[Instruction]:
         seen.add(i)
         if code[i].falls:
             waiting.append(i + 1)
-        if code[i].target is not None:
-            waiting.append(code[i].target)
+        if (target := code[i].target) is not None:
+            waiting.append(target)
     kept = sorted(seen)
-    number = {old: new for new, old in enumerate(kept)}
+    number: dict[int | None, int] = {old: new for new, old in enumerate(kept)}
     return [code[i]._replace(target=number.get(code[i].target)) for i in kept]
 
 

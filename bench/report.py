@@ -751,6 +751,13 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
     index, count = map(int, options.shard.split("/"))
+    if not 1 <= index <= count:
+        parser.error(f"--shard: 1 <= I <= N must hold, got {options.shard}")
+    budget = Budget.load()
+    if options.update_budget and budget.triton != triton.__version__ and (options.patterns or options.target):
+        parser.error(
+            f"a budget is of one Triton: this is {triton.__version__}, update all of {budget.triton}'s"
+        )
     targets = options.target or list(TARGETS)
     if options.all:
         for line in specialisation_rows(targets, (index, count)):
@@ -772,14 +779,14 @@ def main() -> int:
         data = [{"target": target, "case": name, **row} for (target, name), row in results.items()]
         Path(options.json).write_text(json.dumps({"triton": triton.__version__, "cases": data}, indent=1))
     if options.check:
-        found = complaints(results, Budget.load())
+        found = complaints(results, budget)
         for line in [*found, HELP] if found else []:
             print(line)
         print(f"{len(results)} kernels checked, {len(found)} complaints")
         return 1 if found else 0
     print(*(details(results) if options.lines else markdown(results)), sep="\n")
     if options.update_budget:
-        update(Budget.load(), results).save()
+        update(budget, results).save()
         print(f"\nwrote {BUDGET}")
     return 0
 
