@@ -1,8 +1,8 @@
 # Every target runs in the environment that .ci/venv finds or makes; PY=/path/to/python names one instead.
-# ARGS= goes to pytest: `make test ARGS="-k affine -x"`.
+# ARGS= goes to pytest, `make test ARGS="-k affine -x"`, or to the report, `make kernels ARGS=--check`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint compile compile-oldest host bench sweep plot tune gpu dist clean
+.PHONY: help demo test lint compile compile-oldest kernels host bench sweep plot tune gpu dist clean
 .NOTPARALLEL:
 
 ifdef PY
@@ -62,6 +62,9 @@ compile-oldest: ## run the compile tests under the oldest supported Triton
 	fi; \
 	echo "oldest Triton: running" $$tests; \
 	PYTHONPATH="$(CURDIR)/$(OLDEST):$(CURDIR)" "$$py" -m pytest $$("$$py" -c "$$WORKERS") $$tests
+
+kernels: ## report what the compiler made of the kernels; ARGS=--update-budget makes it the budget
+	@py=$$(.ci/venv test) && "$$py" -W ignore -m bench.report $(ARGS)
 
 bench: ## time the kernels with pytest-benchmark; ARGS=--benchmark-compare compares with the last time
 	@py=$$(.ci/venv bench) && "$$py" -m pytest bench/test_speed.py --benchmark-autosave $(ARGS)

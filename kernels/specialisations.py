@@ -32,6 +32,7 @@ from .sorted import sorted_backward
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
@@ -369,6 +370,14 @@ def _compile_derivatives(
 _compiled: list[Any] = []
 
 
+class Launch(NamedTuple):
+    """What a launcher asked for: a kernel, how many programs of it, and its arguments by name."""
+
+    compiled: Any
+    programs: int
+    arguments: dict[str, Any]
+
+
 class _Driver:
     """As much of a Triton driver as compiling needs."""
 
@@ -387,11 +396,18 @@ class _Driver:
 
 
 @contextmanager
-def compiling(target: str) -> Iterator[list[Any]]:
-    """Inside, every launch is compiled for ``target`` instead of run; yields the list of compiled kernels."""
+def compiling(target: str, launches: list[Launch] | None = None) -> Iterator[list[Any]]:
+    """Inside, every launch is compiled for ``target`` instead of run; yields the list of compiled kernels.
+
+    ``launches``: to which the launches are added, with their arguments.
+    """
 
     def compile_only(kernel: Any, programs: int, device: torch.device, *args: Any, **kwargs: Any) -> None:
-        _compiled.append(kernel.warmup(*args, grid=(programs,), **kwargs))
+        compiled = kernel.warmup(*args, grid=(programs,), **kwargs)
+        _compiled.append(compiled)
+        if launches is not None:
+            arguments = {**dict(zip(kernel.arg_names, args)), **kwargs}
+            launches.append(Launch(compiled, programs, arguments))
 
     active = triton.runtime.driver
     before = active._active

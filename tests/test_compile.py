@@ -20,7 +20,7 @@ def compile_specialisations(*arguments):
 
 @pytest.mark.parametrize("shard", range(1, SHARDS + 1))
 def test_specialisations_compile(shard):
-    """Every pair of options, for sm_80, sm_90 and gfx942 in turn; `make compile` is the full product."""
+    """Every pair of options, for each GPU in turn; `make compile` is the full product."""
     result = compile_specialisations("--shard", f"{shard}/{SHARDS}")
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,0 +1,302 @@
+"""Reads machine code: NVIDIA's as ``nvdisasm -c -g`` prints it, AMD's as Triton keeps it.
+
+``parse_sass`` and ``parse_amdgcn`` give one list of ``Instruction`` for either; what is not reachable from
+the entry (padding, and subroutines, into which calls are not followed) is left out. ``Code`` finds blocks,
+natural loops and the longest path. Pure Python: nothing here needs a compiler or a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import NamedTuple
+
+Line = tuple[str, int]  # file and line
+
+
+class Instruction(NamedTuple):
+    """``target``: where a branch leads, as an index. ``falls``: the next instruction may follow."""
+
+    op: str
+    text: str
+    line: Line | None
+    target: int | None = None
+    falls: bool = True
+
+
+# ------------------------------------------------------------------------------------------- parsing
+def parse_sass(text: str) -> list[Instruction]:
+    """The instructions of the first function of a disassembly, in their order."""
+    found: list[tuple[str, str, Line | None]] = []
+    labels: dict[str, int] = {}
+    line: Line | None = None
+    for row in text.splitlines():
+        if match := re.match(r'\s*//## File "(.*)", line (\d+)', row):
+            line = match[1], int(match[2])
+        elif match := re.match(r"([.$\w]+):", row):
+            labels[match[1]] = len(found)
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", row):
+            words = re.sub(r"^@!?U?P[T\d]+\s+", "", match[1])
+            found.append((words.split()[0], match[1], line))
+    code = []
+    for op, words, at in found:
+        target, falls, kind = None, True, op.split(".")[0]
+        always = not words.startswith("@") or words.startswith("@PT ")
+        if kind in ("BRA", "JMP"):
+            label = re.search(r"`\(([^)]+)\)", words)
+            target = labels.get(label[1]) if label else None
+            # a second predicate may stand before the label
+            falls = not (always and re.fullmatch(r"(@PT )?[\w.]+\s+`\([^)]+\)", words))
+        elif kind in ("EXIT", "RET", "BRX"):
+            falls = not always
+        code.append(Instruction(op, words, at, target, falls))
+    return _reachable(code)
+
+
+def parse_amdgcn(text: str) -> list[Instruction]:
+    """The instructions of the first function of an assembly file, in their order."""
+    found: list[tuple[str, str, Line | None]] = []
+    labels: dict[str, int] = {}
+    files: dict[str, str] = {}
+    line: Line | None = None
+    for row in text.splitlines():
+        row = row.split(";")[0].rstrip()
+        if match := re.match(r'\s*\.file\s+(\d+)\s+(?:"(.*?)"\s+)?"(.*?)"', row):
+            files[match[1]] = f"{match[2]}/{match[3]}" if match[2] else match[3]
+        elif match := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", row):
+            line = files.get(match[1], "?"), int(match[2])
+        elif match := re.match(r"([.$\w]+):", row):
+            labels[match[1]] = len(found)
+        elif match := re.match(r"\s+([a-z]+_\w+)\b(.*)", row):
+            found.append((match[1], (match[1] + match[2]).strip(), line))
+    code = []
+    for op, words, at in found:
+        target = labels.get(words.split()[-1]) if re.match(r"s_c?branch", op) else None
+        falls = op not in ("s_branch", "s_endpgm", "s_setpc_b64")
+        code.append(Instruction(op, words, at, target, falls))
+    return _reachable(code)
+
+
+def _reachable(code: list[Instruction]) -> list[Instruction]:
+    seen, waiting = set(), [0] if code else []
+    while waiting:
+        i = waiting.pop()
+        if i in seen or i >= len(code):
+            continue
+        seen.add(i)
+        if code[i].falls:
+            waiting.append(i + 1)
+        if (target := code[i].target) is not None:
+            waiting.append(target)
+    kept = sorted(seen)
+    number: dict[int | None, int] = {old: new for new, old in enumerate(kept)}
+    return [code[i]._replace(target=number.get(code[i].target)) for i in kept]
+
+
+# ------------------------------------------------------------------------------------ what they do
+class Traffic(NamedTuple):
+    """How often each kind of memory operation stands in the code.
+
+    ``loads`` and ``stores``: of global memory, by bytes for each lane. ``adds``: global additions without an
+    answer, by type. ``atomics``: those with one, and compare-and-swap, which is counted in ``swaps`` too.
+    ``fences``: what orders memory or empties a cache. ``spills``: to and from a lane's own memory.
+    """
+
+    loads: Counter[int]
+    stores: Counter[int]
+    adds: Counter[str]
+    atomics: Counter[str]
+    swaps: int
+    fences: Counter[str]
+    spill_stores: int
+    spill_loads: int
+    special: Counter[str]  # by name: logarithms, reciprocals, roots
+    calls: int
+
+
+_SASS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+_SASS_FENCES = ("MEMBAR", "ERRBAR", "FENCE")
+_AMD_BYTES = {"byte": 1, "ubyte": 1, "sbyte": 1, "short": 2, "ushort": 2, "sshort": 2, "dword": 4}
+_AMD_FENCES = ("buffer_wb", "buffer_inv", "buffer_gl", "global_wb", "global_inv")
+_AMD_SPECIAL = r"v_(log|exp|rcp|rcp_iflag|rsq|sqrt|sin|cos)_f\d+"
+
+
+def traffic(code: Iterable[Instruction]) -> Traffic:
+    """Counts the memory operations of either vendor's code."""
+    found = Traffic(Counter(), Counter(), Counter(), Counter(), 0, Counter(), 0, 0, Counter(), 0)
+    swaps = spill_stores = spill_loads = calls = 0
+    for instruction in code:
+        op = instruction.op
+        kind, *rest = op.split(".")
+        if kind in ("LDG", "LD"):
+            found.loads[_sass_bytes(rest)] += 1
+        elif kind in ("STG", "ST"):
+            found.stores[_sass_bytes(rest)] += 1
+        elif kind == "STL" or op.startswith("scratch_store"):
+            spill_stores += 1
+        elif kind == "LDL" or op.startswith("scratch_load"):
+            spill_loads += 1
+        elif kind in ("RED", "REDG"):
+            found.adds[_sass_type(rest)] += 1
+        elif kind in ("ATOM", "ATOMG", "ATOMS"):
+            found.atomics[op] += 1
+            swaps += "CAS" in rest or "CAST" in rest
+        elif kind in _SASS_FENCES or (kind == "CCTL" and "IVALL" in rest) or op.startswith(_AMD_FENCES):
+            found.fences[op] += 1
+        elif kind == "MUFU":
+            found.special[rest[0].lower()] += 1
+        elif kind == "CALL" or op == "s_swappc_b64":
+            calls += 1
+        elif match := re.match(r"(global|buffer|flat)_atomic_(\w+)", op):
+            if "cmpswap" in op:
+                swaps += 1
+                found.atomics[op] += 1
+            elif re.search(r"\b(sc0|glc)\b", instruction.text):  # these ask for the value before
+                found.atomics[op] += 1
+            else:
+                found.adds[match[2].removeprefix("add_")] += 1
+        elif match := re.match(r"(?:global|buffer|flat)_(load|store)_([a-z]+?)(?:x(\d))?(_.*)?$", op):
+            width = _AMD_BYTES.get(match[2], 4) * int(match[3] or 1)
+            (found.loads if match[1] == "load" else found.stores)[width] += 1
+        elif match := re.match(_AMD_SPECIAL, op):
+            found.special[{"log": "lg2", "exp": "ex2"}.get(match[1], match[1])] += 1
+    return found._replace(swaps=swaps, spill_stores=spill_stores, spill_loads=spill_loads, calls=calls)
+
+
+def _sass_bytes(modifiers: list[str]) -> int:
+    return next((_SASS_BYTES[m] for m in modifiers if m in _SASS_BYTES), 4)
+
+
+def _sass_type(modifiers: list[str]) -> str:
+    """Such as f32x4; without one, an integer of 32 bits."""
+    pattern = r"(F|BF|S|U)\d+(_V\d|x\d)?(\.RN)?|64"
+    return next((m.lower() for m in modifiers if re.fullmatch(pattern, m)), "u32")
+
+
+# --------------------------------------------------------------------------------------- structure
+class Loop(NamedTuple):
+    """A natural loop: its first block, all of its blocks, and the lines of the branches back."""
+
+    header: int
+    blocks: frozenset[int]
+    lines: tuple[Line | None, ...]
+
+
+class Code:
+    """Blocks, loops and paths of one function."""
+
+    def __init__(self, instructions: list[Instruction]) -> None:
+        self.instructions = instructions
+        starts = {0}
+        for i, instruction in enumerate(instructions):
+            if instruction.target is not None:
+                starts.add(instruction.target)
+            if instruction.target is not None or not instruction.falls:
+                starts.add(i + 1)
+        bounds = sorted(start for start in starts if start < len(instructions))
+        self.blocks = [range(a, b) for a, b in zip(bounds, [*bounds[1:], len(instructions)])]
+        number = {block.start: i for i, block in enumerate(self.blocks)}
+        self.successors: list[list[int]] = []
+        for i, block in enumerate(self.blocks):
+            last = instructions[block[-1]]
+            after = [i + 1] if last.falls and i + 1 < len(self.blocks) else []
+            if last.target is not None:
+                after.append(number[last.target])
+            self.successors.append(after)
+
+    @cached_property
+    def _dominators(self) -> list[set[int]]:
+        """Of each block, those through which every way from the entry leads, itself included."""
+        count = len(self.blocks)
+        before: list[list[int]] = [[] for _ in range(count)]
+        for block, after in enumerate(self.successors):
+            for other in after:
+                before[other].append(block)
+        result = [{0}, *(set(range(count)) for _ in range(count - 1))]
+        changed = True
+        while changed:
+            changed = False
+            for block in range(1, count):
+                new = {block}.union(set.intersection(*(result[b] for b in before[block])))
+                if new != result[block]:
+                    result[block], changed = new, True
+        return result
+
+    @cached_property
+    def loops(self) -> list[Loop]:
+        """Outer before inner ones. Loops of one header are one."""
+        before: dict[int, list[int]] = {}
+        for block, after in enumerate(self.successors):
+            for other in after:
+                before.setdefault(other, []).append(block)
+        latches: dict[int, list[int]] = {}
+        for block, after in enumerate(self.successors):
+            for other in after:
+                if other in self._dominators[block]:
+                    latches.setdefault(other, []).append(block)
+        loops = []
+        for header, sources in latches.items():
+            body, waiting = {header}, list(sources)
+            while waiting:
+                block = waiting.pop()
+                if block not in body:
+                    body.add(block)
+                    waiting += before.get(block, [])
+            lines = dict.fromkeys(self.instructions[self.blocks[source][-1]].line for source in sources)
+            loops.append(Loop(header, frozenset(body), tuple(lines)))
+        return sorted(loops, key=lambda loop: (-len(loop.blocks), loop.header))
+
+    def inside(self, loop: Loop) -> list[Instruction]:
+        return [self.instructions[i] for block in sorted(loop.blocks) for i in self.blocks[block]]
+
+    def issued(self, trips: Callable[[Loop], float]) -> float:
+        """Instructions on the longest path from the entry, each loop taken ``trips(loop)`` times."""
+
+        def longest(entry: int, region: frozenset[int], loops: list[Loop]) -> float:
+            outer: dict[int, Loop] = {}  # of a block, the largest loop inside the region
+            for loop in reversed(loops):
+                if loop.header != entry or loop.blocks != region:
+                    outer.update(dict.fromkeys(loop.blocks, loop))
+            known: dict[int, float] = {}
+            for start in self._depth_first(entry, region, outer):
+                loop_at = outer.get(start)
+                if loop_at is None:
+                    own, blocks = float(len(self.blocks[start])), frozenset([start])
+                else:
+                    within = [other for other in loops if other.blocks <= loop_at.blocks]
+                    own = trips(loop_at) * longest(loop_at.header, loop_at.blocks, within)
+                    blocks = loop_at.blocks
+                after = {b for block in blocks for b in self.successors[block]} - blocks
+                heads = {outer[b].header if b in outer else b for b in after if b in region}
+                known[start] = own + max((known.get(b, 0.0) for b in heads if b != entry), default=0.0)
+            return known[entry]
+
+        if not self.blocks:
+            return 0.0
+        return longest(0, frozenset(range(len(self.blocks))), self.loops)
+
+    def _depth_first(self, entry: int, region: frozenset[int], outer: dict[int, Loop]) -> list[int]:
+        """Blocks of a region, a loop by its header, each after all that may follow it."""
+        order: list[int] = []
+        seen = {entry}
+        stack: list[tuple[int, list[int]]] = []
+
+        def push(block: int) -> None:
+            blocks = outer[block].blocks if block in outer else frozenset([block])
+            after = {b for inner in blocks for b in self.successors[inner]} - blocks
+            stack.append((block, sorted(outer[b].header if b in outer else b for b in after if b in region)))
+
+        push(entry)
+        while stack:
+            block, after = stack[-1]
+            if after:
+                following = after.pop()
+                if following not in seen:
+                    seen.add(following)
+                    push(following)
+            else:
+                order.append(block)
+                stack.pop()
+        return order

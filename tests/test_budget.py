@@ -1,0 +1,336 @@
+"""The kernels keep to ``bench/budget.json``, and the report that says so sees what it should."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bench import report
+from bench.assembly import Code, parse_amdgcn, parse_sass, traffic
+from stn_triton.kernels.specialisations import TARGETS
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARDS = 4
+has_tools = (Path(report.triton.__file__).parent / "backends/nvidia/bin/nvdisasm").exists()
+needs_tools = pytest.mark.skipif(not has_tools, reason="this Triton carries no disassembler")
+
+
+def run(*command):
+    """Runs Python in a process of its own: here the kernels belong to the interpreter."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    command = [sys.executable, "-W", "ignore", *command]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+
+
+@needs_tools
+@pytest.mark.parametrize("shard", range(1, SHARDS + 1))
+def test_kernels_keep_their_budget(shard):
+    """Every hot case for sm_90, a few for the other targets."""
+    result = run("-m", "bench.report", "--check", "--jobs", "1", "--shard", f"{shard}/{SHARDS}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " 0 complaints" in result.stdout
+
+
+def test_budget_has_every_case():
+    budget = report.Budget.load()
+    assert set(budget.cases) == set(report.CASES)
+    for name, rows in budget.cases.items():
+        assert set(rows) == set(TARGETS), name
+    for exception in budget.exceptions:
+        assert exception["rule"] in ("spills", "vectors")
+        assert len(exception["why"]) > 20
+    assert set(report.EVERYWHERE) <= set(report.CASES)
+
+
+def test_every_loop_of_the_kernels_has_trips():
+    """Of each loop in device code the report knows how often it is taken; and of no other."""
+    found = set()
+    for file in report.KERNELS.glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and any(
+                "jit" in ast.unparse(d) for d in node.decorator_list
+            ):
+                loops = report._scopes(str(file))
+                found |= {(name, variable) for _, name, variable in loops if variable and name == node.name}
+    found = {key if key in report.TRIPS else ("*", key[1]) for key in found}
+    assert found == set(report.TRIPS)
+
+
+# ------------------------------------------------------------------------------------------ machine code
+# An entry of two nested loops, two arms, everything that breaks a rule, and a subroutine.
+SASS = """
+	.section	.text.kernel,"ax",@progbits
+kernel:
+.text.kernel:
+	//## File "/x/kernels/sample.py", line 10
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0020*/              @!P0 EXIT ;
+.L_x_1:
+	//## File "/x/kernels/sample.py", line 20
+        /*0030*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
+.L_x_2:
+        /*0040*/                   MUFU.LG2 R5, R5 ;
+        /*0050*/                   LDL R6, [R1+0x4] ;
+	//## File "/x/kernels/sample.py", line 30
+        /*0060*/               @P1 BRA `(.L_x_2) ;
+        /*0070*/              @!P4 BRA !P3, `(.L_x_3) ;
+        /*0080*/                   REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU desc[UR4][R2.64], R4 ;
+        /*0090*/                   REDG.E.ADD.F32.FTZ.RN.STRONG.GPU desc[UR4][R2.64], R4 ;
+        /*00a0*/                   BRA `(.L_x_4) ;
+.L_x_3:
+        /*00b0*/                   MEMBAR.ALL.GPU ;
+.L_x_4:
+	//## File "/x/kernels/sample.py", line 40
+        /*00c0*/                   BRA.U UP0, `(.L_x_1) ;
+        /*00d0*/                   CALL.REL.NOINC `($__internal_0_$__slow) ;
+        /*00e0*/                   ATOMG.E.CAS.STRONG.GPU PT, R4, [R2], R4, R5 ;
+        /*00f0*/                   CCTL.IVALL ;
+        /*0100*/                   STL [R1], R5 ;
+        /*0110*/                   STG.E.64 desc[UR4][R2.64], R4 ;
+        /*0120*/                   EXIT ;
+        .weak           $__internal_0_$__slow
+$__internal_0_$__slow:
+        /*0130*/                   STL [R1], R5 ;
+        /*0140*/                   RET.REL.NODEC R4 `(kernel) ;
+.L_x_5:
+        /*0150*/                   BRA `(.L_x_5);
+"""
+AMDGCN = """
+	.text
+kernel:
+	.file	1 "/x/kernels" "sample.py"
+	.loc	1 10 0                          ; sample.py:10:0
+	s_load_dwordx2 s[0:1], s[2:3], 0x0
+	buffer_load_dwordx4 v[0:3], v4, s[4:7], 0 offen
+	s_cbranch_scc1 .LBB0_3
+.LBB0_2:                                ; =>This Inner Loop Header: Depth=1
+	.loc	1 20 0
+	global_load_short_d16_hi v1, v2, s[0:1]
+	v_log_f32_e32 v1, v1
+	global_atomic_add_f32 v0, v1, s[0:1]
+	global_atomic_cmpswap v0, v1, v[2:3], s[0:1] sc0
+	scratch_store_dword off, v1, s32
+	s_cbranch_vccnz .LBB0_2
+.LBB0_3:
+	buffer_wbl2 sc1
+	scratch_load_dword v1, off, s32
+	buffer_store_dwordx2 v[0:1], v4, s[4:7], 0 offen
+	s_endpgm
+	scratch_store_dword off, v1, s32
+"""
+
+
+def test_sass_is_read():
+    counted = traffic(parse_sass(SASS))
+    assert counted.loads == {16: 1, 2: 1}
+    assert counted.stores == {8: 1}
+    assert counted.adds == {"f32x4": 1, "f32": 1}
+    assert counted.swaps == 1
+    assert counted.fences.total() == 2
+    assert (counted.spill_stores, counted.spill_loads) == (1, 1)  # the subroutine's is not followed into
+    assert counted.special == {"lg2": 1}
+    assert counted.calls == 1
+
+
+def test_amdgcn_is_read():
+    counted = traffic(parse_amdgcn(AMDGCN))
+    assert counted.loads == {16: 1, 2: 1}
+    assert counted.stores == {8: 1}
+    assert counted.adds == {"f32": 1}
+    assert counted.swaps == 1
+    assert counted.fences.total() == 1
+    assert (counted.spill_stores, counted.spill_loads) == (1, 1)
+    assert counted.special == {"lg2": 1}
+
+
+@pytest.mark.parametrize(
+    "op, width",
+    [
+        ("LDG.E", 4),
+        ("LDG.E.64.STRONG.GPU", 8),
+        ("LDG.E.U8", 1),
+        ("LDG.E.ENL2.256", 32),
+        ("global_load_dword", 4),
+        ("buffer_load_dwordx4", 16),
+        ("global_load_ushort", 2),
+        ("global_load_dwordx3", 12),
+    ],
+)
+def test_widths_of_loads(op, width):
+    parse = parse_sass if op[0] == "L" else parse_amdgcn
+    text = f"        /*0000*/                   {op} R4, [R2] ;" if op[0] == "L" else f"\t{op} v0, v1, s[0:1]"
+    assert traffic(parse(text)).loads == {width: 1}
+
+
+def test_loops_and_longest_path():
+    """The outer loop of 9 instructions holds one of 3, and arms of 3 and of 1."""
+    code = Code(parse_sass(SASS))
+    outer, inner = code.loops
+    assert [loop.lines for loop in code.loops] == [
+        (("/x/kernels/sample.py", 40),),
+        (("/x/kernels/sample.py", 30),),
+    ]
+    assert len(code.inside(inner)) == 3
+    assert len(code.inside(outer)) == 10
+    around = 3 + 6  # before and after both
+    assert code.issued(lambda loop: 0) == around
+    assert code.issued(lambda loop: 1) == around + 1 + 3 + 1 + 3 + 1
+    assert code.issued(lambda loop: 5 if loop == inner else 2) == around + 2 * (1 + 5 * 3 + 1 + 3 + 1)
+    (loop,) = Code(parse_amdgcn(AMDGCN)).loops
+    assert loop.lines == (("/x/kernels/sample.py", 20),)
+
+
+def test_an_unrolled_loop_and_the_rest():
+    """Four candidates at once, then one by one: 7 trips are 1 and 3."""
+    line = next(
+        at for at, _, variable in report._scopes(str(report.KERNELS / "gather.py")) if variable == "x"
+    )
+    load = "        /*0000*/                   LDG.E R4, [R2] ;\n"
+    text = f'	//## File "{report.KERNELS / "gather.py"}", line {line.start}\n'
+    text += ".L_x_0:\n" + 4 * load + "        /*0000*/               @P1 BRA `(.L_x_0) ;\n"
+    text += ".L_x_1:\n" + load + "        /*0000*/               @P1 BRA `(.L_x_1) ;\n"
+    code = Code(parse_sass(text + "        /*0000*/                   EXIT ;\n"))
+    assert [report.unrolled(loop, code, 1) for loop in code.loops] == [(4, 4), (1, 4)]
+
+
+# ------------------------------------------------------------------------------------------------- rules
+NAME = "forward-affine-bilinear-nhwc-c64-f32"
+GOOD = {
+    **{"registers": 40, "shared": 0, "spills": 0, "spills_issued": 0, "code": 100, "issued": 200},
+    **{"per_pixel": 1, "set_up": 1, "per_channel": 1, "loads": {4: 6, 16: 8}, "image_loads": {16: 8}},
+    **{"stores": {16: 2}, "adds": {}, "logarithms": 0, "swaps": 0, "fences": 0, "loops": []},
+}
+
+
+def complaints(name=NAME, version=report.triton.__version__, exceptions=(), allowed=GOOD, **changed):
+    budget = report.Budget(version, list(exceptions), {name: {"sm_90": allowed}} if allowed else {})
+    return report.complaints({("sm_90", name): {**GOOD, **changed}}, budget)
+
+
+def test_a_kernel_as_budgeted_is_fine():
+    assert complaints() == []
+
+
+@pytest.mark.parametrize(
+    "rule, changed",
+    [
+        ("spills", {"spills": 3}),
+        ("fences", {"fences": 1}),
+        ("swaps", {"swaps": 1}),
+        ("loops", {"loops": ["f:k unknown x 1: 10"]}),
+        ("vectors", {"image_loads": {16: 7, 4: 4}}),
+        ("vectors", {"image_loads": {}}),
+        ("vectors", {"stores": {4: 8}}),
+        ("vectors", {"adds": {"f32": 4}}),
+    ],
+)
+def test_broken_rules_are_seen(rule, changed):
+    """Under any Triton; an exception excuses its own rule, case and target alone."""
+    allowed = {**GOOD, "spills": 3}
+    for version in (report.triton.__version__, "0.1.0"):
+        (found,) = complaints(version=version, allowed=allowed, **changed)
+        assert found.startswith(f"{NAME} on sm_90: ")
+    fitting = {"case": "forward-*-nhwc-*", "target": "sm_*", "rule": rule, "why": "a test"}
+    assert complaints(exceptions=[fitting], allowed=allowed, **changed) == []
+    for other in ({"case": "gather-*"}, {"target": "gfx942"}, {"rule": "another"}, {"triton": "0.1.*"}):
+        assert len(complaints(exceptions=[fitting | other], allowed=allowed, **changed)) == 1
+
+
+def test_layouts_without_vectors_need_none():
+    name = "forward-affine-bilinear-nchw-c3-f32"
+    assert complaints(name, image_loads={4: 12}, stores={4: 3}) == []
+
+
+@pytest.mark.parametrize("number", report.GROWING)
+def test_growth_is_seen(number):
+    """A tenth more is kept, beyond is not; numbers of another Triton are no measure."""
+    budget = {**GOOD, "spills": 10, number: 100}
+    excused = [{"case": "*", "target": "*", "rule": "spills", "why": "a test"}]
+    assert complaints(allowed=budget, exceptions=excused, **{number: 110}) == []
+    (found,) = complaints(allowed=budget, exceptions=excused, **{number: 111})
+    assert f"{number} 111, budget 100" in found
+    assert complaints(allowed=budget, exceptions=excused, version="0.1.0", **{number: 111}) == []
+
+
+def test_a_case_that_is_not_in_the_budget_is_a_complaint():
+    assert complaints(allowed=None) == [f"{NAME} on sm_90: not in the budget"]
+
+
+def test_update_keeps_what_was_not_run_and_drops_what_is_idle():
+    spills = {"case": "forward-*", "target": "*", "rule": "spills", "why": "a test"}
+    kept = {"case": "gather-*", "target": "*", "rule": "spills", "why": "a test"}
+    other = "gather-affine-bilinear-nchw-c3-f32"
+    budget = report.Budget("0.1.0", [spills, kept], {other: {"sm_80": GOOD}, "gone": {"sm_80": GOOD}})
+    new = report.update(budget, {("sm_90", NAME): GOOD})
+    assert new.triton == report.triton.__version__
+    assert set(new.cases) == {other, NAME}
+    assert new.exceptions == [kept]
+    assert report.update(budget, {("sm_90", NAME): {**GOOD, "spills": 1}}).exceptions == [spills, kept]
+
+
+# -------------------------------------------------------------------------------------- from end to end
+BAD_KERNELS = """
+import torch, triton
+import triton.language as tl
+from bench import report
+from bench.assembly import traffic
+from stn_triton.kernels import launch, specialisations
+
+@triton.jit
+def copy(source, target, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(target + i, tl.load(source + i))
+
+@triton.jit
+def add(source, target, N: tl.constexpr, SEM: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.atomic_add(target + i, tl.load(source + i), sem=SEM)
+
+@triton.jit
+def exchange(source, target, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.atomic_cas(target + i, tl.load(source + i), tl.load(source + i) + 1)
+
+@triton.jit
+def many(source, target, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(source + i)
+    tl.store(target + i, tl.cumsum(x, 0) * tl.sum(x, 0) + tl.flip(x, 0) * x)
+
+def count(target, kernel, dtype, *args, **options):
+    tensors = [torch.empty(8192, dtype=dtype, device="meta") for _ in range(2)]
+    launches = []
+    with specialisations.compiling(target, launches):
+        launch.launch(kernel, 1, tensors[0].device, *tensors, *args, **options)
+    return traffic(report._read(launches[0].compiled)[0])
+
+F32, I32 = torch.float32, torch.int32
+for target in ("sm_90", "gfx942"):
+    good = count(target, copy, F32, 1024)
+    assert set(good.loads) == set(good.stores) == {16}, (target, good)
+    assert not good.fences and not good.swaps and not good.spill_stores, (target, good)
+    relaxed, ordered = (count(target, add, F32, 1024, sem) for sem in ("relaxed", "acq_rel"))
+    assert relaxed.adds and not relaxed.fences, (target, relaxed)
+    assert ordered.fences, (target, ordered)
+    assert count(target, exchange, I32, 1024).swaps, target
+spilling = count("sm_90", many, F32, 2048, num_warps=1, maxnreg=32)
+assert spilling.spill_stores and spilling.spill_loads, spilling
+assert count("sm_90", add, torch.bfloat16, 1024, "relaxed").adds == {"bf16x8": 1}
+print("seen")
+"""
+
+
+@needs_tools
+def test_bad_kernels_are_seen(tmp_path):
+    """Kernels that spill, order memory, or compare and swap, compiled and counted."""
+    script = tmp_path / "bad_kernels.py"
+    script.write_text(BAD_KERNELS)
+    result = run(str(script))
+    assert result.stdout == "seen\n", result.stderr
