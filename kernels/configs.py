@@ -21,7 +21,8 @@ class Tile(NamedTuple):
     depth * height rows) for ``channels * unroll`` channels at a time. ``channels == 1`` is the planar
     pattern: lanes lie along x, and ``unroll`` channels are loaded before the first is needed.
     ``channels > 1`` is the channels-last pattern: lanes lie along the channels, 16 bytes each.
-    ``splits`` programs share the channels of one pixel tile.
+    ``splits`` programs share the channels of one pixel tile. ``steps`` tiles, one below the other, are one
+    program's, so that its set-up is spread over more pixels; no further registers are needed for that.
     """
 
     rows: int
@@ -30,6 +31,7 @@ class Tile(NamedTuple):
     unroll: int
     warps: int
     splits: int
+    steps: int = 1
 
     @property
     def pixels(self) -> int:
@@ -123,7 +125,8 @@ def choose(
             unroll = min(unroll, 2 if taps <= 16 else 1)
         tile = Tile(pixels // columns_tile, columns_tile, 1, max(unroll, 1), 4, 1)
     if device.type != "cpu":
-        tile = tile._replace(splits=_splits(device, images, channels, rows, columns, tile))
+        splits = _splits(device, images, channels, rows, columns, tile)
+        tile = tile._replace(splits=splits, steps=_steps(device, images, rows, columns, tile))
     return _with_forced(tile)
 
 
@@ -146,6 +149,13 @@ def _splits(device: torch.device, images: int, channels: int, rows: int, columns
     programs = images * -(-rows // tile.rows) * -(-columns // tile.columns)
     wanted = -(-8 * _processors(device.type, device.index) // max(programs, 1))
     return max(1, min(wanted, -(-channels // (tile.channels * tile.unroll))))
+
+
+def _steps(device: torch.device, images: int, rows: int, columns: int, tile: Tile) -> int:
+    """As many as leave eight programs to each processor, and the blocks of a program not far apart."""
+    programs = images * -(-rows // tile.rows) * -(-columns // tile.columns)
+    spare = programs // (8 * _processors(device.type, device.index))
+    return max(1, min(8, _power_of_2(spare + 1) // 2))
 
 
 def _interpreter_tile(channels: int, rows: int, columns: int) -> Tile:
