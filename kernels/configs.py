@@ -70,7 +70,8 @@ class Tile(NamedTuple):
     pattern: lanes lie along x, and ``unroll`` channels are loaded before the first is needed.
     ``channels > 1`` is the channels-last pattern: lanes lie along the channels, 16 bytes each.
     ``splits`` programs share the channels of one pixel tile. A program does the same tile of ``group``
-    outputs, which share a spline's basis.
+    outputs, which share a spline's basis, and ``steps`` tiles, one below the other, so that its set-up is
+    spread over more pixels; no further registers are needed for that.
     """
 
     rows: int
@@ -80,6 +81,7 @@ class Tile(NamedTuple):
     warps: int
     splits: int
     group: int
+    steps: int = 1
 
     @property
     def pixels(self) -> int:
@@ -111,7 +113,7 @@ _forced: ContextVar[tuple[str | None, tuple[tuple[str, int], ...]]] = ContextVar
 _seen: ContextVar[tuple[int, list[tuple[Problem, NamedTuple]]] | None] = ContextVar("seen", default=None)
 _observers = itertools.count()
 
-WAVES = 8  # programs wanted for each processor, see _splits
+WAVES = 8  # programs wanted for each processor, see _splits and _steps
 
 
 @contextmanager
@@ -206,10 +208,13 @@ def choose(device: torch.device, problem: Problem) -> Tile:
     tile, fields = _settled(device, problem, tile._replace(group=group))
     if source != Source.TPS:
         tile = tile._replace(group=1)
-    if device.type != "cpu" and "splits" not in fields:
-        outputs = -(-images // tile.group)
-        splits = _splits(device, outputs, channels, rows, columns, tile, fields.get("waves", WAVES))
-        tile = tile._replace(splits=splits)
+    if device.type != "cpu":
+        waves, outputs = fields.get("waves", WAVES), -(-images // tile.group)
+        if "splits" not in fields:
+            splits = _splits(device, outputs, channels, rows, columns, tile, waves)
+            tile = tile._replace(splits=splits)
+        if "steps" not in fields:
+            tile = tile._replace(steps=_steps(device, outputs, rows, columns, tile, waves))
     return tile
 
 
@@ -242,6 +247,13 @@ def _splits(
     programs = images * -(-rows // tile.rows) * -(-columns // tile.columns)
     wanted = -(-waves * _processors(device.type, device.index) // max(programs, 1))
     return max(1, min(wanted, -(-channels // (tile.channels * tile.unroll))))
+
+
+def _steps(device: torch.device, images: int, rows: int, columns: int, tile: Tile, waves: int) -> int:
+    """As many as leave ``waves`` programs to each processor, and the blocks of a program not far apart."""
+    programs = images * -(-rows // tile.rows) * -(-columns // tile.columns)
+    spare = programs // (waves * _processors(device.type, device.index))
+    return max(1, min(8, power_of_2(spare + 1) // 2))
 
 
 def _interpreter_tile(channels: int, rows: int, columns: int) -> Tile:

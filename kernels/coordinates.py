@@ -15,12 +15,14 @@ BICUBIC = tl.constexpr(Interpolation.BICUBIC.value)
 ZEROS = tl.constexpr(Padding.ZEROS.value)
 BORDER = tl.constexpr(Padding.BORDER.value)
 REFLECTION = tl.constexpr(Padding.REFLECTION.value)
+# The interpreter has no libdevice, and rounds the product of a multiply-add.
+COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def unnormalise(x, size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
     """The pixel coordinate of normalised ``x``: scale * x + center, both exact, with one rounding."""
-    return x * unnormalise_grad(size, ALIGN_CORNERS, COMPUTE) + (size - 1).to(COMPUTE) * 0.5
+    return tl.fma(x, unnormalise_grad(size, ALIGN_CORNERS, COMPUTE), (size - 1).to(COMPUTE) * 0.5)
 
 
 @triton.jit
@@ -32,7 +34,7 @@ def unnormalise_grad(size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
 @triton.jit
 def clamp(x, low, high):
     """``x`` limited to [low, high]. NaN becomes ``low``: nothing after this can be NaN or infinite."""
-    return tl.where(x > low, tl.minimum(x, high), low)
+    return tl.minimum(tl.maximum(x, low), high)  # of NaN and a number these take the number
 
 
 @triton.jit

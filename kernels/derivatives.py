@@ -344,8 +344,10 @@ def sample_jvp_kernel(
     stride_out = (stride_out_x, stride_out_y, stride_out_z)
     outputs = sources.outputs_of(b, batch, transforms, GROUP)
     out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS, INDEX)
+    matrix = sources.matrix_for(source, outputs, SOURCE, DIMS, COMPUTE)
     p = sources.input_pixels(
         source,
+        matrix,
         control_ptr,
         controls,
         outputs,
@@ -538,8 +540,10 @@ def sample_hvp_kernel(
     stride_grad = (stride_grad_x, stride_grad_y, stride_grad_z)
     outputs = sources.outputs_of(b, batch, transforms, GROUP)
     out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS, INDEX)
+    matrix = sources.matrix_for(source, outputs, SOURCE, DIMS, COMPUTE)
     p = sources.input_pixels(
         source,
+        matrix,
         control_ptr,
         controls,
         outputs,

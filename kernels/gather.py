@@ -34,7 +34,7 @@ from .interpolation import at_pixel, axis_tap_count, axis_taps
 from .launch import Plan, channel_dim, compute_dtypes, index_dtype, planned, vector_width
 from .preimage import INFINITY, image_bounds, preimage
 from .sample import CHANNEL_STRIDES, UNSPECIALIZED, channel_block
-from .tiles import axes, output_pixels, pixel_offset, rounded, strides
+from .tiles import axes, output_pixels, pixel_offset, rounded, row_range, strides
 
 # Reflections of the image that are looked at one by one, at most.
 MOST_FOLDS = tl.constexpr(64)
@@ -340,22 +340,6 @@ def add_by_pixel(
 
 
 # ---------------------------------------------------------------------------------------- by output
-@triton.jit
-def row_range(row, ROWS: tl.constexpr, size, DIMS: tl.constexpr):
-    """The first and last (y[, z]) of ROWS rows from ``row`` on; all y where they go on in the next slice."""
-    if DIMS == 3:
-        last_row = tl.minimum(row + ROWS, size[1].to(row.dtype) * size[2]) - 1
-        z = (row // size[1]).to(tl.int32)
-        last_z = (last_row // size[1]).to(tl.int32)
-        whole = last_z > z
-        y = tl.where(whole, 0, (row % size[1]).to(tl.int32))
-        last_y = tl.where(whole, size[1] - 1, (last_row % size[1]).to(tl.int32))
-        return (y, z), (last_y, last_z)
-    else:
-        first = row.to(tl.int32)
-        return (first,), (tl.minimum(first + ROWS, size[1]) - 1,)
-
-
 @triton.jit
 def may_touch(
     rows,

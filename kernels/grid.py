@@ -80,14 +80,17 @@ def grid_kernel(
     )
     stride_k = tl.cast(stride_k, INDEX)  # twice of it may pass 2^31
     outputs = sources.outputs_of(b, batch, transforms, 1)
+    matrix = sources.matrix_for(source, outputs, SOURCE, DIMS, COMPUTE)
     if BACKWARD:
         # a third entry is there in 2-D too, where no one reads it
         g_x = tl.load(target, mask, other=0.0).to(COMPUTE)
         g_y = tl.load(target + stride_k, mask, other=0.0).to(COMPUTE)
         g_z = tl.load(target + (DIMS - 1) * stride_k, mask, other=0.0).to(COMPUTE)
-        sources.backward(
+        sums = sources.backward(
             grad_source_ptr,
+            sources.zero_sums(SOURCE, DIMS, BLOCK_ROWS * BLOCK_COLUMNS, COMPUTE),
             source,
+            matrix,
             control_ptr,
             controls,
             outputs,
@@ -109,9 +112,11 @@ def grid_kernel(
             COMPUTE,
             FAST_LOG,
         )
+        sources.store_sums(grad_source_ptr, sums, b, tile, tiles, SOURCE, DIMS)
     else:
         p = sources.coordinates(
             source,
+            matrix,
             control_ptr,
             controls,
             outputs,

@@ -9,11 +9,14 @@ forward and backward.
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from .coordinates import (
     BICUBIC,
     BILINEAR,
+    COMPILED,
     NEAREST,
+    REFLECTION,
     ZEROS,
     cubic_coordinate,
     in_bounds,
@@ -41,10 +44,13 @@ def has_curvature(interpolation):
 @triton.jit
 def round_half_even(x):
     """The nearest whole number; halves go to the even one."""
-    down = tl.floor(x)
-    rest = x - down
-    odd = down - 2.0 * tl.floor(down * 0.5)
-    return tl.where((rest > 0.5) | ((rest == 0.5) & (odd == 1.0)), down + 1.0, down)
+    if COMPILED:
+        return libdevice.rint(x)
+    else:
+        down = tl.floor(x)
+        rest = x - down
+        odd = down - 2.0 * tl.floor(down * 0.5)
+        return tl.where((rest > 0.5) | ((rest == 0.5) & (odd == 1.0)), down + 1.0, down)
 
 
 @triton.jit
@@ -80,10 +86,15 @@ def cubic_far_curvature(t):
 
 
 @triton.jit
+def cubic_weights(t):
+    return cubic_far(t + 1.0), cubic_near(t), cubic_near(1.0 - t), cubic_far(2.0 - t)
+
+
+@triton.jit
 def linear_taps(padded, size, PADDING: tl.constexpr):
     """Indices, in-bounds flags and the fraction of a padded coordinate."""
-    down = tl.floor(padded)
-    i = down.to(tl.int32)
+    i = tl.floor(padded).to(tl.int32)  # one instruction, as is the way back
+    down = i.to(padded.dtype)
     if PADDING == ZEROS:
         inside = in_bounds(i, size)
     else:
@@ -116,6 +127,44 @@ def cubic_taps(x, size, PADDING: tl.constexpr, ALIGN_CORNERS: tl.constexpr, COMP
     return (i0, i1, i2, i3), inside, near - down
 
 
+@triton.constexpr_function
+def taps_in_a_row(interpolation, inside):
+    """Whether each tap's pixel is the one after the tap before it: padding moves a cubic's one by one."""
+    return inside or interpolation != Interpolation.BICUBIC
+
+
+@triton.jit
+def tap_margins(INTERPOLATION: tl.constexpr):
+    """All taps of x lie in the image if the first < x < size - the second.
+
+    The second leaves room for what folding back by reflection rounds.
+    """
+    return (1.0 if INTERPOLATION == BICUBIC else 0.0), 2.0
+
+
+@triton.jit
+def inner_taps(
+    x,
+    size,
+    INTERPOLATION: tl.constexpr,
+    PADDING: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """``axis_taps`` with the same bits where ``tap_margins`` hold: no limits, all flags True."""
+    if PADDING == REFLECTION and INTERPOLATION != BICUBIC:
+        x = pad_coordinate(x, size, PADDING, ALIGN_CORNERS, COMPUTE)  # which rounds
+    if INTERPOLATION == NEAREST:
+        return (round_half_even(x).to(tl.int32),), (True,), (1.0,)
+    else:
+        i = tl.floor(x).to(tl.int32)
+        t = x - i.to(COMPUTE)
+        if INTERPOLATION == BICUBIC:
+            return (i - 1, i, i + 1, i + 2), (True, True, True, True), cubic_weights(t)
+        else:
+            return (i, i + 1), (True, True), (1.0 - t, t)
+
+
 @triton.jit
 def axis_taps(
     x,
@@ -124,11 +173,17 @@ def axis_taps(
     PADDING: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr,
     COMPUTE: tl.constexpr,
+    INSIDE: tl.constexpr = False,
 ):
-    """The taps of pixel coordinate ``x`` on an axis of ``size`` pixels: indices, in-bounds flags, weights."""
-    if INTERPOLATION == BICUBIC:
+    """The taps of pixel coordinate ``x`` on an axis of ``size`` pixels: indices, in-bounds flags, weights.
+
+    INSIDE: the caller knows that ``tap_margins`` hold.
+    """
+    if INSIDE:
+        return inner_taps(x, size, INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE)
+    elif INTERPOLATION == BICUBIC:
         indices, inside, t = cubic_taps(x, size, PADDING, ALIGN_CORNERS, COMPUTE)
-        return indices, inside, (cubic_far(t + 1.0), cubic_near(t), cubic_near(1.0 - t), cubic_far(2.0 - t))
+        return indices, inside, cubic_weights(t)
     else:
         padded = pad_coordinate(x, size, PADDING, ALIGN_CORNERS, COMPUTE)
         if INTERPOLATION == NEAREST:
@@ -147,10 +202,11 @@ def axis_taps_grad(
     PADDING: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr,
     COMPUTE: tl.constexpr,
+    INSIDE: tl.constexpr = False,
 ):
     """The derivatives of ``axis_taps``'s weights by ``x``."""
     if INTERPOLATION == BICUBIC:
-        near = cubic_coordinate(x, size, PADDING, ALIGN_CORNERS, COMPUTE)
+        near = x if INSIDE else cubic_coordinate(x, size, PADDING, ALIGN_CORNERS, COMPUTE)
         t = near - tl.floor(near)
         return (
             cubic_far_grad(t + 1.0),
@@ -158,6 +214,8 @@ def axis_taps_grad(
             -cubic_near_grad(1.0 - t),
             -cubic_far_grad(2.0 - t),
         )
+    elif INTERPOLATION == BILINEAR and INSIDE:
+        return (-1.0, 1.0)
     elif INTERPOLATION == BILINEAR:
         slope = pad_coordinate_grad(x, size, PADDING, ALIGN_CORNERS, COMPUTE)
         return -slope, slope

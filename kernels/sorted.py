@@ -291,8 +291,10 @@ def sorted_keys_kernel(
     stride_moved = (stride_moved_x, stride_moved_y, stride_moved_z)
     outputs = sources.outputs_of(b, batch, transforms, GROUP)
     out, mask = output_pixels(pid % tiles, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS, INDEX)
+    matrix = sources.matrix_for(source, outputs, SOURCE, DIMS, COMPUTE)
     p = sources.input_pixels(
         source,
+        matrix,
         control_ptr,
         controls,
         outputs,

@@ -5,7 +5,8 @@ A source is a few device functions and a few lines of host code, all in this fil
 * ``*_coordinates``: the normalised coordinates in the input of a block of output pixels (of a flow, whose
   unit is the pixel, the pixel coordinates);
 * ``*_backward``: what a program adds to the parameters' gradient, given the gradient by those
-  coordinates; every value has one writer, so that nothing is summed in an unpredictable order;
+  coordinates; every value has one writer, so that nothing is summed in an unpredictable order. A matrix's
+  is summed pixel by pixel over the tiles of a program, and stored at its end (``store_sums``);
 * ``pack``, ``gradient_buffer`` and ``reduce_gradient`` on the host.
 
 To add a source, add its code to ``modes.Source``, its functions here, and a branch to each of the
@@ -23,17 +24,15 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .coordinates import unnormalise, unnormalise_grad
+from .coordinates import COMPILED, unnormalise, unnormalise_grad
 from .modes import Source
-from .tiles import axes, existing, rounded
+from .tiles import axes, divided, existing, rounded
 
 GRID = tl.constexpr(Source.GRID.value)
 AFFINE = tl.constexpr(Source.AFFINE.value)
 PROJECTIVE = tl.constexpr(Source.PROJECTIVE.value)
 TPS = tl.constexpr(Source.TPS.value)
 FLOW = tl.constexpr(Source.FLOW.value)
-# The interpreter rounds the product of a multiply-add.
-FUSED = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 # -------------------------------------------------------------------------------- what sources share
@@ -52,7 +51,7 @@ def whole_quotient(a, b, COMPUTE: tl.constexpr):
 
     Markstein's correction: the remainder of the first try is exact, and what it adds rounds as a / b does.
     """
-    if FUSED and COMPUTE == tl.float32:
+    if COMPILED and COMPUTE == tl.float32:
         inverse = tl.div_rn(1.0, b)
         first = a * inverse
         return tl.fma(tl.fma(-first, b, a), inverse, first)
@@ -109,26 +108,21 @@ def matrix_rows(source, n, t, ROWS: tl.constexpr, DIMS: tl.constexpr, COMPUTE: t
 
 @triton.jit
 def matrix_apply(row, pixels, DIMS: tl.constexpr):
-    if DIMS == 3:
-        return row[0] * pixels[0] + (row[1] * pixels[1] + (row[2] * pixels[2] + row[3]))
-    else:
-        return row[0] * pixels[0] + (row[1] * pixels[1] + row[2])
+    """The row times (x, y[, z], 1); the same bits wherever a product could be moved out of a loop."""
+    total = row[DIMS]
+    for k in tl.static_range(DIMS):
+        total = tl.fma(row[DIMS - 1 - k], pixels[DIMS - 1 - k], total)
+    return total
 
 
 @triton.jit
-def matrix_backward(
-    gradient_ptr, gradients, pixels, b, program, programs, ROWS: tl.constexpr, DIMS: tl.constexpr
-):
-    """This program's share of d matrix[r, k] = sum over pixels of gradients_r pixels_k.
-
-    The buffer is (batch, ROWS * (DIMS + 1), programs).
-    """
-    programs = tl.cast(programs, tl.int64)
-    base = gradient_ptr + b.to(tl.int64) * (ROWS * (DIMS + 1)) * programs + program
+def matrix_backward(sums, gradients, pixels, ROWS: tl.constexpr, DIMS: tl.constexpr):
+    """``sums`` of each pixel's share of d matrix[r, k] = sum over pixels of gradients_r pixels_k."""
+    new = ()
     for r in tl.static_range(ROWS):
         for k in tl.static_range(DIMS + 1):
-            share = tl.sum(tl.sum(gradients[r] * pixels[k], 1), 0)
-            tl.store(base + (r * (DIMS + 1) + k) * programs, share)
+            new += (sums[r * (DIMS + 1) + k] + gradients[r] * pixels[k],)
+    return new
 
 
 # -------------------------------------------------------------------------------- dense grid and flow
@@ -242,9 +236,8 @@ def projective_map(rows, pixels, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def projective_backward(source, n, t, gradients, pixels, COMPUTE: tl.constexpr):
+def projective_backward(rows, gradients, pixels, COMPUTE: tl.constexpr):
     """The gradients by the numerators and by the denominator; 0 where nothing finite is seen."""
-    rows = matrix_rows(source, n, t, 3, 2, COMPUTE)
     inverse, seen = projective_inverse(rows[2], pixels, COMPUTE)
     x = matrix_apply(rows[0], pixels, 2) * inverse
     y = matrix_apply(rows[1], pixels, 2) * inverse
@@ -398,14 +391,27 @@ def outputs_of(b, batch, transforms, GROUP: tl.constexpr):
     """(image, transform), int64, of the outputs b, b + 1, ...; past the last one, the last one again."""
     outputs = ()
     for g in tl.static_range(GROUP):
-        output = tl.minimum(b + g, batch - 1)
-        outputs += (((output // transforms).to(tl.int64), (output % transforms).to(tl.int64)),)
+        n = tl.minimum(b + g, batch - 1)
+        t = n * 0
+        if transforms > 1:
+            n, t = divided(n, transforms)
+        outputs += ((n.to(tl.int64), t.to(tl.int64)),)
     return outputs
+
+
+@triton.jit
+def matrix_for(source, outputs, SOURCE: tl.constexpr, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+    """What ``coordinates`` reads of the parameters for all pixels at once: the matrix, if they are one."""
+    if SOURCE == AFFINE or SOURCE == PROJECTIVE:
+        return matrix_of(source, outputs[0][0], outputs[0][1], SOURCE, DIMS, COMPUTE)
+    else:
+        return ()
 
 
 @triton.jit
 def coordinates(
     source,
+    matrix,
     control_ptr,
     controls,
     outputs,
@@ -428,14 +434,14 @@ def coordinates(
         if SOURCE == TPS:
             p = tps_coordinates(source, control_ptr, controls, outputs, pixels, GROUP, FAST_LOG, COMPUTE)
         else:
-            rows = matrix_of(source, outputs[0][0], outputs[0][1], SOURCE, DIMS, COMPUTE)
-            p = (matrix_map(rows, pixels, SOURCE, DIMS, COMPUTE),)
+            p = (matrix_map(matrix, pixels, SOURCE, DIMS, COMPUTE),)
     return p
 
 
 @triton.jit
 def input_pixels(
     source,
+    matrix,
     control_ptr,
     controls,
     outputs,
@@ -459,6 +465,7 @@ def input_pixels(
     else:
         normalised_p = coordinates(
             source,
+            matrix,
             control_ptr,
             controls,
             outputs,
@@ -504,9 +511,33 @@ def in_pixels(
 
 
 @triton.jit
+def zero_sums(SOURCE: tl.constexpr, DIMS: tl.constexpr, PIXELS: tl.constexpr, COMPUTE: tl.constexpr):
+    """What ``backward`` adds a matrix's gradient to, for each pixel of a tile; of other sources, nothing."""
+    sums = ()
+    if SOURCE == AFFINE or SOURCE == PROJECTIVE:
+        ROWS: tl.constexpr = 3 if SOURCE == PROJECTIVE else DIMS
+        for _ in tl.static_range(ROWS * (DIMS + 1)):
+            sums += (tl.zeros([PIXELS, 1], COMPUTE),)
+    return sums
+
+
+@triton.jit
+def store_sums(gradient_ptr, sums, b, program, programs, SOURCE: tl.constexpr, DIMS: tl.constexpr):
+    """This program's part of the buffer (batch, entries of the matrix, programs)."""
+    if SOURCE == AFFINE or SOURCE == PROJECTIVE:
+        ENTRIES: tl.constexpr = (3 if SOURCE == PROJECTIVE else DIMS) * (DIMS + 1)
+        programs = tl.cast(programs, tl.int64)
+        base = gradient_ptr + b.to(tl.int64) * ENTRIES * programs + program
+        for k in tl.static_range(ENTRIES):
+            tl.store(base + k * programs, tl.sum(tl.sum(sums[k], 1), 0))
+
+
+@triton.jit
 def backward(
     gradient_ptr,
+    sums,
     source,
+    matrix,
     control_ptr,
     controls,
     outputs,
@@ -528,7 +559,10 @@ def backward(
     COMPUTE: tl.constexpr,
     FAST_LOG: tl.constexpr,
 ):
-    """From ``gradients`` by the coordinates, 0 outside ``mask``, to this program's part of the buffer."""
+    """From ``gradients`` by the coordinates, 0 outside ``mask``, to this program's part of the buffer.
+
+    Returns ``sums``, with a matrix's share added, for ``store_sums``. The others' is stored here.
+    """
     if SOURCE == GRID:
         dense_backward(gradient_ptr, gradients[0], out, mask, out_size, b, split, batch, True, DIMS, INDEX)
     elif SOURCE == FLOW:
@@ -554,17 +588,19 @@ def backward(
                 COMPUTE,
             )
         elif SOURCE == PROJECTIVE:
-            n, t = outputs[0]
-            homogeneous = projective_backward(source, n, t, gradients[0], pixels, COMPUTE)
-            matrix_backward(gradient_ptr, homogeneous, pixels, b, program, programs, 3, 2)
+            homogeneous = projective_backward(matrix, gradients[0], pixels, COMPUTE)
+            sums = matrix_backward(sums, homogeneous, pixels, 3, 2)
         else:
-            matrix_backward(gradient_ptr, gradients[0], pixels, b, program, programs, DIMS, DIMS)
+            sums = matrix_backward(sums, gradients[0], pixels, DIMS, DIMS)
+    return sums
 
 
 @triton.jit
 def input_pixels_backward(
     gradient_ptr,
+    sums,
     source,
+    matrix,
     control_ptr,
     controls,
     outputs,
@@ -591,9 +627,11 @@ def input_pixels_backward(
     scaled = ()
     for g in tl.static_range(GROUP):
         scaled += (in_pixels(gradients[g], in_size, SOURCE, ALIGN_CORNERS, DIMS, COMPUTE),)
-    backward(
+    return backward(
         gradient_ptr,
+        sums,
         source,
+        matrix,
         control_ptr,
         controls,
         outputs,

@@ -8,6 +8,13 @@ from .launch import channel_dim
 
 
 @triton.jit
+def divided(a, b):
+    """(a // b, a % b) of numbers that are not negative: an unsigned division is half of a signed one."""
+    quotient = (a.to(tl.uint32) // tl.cast(b, tl.uint32)).to(tl.int32)
+    return quotient, a - quotient * b
+
+
+@triton.jit
 def output_pixels(
     tile,
     column_tiles,
@@ -17,14 +24,65 @@ def output_pixels(
     BLOCK_COLUMNS: tl.constexpr,
     INDEX: tl.constexpr = tl.int32,
 ):
-    """The output pixels (x, y[, z]) of a tile, [pixels, 1], and which of them exist.
+    """The output pixels (x, y[, z]) of a tile, [pixels, 1], and which of them exist."""
+    row_tile, column_tile = divided(tile, column_tiles)
+    row = first_row(row_tile, BLOCK_ROWS, DIMS, INDEX)
+    return pixels_from(column_tile * BLOCK_COLUMNS, row, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS, INDEX)
+
+
+@triton.jit
+def place_of_program(column_tiles, row_tiles, splits):
+    """(column tile, row tile, split, group of outputs): those of one output follow each other."""
+    rest, column_tile = divided(tl.program_id(0), column_tiles)
+    rest, row_tile = divided(rest, row_tiles)
+    split = rest * 0
+    if splits > 1:
+        rest, split = divided(rest, splits)
+    return column_tile, row_tile, split, rest
+
+
+@triton.jit
+def first_row(row_tile, rows, DIMS: tl.constexpr, INDEX: tl.constexpr):
+    """The first row of a tile of ``rows``; in a volume, of depth * height, it may pass 2^31."""
+    if DIMS == 3:
+        return row_tile.to(INDEX) * rows
+    else:
+        return row_tile * rows
+
+
+@triton.jit
+def row_count(out_size, like, DIMS: tl.constexpr):
+    """Rows of an output, in the type of ``like``."""
+    if DIMS == 3:
+        return out_size[1].to(like.dtype) * out_size[2]
+    else:
+        return out_size[1]
+
+
+@triton.jit
+def steps_from(row, steps, out_size, BLOCK_ROWS: tl.constexpr, DIMS: tl.constexpr):
+    """How many of ``steps`` blocks of rows from ``row`` on begin within the output."""
+    left = row_count(out_size, row, DIMS) - row
+    return tl.minimum(steps, tl.cdiv(left, BLOCK_ROWS).to(tl.int32))
+
+
+@triton.jit
+def pixels_from(
+    column,
+    first,
+    out_size,
+    DIMS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """``output_pixels`` of the tile that begins at ``column`` and row ``first``.
 
     Rows of a volume, depth * height of them, are counted in INDEX.
     """
     lane = tl.arange(0, BLOCK_ROWS * BLOCK_COLUMNS)[:, None]
-    x = (tile % column_tiles) * BLOCK_COLUMNS + lane % BLOCK_COLUMNS
+    x = column + lane % BLOCK_COLUMNS
     if DIMS == 3:
-        first = (tile // column_tiles).to(INDEX) * BLOCK_ROWS
         slices = 0
         if (
             INDEX == tl.int64
@@ -37,8 +95,24 @@ def output_pixels(
         z += slices
         return (x, y, z), (x < out_size[0]) & (z < out_size[2])
     else:
-        row = (tile // column_tiles) * BLOCK_ROWS + lane // BLOCK_COLUMNS
+        row = first + lane // BLOCK_COLUMNS
         return (x, row), (x < out_size[0]) & (row < out_size[1])
+
+
+@triton.jit
+def row_range(row, rows, size, DIMS: tl.constexpr):
+    """The first and last (y[, z]) of ``rows`` rows from ``row``; all y where they go on in the next slice."""
+    if DIMS == 3:
+        last_row = tl.minimum(row + rows, size[1].to(row.dtype) * size[2]) - 1
+        z = (row // size[1]).to(tl.int32)
+        last_z = (last_row // size[1]).to(tl.int32)
+        whole = last_z > z
+        y = tl.where(whole, 0, (row % size[1]).to(tl.int32))
+        last_y = tl.where(whole, size[1] - 1, (last_row % size[1]).to(tl.int32))
+        return (y, z), (last_y, last_z)
+    else:
+        first = row.to(tl.int32)
+        return (first,), (tl.minimum(first + rows, size[1]) - 1,)
 
 
 @triton.jit

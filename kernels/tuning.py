@@ -115,8 +115,9 @@ def _tune_one(
             except _refusals():
                 return float("inf")
 
-    start = {name: value for name, value in chosen._asdict().items() if name != "splits"}
-    if isinstance(chosen, Tile):
+    start = chosen._asdict()
+    if isinstance(chosen, Tile):  # these two follow from how many programs are wanted
+        del start["splits"], start["steps"]
         start["waves"] = configs.WAVES
     fields, best, first = search(problem, start, cost)
     _log.info("%s: %s, %.4f ms for %.4f ms by the rules", problem.key, fields, best, first)
@@ -187,8 +188,7 @@ def _warps(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
 
 
 def _waves(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
-    if problem.channels > fields.get("channels", 1) * fields.get("unroll", 1):
-        yield from _scaled(fields, "waves", 2, 64)
+    yield from _scaled(fields, "waves", 2, 64)
 
 
 def _group(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
