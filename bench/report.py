@@ -301,6 +301,8 @@ def _always(count: int) -> Trips:
 # Zero: the way for maps that fold or magnify strongly, or (in sorted sums) for long lists of outputs.
 TRIPS: dict[tuple[str, str], Trips] = {
     ("*", "block"): lambda arguments, case: arguments["split_blocks"],
+    # of the two ways, the dearer one: blocks of which not all pixels are read inside the image
+    ("*", "step"): lambda arguments, case: arguments["steps"],
     ("tps_coordinates", "k"): lambda arguments, case: arguments["controls"],
     ("tps_backward", "k0"): lambda arguments, case: -(-arguments["controls"] // 16),
     ("gather_backward_kernel", "t"): lambda arguments, case: arguments["transforms"],
