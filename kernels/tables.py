@@ -161,21 +161,16 @@ def user_table(device: torch.device) -> UserTable:
     return UserTable(user_directory() / f"{name}.json")
 
 
-_live = 0  # open blocks of autotune()
+live = 0  # open blocks of autotune(): inside, the user's own table is in use
 generation = 0  # counts what changes a lookup
 _live_lock = threading.Lock()
 
 
-def live() -> bool:
-    """Whether the user's own table is in use."""
-    return _live > 0
-
-
 def set_live(change: int) -> None:
     """Opens (1) or closes (-1) a block, in all threads: gradients are computed in others."""
-    global _live
+    global live
     with _live_lock:
-        _live += change
+        live += change
     changed()
 
 
@@ -187,9 +182,9 @@ def changed() -> None:
 
 
 def lookup(device: torch.device, key: Callable[[], str]) -> Fields:
-    """The fields that a table has for ``key()``: the user's own while ``live``, then the package's."""
+    """The fields that a table has for ``key()``: the user's own while live, then the package's."""
     fields: Fields | None = None
-    if _live and device.type not in ("cpu", "meta"):
+    if live and device.type not in ("cpu", "meta"):
         fields = user_table(device).entries.get(key())
     if fields is None:
         table = shipped(architecture(device))

@@ -61,7 +61,7 @@ def tunable(launcher: _Launcher) -> _Launcher:
 
     @functools.wraps(launcher)
     def launch(*args: Any) -> Any:
-        if tables.live():
+        if tables.live:
             device = next(argument.device for argument in args if isinstance(argument, torch.Tensor))
             if _can_tune(device):
                 _tune(functools.partial(launcher, *args), device)

@@ -233,7 +233,7 @@ def pretend(tmp_path, monkeypatch):
     monkeypatch.setattr(
         tables,
         "lookup",
-        lambda device, key: table.entries.get(key(), {}) if tables.live() else lookup(device, key),
+        lambda device, key: table.entries.get(key(), {}) if tables.live else lookup(device, key),
     )
     with backend.use("interpreter"), quick_interpreter():
         yield table, timed
@@ -306,7 +306,7 @@ def test_a_failure_leaves_the_search_usable(pretend, monkeypatch):
         broken.setattr(tuning, "search", lambda *args: (_ for _ in ()).throw(RuntimeError("interrupted")))
         with pytest.raises(RuntimeError, match="interrupted"):
             warp()
-    assert not tables.live()
+    assert not tables.live
     with stn.autotune():
         warp()
     assert timed
