@@ -154,8 +154,11 @@ def affine_preimage(rows, center, radius, DIMS: tl.constexpr):
             entry = entries[i][j][0] * inverse
             error = ROUNDING * condition * entries[i][j][1] * tl.abs(inverse)
             middle += entry * (center[j] - rows[j][DIMS])
-            reach += (tl.abs(entry) + error) * radius[j]
-            reach += error * (tl.abs(center[j]) + tl.abs(rows[j][DIMS]))
+            reach += (tl.abs(entry) + 2.0 * error) * radius[j]
+            # no output reads farther from the last entry than the others and the radius reach
+            for k in tl.static_range(DIMS + 1):
+                reach += error * tl.abs(rows[j][k])
+            reach += error * tl.abs(rows[j][DIMS])
         reach = tl.where(regular, reach, INFINITY)
         bounds += ((middle - reach, middle + reach),)
     return bounds
@@ -234,8 +237,8 @@ def preimage(
         error = ROUNDING * (extent + 1.0)
         first = tl.ceil(bounds[axis][0] * half + (0.5 * extent - error))
         last = tl.floor(bounds[axis][1] * half + (0.5 * extent + error))
-        # NaN must widen the range
-        first = tl.where(first > 0.0, tl.minimum(first, extent + 1.0), 0.0)
-        last = tl.where(last < extent, tl.maximum(last, -1.0), extent)
+        # of a NaN and a number both functions take the number: NaN widens the range
+        first = tl.minimum(tl.maximum(first, 0.0), extent + 1.0)
+        last = tl.maximum(tl.minimum(last, extent), -1.0)
         pixels += ((first.to(tl.int32), last.to(tl.int32)),)
     return pixels
