@@ -135,7 +135,7 @@ def pixel_steps(
         step = ()
         for j in tl.static_range(DIMS):
             extent = tl.maximum(out_size[j] - ALIGN_CORNERS, 1).to(COMPUTE)
-            step += (rows[axis][j] * sources.true_divide(scale, extent, COMPUTE),)
+            step += (rows[axis][j] * sources.whole_quotient(scale, extent, COMPUTE),)
         steps += (step,)
     return steps
 
