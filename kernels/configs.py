@@ -127,15 +127,41 @@ def choose(
     return _with_forced(tile)
 
 
-def choose_gather(device: torch.device, tile: Tile) -> Gather:
-    """How a tile of the input looks for the outputs that read it."""
+def choose_gather(
+    device: torch.device,
+    *,
+    images: int,
+    channels: int,
+    rows: int,
+    columns: int,
+    element_size: int,
+    channels_last: bool,
+) -> tuple[Tile, Gather]:
+    """The tile of the input of one program of ``gather``, and how it looks for the outputs that read it.
+
+    One warp: its reductions need no barrier. What depends on the matrix alone costs as much as a lane's way through
+    nine candidates, and is shared by all pixels of a lane: as many of them as registers allow.
+    """
     if device.type == "cpu":
-        limits = Gather(16, 64, 64)
+        tile, search = _interpreter_tile(channels, rows, columns), Gather(16, 64, 64)
+    elif channels_last and channels >= 8:
+        # Sixteen pixels of 32 channels: a weight is shared by a lane's vectors of up to four blocks of channels.
+        width = min(_power_of_2(channels), 32)
+        unroll = min(-(-channels // width), 4 if element_size == 4 else 2)
+        pixels = 512 // width
+        columns_tile = min(_power_of_2(columns), pixels)
+        tile = Tile(pixels // columns_tile, columns_tile, width, unroll, 1, 1)
+        search = Gather(1, 8, 512)
     else:
-        # as many outputs as keep their gradients, a block of channels each, in the registers
-        outputs = min(max(4096 // tile.channels, 32), 256)
-        limits = Gather(outputs // 32, 32, 512)
-    return _with_forced(limits)
+        # Sixteen sums a lane, or four pixels.
+        unroll = min(max(channels, 1), 8)
+        pixels = 128 if unroll <= 4 else 64
+        columns_tile = min(_power_of_2(columns), 32)
+        tile = Tile(pixels // columns_tile, columns_tile, 1, unroll, 1, 1)
+        search = Gather(1, 32, 512)
+    if device.type != "cpu":
+        tile = tile._replace(splits=_splits(device, images, channels, rows, columns, tile))
+    return _with_forced(tile), _with_forced(search)
 
 
 def _splits(device: torch.device, images: int, channels: int, rows: int, columns: int, tile: Tile) -> int:

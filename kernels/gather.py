@@ -245,6 +245,85 @@ def product(numbers, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def search(
+    source,
+    n,
+    t,
+    q,
+    exists,
+    in_size,
+    out_size,
+    SOURCE: tl.constexpr,
+    INTERPOLATION: tl.constexpr,
+    PADDING: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    DIMS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The matrix of transform t, what is known of the outputs that can read the tile, and their number.
+
+    Known is, under reflection, (bounds, folds); else ``candidates``. The number, a float, is that of the outputs
+    that a lane would go through; infinite where it would be too many, or too far for steps.
+    """
+    rows = sources.matrix_of(source, n, t, SOURCE, DIMS, COMPUTE)
+    low = ()
+    high = ()
+    for axis in tl.static_range(DIMS):
+        low += (sources.normalised(0, out_size[axis], ALIGN_CORNERS, COMPUTE),)
+        high += (sources.normalised(out_size[axis] - 1, out_size[axis], ALIGN_CORNERS, COMPUTE),)
+    bounds = image_bounds(rows, low, high, in_size, SOURCE, ALIGN_CORNERS, DIMS, COMPUTE)
+    if PADDING == REFLECTION:
+        ranges, number = folds(bounds, in_size, ALIGN_CORNERS, DIMS, COMPUTE)
+        visits = tl.full([], INFINITY, COMPUTE)
+        if number <= MOST_FOLDS:
+            visits = tl.full([], 0.0, COMPUTE)
+            for i in range(number.to(tl.int32)):
+                _first, most = candidates(
+                    rows,
+                    bounds,
+                    q,
+                    exists,
+                    fold_number(i, ranges, DIMS),
+                    in_size,
+                    out_size,
+                    SOURCE,
+                    INTERPOLATION,
+                    PADDING,
+                    ALIGN_CORNERS,
+                    DIMS,
+                    COMPUTE,
+                )
+                visits += product(most, DIMS, COMPUTE)
+        return rows, (bounds, ranges, number), visits
+    else:
+        first, most = candidates(
+            rows,
+            bounds,
+            q,
+            exists,
+            (0, 0, 0),
+            in_size,
+            out_size,
+            SOURCE,
+            INTERPOLATION,
+            PADDING,
+            ALIGN_CORNERS,
+            DIMS,
+            COMPUTE,
+        )
+        visits = product(most, DIMS, COMPUTE)
+        if by_steps(SOURCE, INTERPOLATION, PADDING):
+            steps = pixel_steps(rows, in_size, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
+            for axis in tl.static_range(DIMS):
+                way = 0.0
+                for j in tl.static_range(DIMS):
+                    way += (most[j] - 1).to(COMPUTE) * tl.abs(steps[axis][j])
+                # NaN must not pass
+                visits = tl.where(way <= (in_size[axis] + 8).to(COMPUTE), visits, INFINITY)
+        return rows, (first, most), visits
+
+
+@triton.jit
 def add_candidate(
     acc,
     p,
@@ -286,7 +365,9 @@ def by_steps(source, interpolation, padding):
 
     They differ from the forward's in the last bits, so that weights must be continuous in them.
     """
-    return source == Source.AFFINE and interpolation != Interpolation.NEAREST and padding != Padding.REFLECTION
+    return (
+        source == Source.AFFINE and interpolation != Interpolation.NEAREST and padding != Padding.REFLECTION
+    )
 
 
 @triton.jit
@@ -729,54 +810,58 @@ def gather_backward_kernel(
     first_yz, last_yz = row_range(first_row, BLOCK_ROWS, in_size, DIMS)
     tile_low = (first_x,) + first_yz
     tile_high = (last_x,) + last_yz
-    low = ()
-    high = ()
-    for axis in tl.static_range(DIMS):
-        low += (sources.normalised(0, out_size[axis], ALIGN_CORNERS, COMPUTE),)
-        high += (sources.normalised(out_size[axis] - 1, out_size[axis], ALIGN_CORNERS, COMPUTE),)
     target = grad_input_ptr + tl.multiple_of(n * stride_grad_n, VECTOR_GRAD)
     target += tl.multiple_of(pixel_offset(q, stride_grad, DIMS, INDEX), (VECTOR_GRAD, VECTOR_GRAD))
     first = split * split_blocks
     last = tl.minimum(first + split_blocks, tl.cdiv(channels, BLOCK_CHANNELS * UNROLL))
+    # Planar tiles take many blocks of channels to one transform, whose search they share. (Pixels that are carried
+    # along would get another layout than vectors of channels have, and be exchanged in the inner loop.)
+    SHARED: tl.constexpr = BLOCK_CHANNELS == 1
+    if SHARED:
+        rows, known, visits = search(
+            source,
+            n,
+            0,
+            q,
+            exists,
+            in_size,
+            out_size,
+            SOURCE,
+            INTERPOLATION,
+            PADDING,
+            ALIGN_CORNERS,
+            DIMS,
+            COMPUTE,
+        )
     for block in range(first, last):
         acc = ()
         for _ in tl.static_range(UNROLL):
             acc += (tl.zeros([BLOCK_ROWS * BLOCK_COLUMNS, BLOCK_CHANNELS], COMPUTE),)
         for t in range(transforms):
-            rows = sources.matrix_of(source, n, t, SOURCE, DIMS, COMPUTE)
-            pointer = grad_output_ptr + tl.multiple_of(
-                n * stride_out_n + tl.cast(t, tl.int64) * stride_out_t, VECTOR_OUT
-            )
-            bounds = image_bounds(rows, low, high, in_size, SOURCE, ALIGN_CORNERS, DIMS, COMPUTE)
-            if PADDING == REFLECTION:
-                ranges, number = folds(bounds, in_size, ALIGN_CORNERS, DIMS, COMPUTE)
-                visits = tl.full([], INFINITY, COMPUTE)
-                if number <= MOST_FOLDS:
-                    visits = tl.full([], 0.0, COMPUTE)
-                    for i in range(number.to(tl.int32)):
-                        first_out, most = candidates(
-                            rows,
-                            bounds,
-                            q,
-                            exists,
-                            fold_number(i, ranges, DIMS),
-                            in_size,
-                            out_size,
-                            SOURCE,
-                            INTERPOLATION,
-                            PADDING,
-                            ALIGN_CORNERS,
-                            DIMS,
-                            COMPUTE,
-                        )
-                        visits += product(most, DIMS, COMPUTE)
+            if SHARED:
+                if transforms > 1:
+                    rows, known, visits = search(
+                        source,
+                        n,
+                        t,
+                        q,
+                        exists,
+                        in_size,
+                        out_size,
+                        SOURCE,
+                        INTERPOLATION,
+                        PADDING,
+                        ALIGN_CORNERS,
+                        DIMS,
+                        COMPUTE,
+                    )
             else:
-                first_out, most = candidates(
-                    rows,
-                    bounds,
+                rows, known, visits = search(
+                    source,
+                    n,
+                    t,
                     q,
                     exists,
-                    (0, 0, 0),
                     in_size,
                     out_size,
                     SOURCE,
@@ -786,17 +871,12 @@ def gather_backward_kernel(
                     DIMS,
                     COMPUTE,
                 )
-                visits = product(most, DIMS, COMPUTE)
-                if by_steps(SOURCE, INTERPOLATION, PADDING):
-                    steps = pixel_steps(rows, in_size, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
-                    for axis in tl.static_range(DIMS):
-                        way = (most[0] - 1).to(COMPUTE) * tl.abs(steps[axis][0])
-                        way += (most[1] - 1).to(COMPUTE) * tl.abs(steps[axis][1])
-                        if DIMS == 3:
-                            way += (most[2] - 1).to(COMPUTE) * tl.abs(steps[axis][2])
-                        visits = tl.where(way <= (in_size[axis] + 8).to(COMPUTE), visits, INFINITY)
+            pointer = grad_output_ptr + tl.multiple_of(
+                n * stride_out_n + tl.cast(t, tl.int64) * stride_out_t, VECTOR_OUT
+            )
             if visits <= CANDIDATES:
                 if PADDING == REFLECTION:
+                    bounds, ranges, number = known
                     for i in range(number.to(tl.int32)):
                         fold = fold_number(i, ranges, DIMS)
                         first_out, most = candidates(
@@ -841,6 +921,7 @@ def gather_backward_kernel(
                             UNROLL,
                         )
                 else:
+                    first_out, most = known
                     acc = add_by_pixel(
                         acc,
                         rows,
@@ -913,7 +994,7 @@ def gather_backward(
     dims = grad_input.dim() - 2
     batch, channels = grad_input.shape[:2]
     columns, rows = grad_input.shape[-1], grad_input.shape[-dims:-1].numel()
-    tile = configs.choose(
+    tile, ways = configs.choose_gather(
         grad_output.device,
         images=batch,
         channels=channels,
@@ -921,16 +1002,12 @@ def gather_backward(
         columns=columns,
         element_size=grad_output.element_size(),
         channels_last=grad_output.stride(channel_dim(grad_output, dims)) == 1,
-        interpolation=interpolation,
-        dims=dims,
-        backward=True,
     )
     block = tile.channels * tile.unroll
     blocks = triton.cdiv(channels, block)
     split_blocks = triton.cdiv(blocks, tile.splits)
     splits = triton.cdiv(blocks, split_blocks)
     column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
-    search = configs.choose_gather(grad_output.device, tile)
     stride_grad_n, _, *stride_grad = strides(grad_input, dims)
     launch(
         gather_backward_kernel,
@@ -966,8 +1043,8 @@ def gather_backward(
         BLOCK_COLUMNS=tile.columns,
         BLOCK_CHANNELS=tile.channels,
         UNROLL=tile.unroll,
-        OUT_ROWS=search.out_rows,
-        OUT_COLUMNS=search.out_columns,
-        CANDIDATES=search.candidates,
+        OUT_ROWS=ways.out_rows,
+        OUT_COLUMNS=ways.out_columns,
+        CANDIDATES=ways.candidates,
         num_warps=tile.warps,
     )
