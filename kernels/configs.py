@@ -139,13 +139,13 @@ def choose_gather(
 ) -> tuple[Tile, Gather]:
     """The tile of the input of one program of ``gather``, and how it looks for the outputs that read it.
 
-    One warp: its reductions need no barrier. What depends on the matrix alone costs as much as a lane's way through
-    nine candidates, and is shared by all pixels of a lane: as many of them as registers allow.
+    One warp: its reductions need no barrier. What depends on the matrix alone costs as much as two or three
+    pixels' nine candidates each, and all pixels of a lane share it: as many of them as registers allow.
     """
     if device.type == "cpu":
         tile, search = _interpreter_tile(channels, rows, columns), Gather(16, 64, 64)
     elif channels_last and channels >= 8:
-        # Sixteen pixels of 32 channels: a weight is shared by a lane's vectors of up to four blocks of channels.
+        # Sixteen pixels of 32 channels at a time: a lane's vectors of up to four such blocks share a weight.
         width = min(_power_of_2(channels), 32)
         unroll = min(-(-channels // width), 4 if element_size == 4 else 2)
         pixels = 512 // width

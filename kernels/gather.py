@@ -262,8 +262,8 @@ def search(
 ):
     """The matrix of transform t, what is known of the outputs that can read the tile, and their number.
 
-    Known is, under reflection, (bounds, folds); else ``candidates``. The number, a float, is that of the outputs
-    that a lane would go through; infinite where it would be too many, or too far for steps.
+    Known is, under reflection, (bounds, folds); else ``candidates``. The number, a float, is that of the
+    outputs that a lane would go through; infinite where there is no bound, or where steps would go too far.
     """
     rows = sources.matrix_of(source, n, t, SOURCE, DIMS, COMPUTE)
     low = ()
@@ -361,12 +361,13 @@ def add_candidate(
 
 @triton.constexpr_function
 def by_steps(source, interpolation, padding):
-    """Whether candidates' coordinates may be stepped to from the first one's.
+    """Whether candidates' coordinates are stepped to from the first one's, which saves half of their work.
 
-    They differ from the forward's in the last bits, so that weights must be continuous in them.
+    They differ from the forward's in the last bits: weights must be continuous in them (at a mirror an output
+    changes folds), and no steeper than lines for the error to stay below PyTorch's in images of a few pixels.
     """
     return (
-        source == Source.AFFINE and interpolation != Interpolation.NEAREST and padding != Padding.REFLECTION
+        source == Source.AFFINE and interpolation == Interpolation.BILINEAR and padding != Padding.REFLECTION
     )
 
 
@@ -375,6 +376,17 @@ def differences(p, q, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
     result = ()
     for axis in tl.static_range(DIMS):
         result += (p[axis] - q[axis].to(COMPUTE),)
+    return result
+
+
+@triton.jit
+def limited(distances, q, size, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+    """Distances from pixel ``q`` of coordinates that are limited to the image."""
+    result = ()
+    for axis in tl.static_range(DIMS):
+        low = -q[axis].to(COMPUTE)
+        high = (size[axis] - 1 - q[axis]).to(COMPUTE)
+        result += (tl.minimum(tl.maximum(distances[axis], low), high),)
     return result
 
 
@@ -420,6 +432,7 @@ def add_by_pixel(
 ):
     """``acc`` plus what each pixel ``q`` gets from its ``most`` outputs from ``first`` on."""
     STEPS: tl.constexpr = by_steps(SOURCE, INTERPOLATION, PADDING)
+    WEIGHTS: tl.constexpr = ZEROS if STEPS else PADDING
     offset = tl.multiple_of(pixel_offset(first, stride_out, DIMS, INDEX), (VECTOR, VECTOR))
     stride_x = tl.cast(stride_out[0], INDEX)
     stride_y = tl.cast(stride_out[1], INDEX)
@@ -427,18 +440,20 @@ def add_by_pixel(
     depth = 1
     if DIMS == 3:
         depth = most[2]
-    if STEPS:
+    pixel = q
+    if STEPS:  # distances from the pixel, which is where weights are zeros padding's
+        pixel = (0, 0, 0)
         steps = pixel_steps(rows, in_size, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
         start = input_coordinates(rows, first, out_size, in_size, SOURCE, ALIGN_CORNERS, DIMS, COMPUTE)
-        if PADDING == ZEROS:  # weights depend on distances alone
-            start = differences(start, q, DIMS, COMPUTE)
-            q = (0, 0, 0)
+        start = differences(start, q, DIMS, COMPUTE)
     for z in range(depth):
         for y in range(most[1]):
             line = z * stride_z + y * stride_y
             for x in range(most[0]):
                 if STEPS:
                     p = moved(start, steps, (x, y, z), DIMS, COMPUTE)
+                    if PADDING == BORDER:
+                        p = limited(p, q, in_size, DIMS, COMPUTE)
                 else:
                     out = (first[0] + x, first[1] + y)
                     if DIMS == 3:
@@ -447,7 +462,7 @@ def add_by_pixel(
                 acc = add_candidate(
                     acc,
                     p,
-                    q,
+                    pixel,
                     fold,
                     tl.multiple_of(offset + (line + x * stride_x), (VECTOR, VECTOR)),
                     pointer,
@@ -456,7 +471,7 @@ def add_by_pixel(
                     stride_c,
                     in_size,
                     INTERPOLATION,
-                    PADDING,
+                    WEIGHTS,
                     ALIGN_CORNERS,
                     DIMS,
                     COMPUTE,
@@ -814,8 +829,8 @@ def gather_backward_kernel(
     target += tl.multiple_of(pixel_offset(q, stride_grad, DIMS, INDEX), (VECTOR_GRAD, VECTOR_GRAD))
     first = split * split_blocks
     last = tl.minimum(first + split_blocks, tl.cdiv(channels, BLOCK_CHANNELS * UNROLL))
-    # Planar tiles take many blocks of channels to one transform, whose search they share. (Pixels that are carried
-    # along would get another layout than vectors of channels have, and be exchanged in the inner loop.)
+    # Planar tiles take many blocks of channels to one transform: these share its search. (With channels last the
+    # pixels found would be carried in another layout than vectors have, and exchanged in the inner loop.)
     SHARED: tl.constexpr = BLOCK_CHANNELS == 1
     if SHARED:
         rows, known, visits = search(

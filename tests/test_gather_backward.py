@@ -244,6 +244,35 @@ def test_single_pixels(device, padding, align_corners, way):
         assert_close(result, scatter(grad_output, theta, (1, 1, *in_size), modes))
 
 
+@pytest.mark.parametrize("padding", [Padding.ZEROS, Padding.BORDER], ids=["zeros", "border"])
+def test_steps_are_not_taken_from_afar(device, padding):
+    """Outputs many images apart: stepping from one to the next would lose the digits within the image."""
+    theta = torch.tensor([[[1e5, 3e4, 0.2], [-3e4, 1e5, -0.3]]], device=device)
+    grad_output = torch.randn(1, 1, 9, 11, device=device)
+    modes = Interpolation.BILINEAR, padding, False
+    result = gather(grad_output, theta, (1, 1, 7, 5), modes)
+    assert_close(result, scatter(grad_output, theta, (1, 1, 7, 5), modes))
+
+
+@pytest.mark.parametrize("padding", [Padding.ZEROS, Padding.BORDER], ids=["zeros", "border"])
+def test_accuracy_of_steps(device, padding):
+    """Of turned maps, nine candidates to a pixel, the error is no larger than PyTorch's, in small images too."""
+    generator = torch.Generator().manual_seed(3)
+    batch, size = 256, (5, 6)
+    angle = 6.28 * torch.rand(batch, generator=generator)
+    zoom = 0.7 + 0.6 * torch.rand(batch, generator=generator)
+    cos, sin, shift = zoom * angle.cos(), zoom * angle.sin(), 0.2 * torch.randn(batch, 2, generator=generator)
+    theta = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], -1).view(batch, 2, 3)
+    grad_output = torch.randn(batch, 1, *size, generator=generator)
+    shape, modes = (batch, 1, *size), (Interpolation.BILINEAR, padding, False)
+    result = gather(grad_output.to(device), theta.to(device), shape, modes).cpu()
+    exact = scatter(grad_output, theta, shape, modes)
+    image = torch.zeros(shape, requires_grad=True)
+    grid = plain_grid(Source.AFFINE, theta, size, False)
+    F.grid_sample(image, grid, "bilinear", padding.name.lower(), False).backward(grad_output)
+    assert (result - exact).norm() < (image.grad - exact).norm()
+
+
 def test_what_is_not_read_adds_nothing(device):
     """A NaN or an infinity in d output stays with the pixels that its output read."""
     theta = torch.tensor([[[1.0, 0, 0.01], [0, 1, 0.01]]], device=device)
