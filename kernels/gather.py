@@ -829,8 +829,8 @@ def gather_backward_kernel(
     target += tl.multiple_of(pixel_offset(q, stride_grad, DIMS, INDEX), (VECTOR_GRAD, VECTOR_GRAD))
     first = split * split_blocks
     last = tl.minimum(first + split_blocks, tl.cdiv(channels, BLOCK_CHANNELS * UNROLL))
-    # Planar tiles take many blocks of channels to one transform: these share its search. (With channels last the
-    # pixels found would be carried in another layout than vectors have, and exchanged in the inner loop.)
+    # Planar tiles take many blocks of channels to one transform: these share its search. (With channels last
+    # the pixels found would be carried in another layout than vectors have, and exchanged in the inner loop.)
     SHARED: tl.constexpr = BLOCK_CHANNELS == 1
     if SHARED:
         rows, known, visits = search(
