@@ -55,7 +55,7 @@ _forced: ContextVar[dict[str, int]] = ContextVar("forced_tile", default=_NONE)
 @contextmanager
 def override(**fields: int) -> Iterator[None]:
     """Replace fields of what is chosen inside the block; the results must not depend on it."""
-    token = _forced.set(fields)
+    token = _forced.set(_forced.get() | fields)
     try:
         yield
     finally:
