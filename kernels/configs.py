@@ -107,8 +107,8 @@ class Sum(NamedTuple):
     sorted: int
 
 
-# The kernel that is meant, or None for all, and what fields are to be.
-_forced: ContextVar[tuple[str | None, tuple[tuple[str, int], ...]]] = ContextVar("forced", default=(None, ()))
+# What fields are to be, of two the later one, and of which kernel: None is all.
+_forced: ContextVar[tuple[tuple[str | None, str, int], ...]] = ContextVar("forced", default=())
 # The number of the observer that is watching, whom nothing kept may escape, and its list.
 _seen: ContextVar[tuple[int, list[tuple[Problem, NamedTuple]]] | None] = ContextVar("seen", default=None)
 _observers = itertools.count()
@@ -120,7 +120,7 @@ WAVES = 8  # programs wanted for each processor, see _splits and _steps
 def override(kernel: str | None = None, **fields: int) -> Iterator[None]:
     """Replace fields of what is chosen inside the block (for one kernel only, if named); the results must not
     depend on it."""
-    token = _forced.set((kernel, tuple(fields.items())))
+    token = _forced.set((*_forced.get(), *((kernel, name, value) for name, value in fields.items())))
     try:
         yield
     finally:
@@ -144,10 +144,9 @@ def state() -> Hashable:
     return _forced.get(), tables.generation, None if seen is None else seen[0]
 
 
-def _overridden(kernel: str) -> tuple[tuple[str, int], ...]:
+def _overridden(kernel: str) -> dict[str, int]:
     """What ``override`` says of a kernel."""
-    named, fields = _forced.get()
-    return fields if named in (None, kernel) else ()
+    return {name: value for meant, name, value in _forced.get() if meant in (None, kernel)}
 
 
 def power_of_2(n: int) -> int:
@@ -168,7 +167,7 @@ def _processors(device_type: str, device_index: int | None) -> int:
 
 def _settled(device: torch.device, problem: Problem, rules: Any) -> tuple[Any, Mapping[str, Any]]:
     """The rules' choice with what a table and then ``override`` say instead, and all that they say."""
-    fields = {**tables.lookup(device, lambda: problem.key), **dict(_overridden(problem.kernel))}
+    fields = {**tables.lookup(device, lambda: problem.key), **_overridden(problem.kernel)}
     chosen = rules._replace(**{name: value for name, value in fields.items() if name in rules._fields})
     seen = _seen.get()
     if seen is not None:
@@ -218,15 +217,35 @@ def choose(device: torch.device, problem: Problem) -> Tile:
     return tile
 
 
-def choose_gather(device: torch.device, problem: Problem, tile: Tile) -> Gather:
-    """How a tile of the input looks for the outputs that read it."""
+def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]:
+    """The tile of the input of one program of ``gather``, and how it looks for the outputs that read it.
+
+    One warp: its reductions need no barrier. What depends on the matrix alone costs as much as two or three
+    pixels' nine candidates each, and all pixels of a lane share it: as many of them as registers allow.
+    """
+    channels, rows, columns = problem.channels, problem.rows, problem.columns
     if device.type == "cpu":
-        limits = Gather(16, 64, 64)
+        tile, search = _interpreter_tile(channels, rows, columns), Gather(16, 64, 64)
+    elif problem.channels_last and channels >= 8:
+        # Sixteen pixels of 32 channels at a time: a lane's vectors of up to four such blocks share a weight.
+        width = min(power_of_2(channels), 32)
+        unroll = min(-(-channels // width), 4 if problem.element_size == 4 else 2)
+        pixels = 512 // width
+        columns_tile = min(power_of_2(columns), pixels)
+        tile = Tile(pixels // columns_tile, columns_tile, width, unroll, 1, 1, 1)
+        search = Gather(1, 8, 512)
     else:
-        # as many outputs as keep their gradients, a block of channels each, in the registers
-        outputs = min(max(4096 // tile.channels, 32), 256)
-        limits = Gather(outputs // 32, 32, 512)
-    return _settled(device, problem._replace(kernel="gather search"), limits)[0]
+        # Sixteen sums a lane, or four pixels.
+        unroll = min(max(channels, 1), 8)
+        pixels = 128 if unroll <= 4 else 64
+        columns_tile = min(power_of_2(columns), 32)
+        tile = Tile(pixels // columns_tile, columns_tile, 1, unroll, 1, 1, 1)
+        search = Gather(1, 32, 512)
+    tile, fields = _settled(device, problem, tile)
+    if device.type != "cpu" and "splits" not in fields:
+        waves = fields.get("waves", WAVES)
+        tile = tile._replace(splits=_splits(device, problem.images, channels, rows, columns, tile, waves))
+    return tile, _settled(device, problem._replace(kernel="gather search"), search)[0]
 
 
 def prefers_sorted(device: torch.device, problem: Problem) -> bool:

@@ -25,13 +25,15 @@ from .coordinates import (
     BILINEAR,
     BORDER,
     REFLECTION,
+    ZEROS,
     pad_coordinate,
     reflection_bounds,
     unnormalise,
     unnormalise_grad,
 )
-from .interpolation import at_pixel, axis_tap_count, axis_taps
+from .interpolation import at_pixel, axis_tap_count, axis_taps, cubic_far, cubic_near
 from .launch import Plan, channel_dim, compute_dtypes, index_dtype, planned, vector_width
+from .modes import Interpolation, Padding, Source
 from .preimage import INFINITY, image_bounds, preimage
 from .sample import CHANNEL_STRIDES, UNSPECIALIZED, channel_block
 from .tiles import axes, output_pixels, pixel_offset, rounded, row_range, strides
@@ -45,6 +47,13 @@ NOWHERE = tl.constexpr(2**30)
 
 # ------------------------------------------------------------------------------------- one output
 @triton.jit
+def cubic_weight(distance):
+    """The cubic convolution kernel at a distance of at least 0; 0 for a NaN."""
+    far = tl.where(distance < 2.0, cubic_far(distance), 0.0)
+    return tl.where(distance <= 1.0, cubic_near(distance), far)
+
+
+@triton.jit
 def axis_weight(
     x,
     q,
@@ -54,11 +63,18 @@ def axis_weight(
     ALIGN_CORNERS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """The weight with which coordinate ``x`` reads pixel ``q``: the transpose of ``axis_taps``."""
+    """The weight with which coordinate ``x`` reads pixel ``q``: the transpose of ``axis_taps``.
+
+    Under zeros it depends on x - q alone, and is 0 for a NaN.
+    """
     if INTERPOLATION == BILINEAR:
-        padded = pad_coordinate(x, size, PADDING, ALIGN_CORNERS, COMPUTE)
+        if PADDING != ZEROS:
+            x = pad_coordinate(x, size, PADDING, ALIGN_CORNERS, COMPUTE)
         # 1 - t and t with t = x - floor(x), as axis_taps has them, to half a rounding of 1
-        return tl.maximum(1.0 - tl.abs(padded - tl.cast(q, COMPUTE)), 0.0)
+        return tl.clamp(1.0 - tl.abs(x - tl.cast(q, COMPUTE)), 0.0, 1.0)
+    elif INTERPOLATION == BICUBIC and PADDING == ZEROS:
+        # the taps' own distances 1 + t, t, 1 - t and 2 - t, to the bit
+        return cubic_weight(tl.abs(x - tl.cast(q, COMPUTE)))
     else:
         indices, inside, weights = axis_taps(x, size, INTERPOLATION, PADDING, ALIGN_CORNERS, COMPUTE)
         return at_pixel(q, indices, inside, weights, INTERPOLATION, COMPUTE)
@@ -103,6 +119,27 @@ def input_coordinates(
     return p
 
 
+@triton.jit
+def pixel_steps(
+    rows,
+    in_size,
+    out_size,
+    ALIGN_CORNERS: tl.constexpr,
+    DIMS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """For each axis by how many pixels an affine map moves on from an output to the next in x, y[, z]."""
+    steps = ()
+    for axis in tl.static_range(DIMS):
+        scale = (in_size[axis] - ALIGN_CORNERS).to(COMPUTE)
+        step = ()
+        for j in tl.static_range(DIMS):
+            extent = tl.maximum(out_size[j] - ALIGN_CORNERS, 1).to(COMPUTE)
+            step += (rows[axis][j] * sources.whole_quotient(scale, extent, COMPUTE),)
+        steps += (step,)
+    return steps
+
+
 # --------------------------------------------------------------------------------------- reflection
 @triton.jit
 def fold_of(x, size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
@@ -120,29 +157,18 @@ def unfolded(q, fold, size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def folds(
-    bounds,
-    in_size,
-    PADDING: tl.constexpr,
-    ALIGN_CORNERS: tl.constexpr,
-    DIMS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
+def folds(bounds, in_size, ALIGN_CORNERS: tl.constexpr, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
     """For each axis the first fold that is read and their number, and the number over all axes, floats.
 
-    Without reflection there is one fold, the image. The numbers are infinite or NaN if there is no bound.
+    The numbers are infinite or NaN if there is no bound.
     """
     ranges = ()
-    one = tl.full([], 1.0, COMPUTE)
-    number = one
+    number = tl.full([], 1.0, COMPUTE)
     for axis in tl.static_range(DIMS):
-        if PADDING == REFLECTION:
-            first = fold_of(bounds[axis][0], in_size[axis], ALIGN_CORNERS, COMPUTE)
-            last = fold_of(bounds[axis][1], in_size[axis], ALIGN_CORNERS, COMPUTE)
-            ranges += ((first, last - first + 1.0),)
-            number *= last - first + 1.0
-        else:
-            ranges += ((one - one, one),)
+        first = fold_of(bounds[axis][0], in_size[axis], ALIGN_CORNERS, COMPUTE)
+        last = fold_of(bounds[axis][1], in_size[axis], ALIGN_CORNERS, COMPUTE)
+        ranges += ((first, last - first + 1.0),)
+        number *= last - first + 1.0
     return ranges, number
 
 
@@ -185,90 +211,46 @@ def candidates(
         place = q[axis].to(COMPUTE)
         if PADDING == REFLECTION:
             place = unfolded(place, fold[axis], in_size[axis], ALIGN_CORNERS, COMPUTE)
-        low = place - (RADIUS + bounds[axis][2])
-        high = place + (RADIUS + bounds[axis][2])
+        reach = RADIUS + bounds[axis][2]
         if PADDING == BORDER:  # all that lies beyond the border reads the border
-            low = tl.where(q[axis] == 0, tl.minimum(low, bounds[axis][0]), low)
-            high = tl.where(q[axis] == in_size[axis] - 1, tl.maximum(high, bounds[axis][1]), high)
+            low = tl.where(q[axis] == 0, tl.minimum(place - reach, bounds[axis][0]), place - reach)
+            last = in_size[axis] - 1
+            high = tl.where(q[axis] == last, tl.maximum(place + reach, bounds[axis][1]), place + reach)
+            place = 0.5 * (low + high)
+            reach = 0.5 * (high - low)
         scale = unnormalise_grad(in_size[axis], ALIGN_CORNERS, COMPUTE)
         middle = (in_size[axis] - 1).to(COMPUTE) * 0.5
         # an axis of one pixel with aligned corners has scale 0: everything reads that pixel
         inverse = 1.0 / tl.where(scale > 0, scale, 1.0)
-        center += (tl.where(scale > 0, (0.5 * (low + high) - middle) * inverse, 0.0),)
-        radius += (tl.where(scale > 0, 0.5 * (high - low) * inverse, INFINITY),)
+        center += (tl.where(scale > 0, (place - middle) * inverse, 0.0),)
+        radius += (tl.where(scale > 0, reach * inverse, INFINITY),)
     ranges = preimage(rows, center, radius, out_size, SOURCE, ALIGN_CORNERS, DIMS, COMPUTE)
-    some = exists
-    for axis in tl.static_range(DIMS):
-        some = some & (ranges[axis][0] <= ranges[axis][1])
     first = ()
-    last = ()
     most = ()
     for axis in tl.static_range(DIMS):
-        count = tl.where(some, ranges[axis][1] - ranges[axis][0] + 1, 0)
-        first += (ranges[axis][0],)
-        last += (tl.where(some, ranges[axis][1], -1),)
-        most += (tl.max(tl.max(count, 1), 0),)
-    return first, last, most
+        count = tl.where(exists, ranges[axis][1] - ranges[axis][0] + 1, 0)
+        number = tl.maximum(tl.max(tl.max(count, 1), 0), 0)
+        most += (number,)
+        # all of them outputs: one too many has weight 0
+        first += (tl.maximum(tl.minimum(ranges[axis][0], out_size[axis] - number), 0),)
+    return first, most
 
 
 @triton.jit
-def add_candidate(
-    acc,
-    out,
-    last,
-    rows,
-    q,
-    fold,
-    pointer,
-    first_channel,
-    channels,
-    stride_c,
-    stride_out,
-    in_size,
-    out_size,
-    SOURCE: tl.constexpr,
-    INTERPOLATION: tl.constexpr,
-    PADDING: tl.constexpr,
-    ALIGN_CORNERS: tl.constexpr,
-    DIMS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    INDEX: tl.constexpr,
-    VECTOR: tl.constexpr,
-    EVEN_CHANNELS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """``acc`` plus what each pixel ``q`` gets from its output ``out``, unless that lies behind ``last``."""
-    p = input_coordinates(rows, out, out_size, in_size, SOURCE, ALIGN_CORNERS, DIMS, COMPUTE)
-    weight = weight_of(p, q, in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE)
-    kept = weight != 0.0
-    for axis in tl.static_range(DIMS):
-        kept = kept & (out[axis] <= last[axis])
-        if PADDING == REFLECTION:  # an output belongs to one fold, and is not counted in another
-            kept = kept & (fold_of(p[axis], in_size[axis], ALIGN_CORNERS, COMPUTE) == fold[axis])
-    offset = tl.multiple_of(pixel_offset(out, stride_out, DIMS, INDEX), (VECTOR, VECTOR))
-    new = ()
-    for step in tl.static_range(UNROLL):
-        c, exists = channel_block(first_channel + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX)
-        g = tl.load(pointer + offset + c * stride_c, kept & exists, other=0.0).to(COMPUTE)
-        new += (acc[step] + weight * g,)
-    return new
+def product(numbers, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+    result = numbers[0].to(COMPUTE) * numbers[1].to(COMPUTE)
+    if DIMS == 3:
+        result *= numbers[2].to(COMPUTE)
+    return result
 
 
 @triton.jit
-def add_by_pixel(
-    acc,
-    rows,
-    bounds,
-    ranges,
-    number,
+def search(
+    source,
+    n,
+    t,
     q,
     exists,
-    pointer,
-    first_channel,
-    channels,
-    stride_c,
-    stride_out,
     in_size,
     out_size,
     SOURCE: tl.constexpr,
@@ -277,20 +259,49 @@ def add_by_pixel(
     ALIGN_CORNERS: tl.constexpr,
     DIMS: tl.constexpr,
     COMPUTE: tl.constexpr,
-    INDEX: tl.constexpr,
-    VECTOR: tl.constexpr,
-    EVEN_CHANNELS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
-    for i in range(number):
-        fold = fold_number(i, ranges, DIMS)
-        first, last, most = candidates(
+    """The matrix of transform t, what is known of the outputs that can read the tile, and their number.
+
+    Known is, under reflection, (bounds, folds); else ``candidates``. The number, a float, is that of the
+    outputs that a lane would go through; infinite where there is no bound, or where steps would go too far.
+    """
+    rows = sources.matrix_of(source, n, t, SOURCE, DIMS, COMPUTE)
+    low = ()
+    high = ()
+    for axis in tl.static_range(DIMS):
+        low += (sources.normalised(0, out_size[axis], ALIGN_CORNERS, COMPUTE),)
+        high += (sources.normalised(out_size[axis] - 1, out_size[axis], ALIGN_CORNERS, COMPUTE),)
+    bounds = image_bounds(rows, low, high, in_size, SOURCE, ALIGN_CORNERS, DIMS, COMPUTE)
+    if PADDING == REFLECTION:
+        ranges, number = folds(bounds, in_size, ALIGN_CORNERS, DIMS, COMPUTE)
+        visits = tl.full([], INFINITY, COMPUTE)
+        if number <= MOST_FOLDS:
+            visits = tl.full([], 0.0, COMPUTE)
+            for i in range(number.to(tl.int32)):
+                _first, most = candidates(
+                    rows,
+                    bounds,
+                    q,
+                    exists,
+                    fold_number(i, ranges, DIMS),
+                    in_size,
+                    out_size,
+                    SOURCE,
+                    INTERPOLATION,
+                    PADDING,
+                    ALIGN_CORNERS,
+                    DIMS,
+                    COMPUTE,
+                )
+                visits += product(most, DIMS, COMPUTE)
+        return rows, (bounds, ranges, number), visits
+    else:
+        first, most = candidates(
             rows,
             bounds,
             q,
             exists,
-            fold,
+            (0, 0, 0),
             in_size,
             out_size,
             SOURCE,
@@ -300,42 +311,175 @@ def add_by_pixel(
             DIMS,
             COMPUTE,
         )
-        depth = 1
+        visits = product(most, DIMS, COMPUTE)
+        if by_steps(SOURCE, INTERPOLATION, PADDING):
+            steps = pixel_steps(rows, in_size, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
+            for axis in tl.static_range(DIMS):
+                way = 0.0
+                for j in tl.static_range(DIMS):
+                    way += (most[j] - 1).to(COMPUTE) * tl.abs(steps[axis][j])
+                # NaN must not pass
+                visits = tl.where(way <= (in_size[axis] + 8).to(COMPUTE), visits, INFINITY)
+        return rows, (first, most), visits
+
+
+@triton.jit
+def add_candidate(
+    acc,
+    p,
+    q,
+    fold,
+    offset,
+    pointer,
+    first_channel,
+    channels,
+    stride_c,
+    in_size,
+    INTERPOLATION: tl.constexpr,
+    PADDING: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    DIMS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    INDEX: tl.constexpr,
+    EVEN_CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """``acc`` plus what each pixel ``q`` gets from an output at pixel coordinates ``p``."""
+    weight = weight_of(p, q, in_size, INTERPOLATION, PADDING, ALIGN_CORNERS, DIMS, COMPUTE)
+    kept = weight != 0.0
+    for axis in tl.static_range(DIMS):
+        if PADDING == REFLECTION:  # an output belongs to one fold, and is not counted in another
+            kept = kept & (fold_of(p[axis], in_size[axis], ALIGN_CORNERS, COMPUTE) == fold[axis])
+    new = ()
+    for step in tl.static_range(UNROLL):
+        c, exists = channel_block(first_channel + step, channels, BLOCK_CHANNELS, EVEN_CHANNELS, INDEX)
+        g = tl.load(pointer + c * stride_c + offset, kept & exists, other=0.0).to(COMPUTE)
+        new += (acc[step] + weight * g,)
+    return new
+
+
+@triton.constexpr_function
+def by_steps(source, interpolation, padding):
+    """Whether candidates' coordinates are stepped to from the first one's, which saves half of their work.
+
+    They differ from the forward's in the last bits: weights must be continuous in them (at a mirror an output
+    changes folds), and no steeper than lines for the error to stay below PyTorch's in images of a few pixels.
+    """
+    return (
+        source == Source.AFFINE and interpolation == Interpolation.BILINEAR and padding != Padding.REFLECTION
+    )
+
+
+@triton.jit
+def differences(p, q, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+    result = ()
+    for axis in tl.static_range(DIMS):
+        result += (p[axis] - q[axis].to(COMPUTE),)
+    return result
+
+
+@triton.jit
+def limited(distances, q, size, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+    """Distances from pixel ``q`` of coordinates that are limited to the image."""
+    result = ()
+    for axis in tl.static_range(DIMS):
+        low = -q[axis].to(COMPUTE)
+        high = (size[axis] - 1 - q[axis]).to(COMPUTE)
+        result += (tl.minimum(tl.maximum(distances[axis], low), high),)
+    return result
+
+
+@triton.jit
+def moved(p, steps, numbers, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
+    """``p`` plus so many steps along x, y[, z]."""
+    result = ()
+    for axis in tl.static_range(DIMS):
+        there = p[axis]
         if DIMS == 3:
-            depth = most[2]
-        for z in range(depth):
-            for y in range(most[1]):
-                for x in range(most[0]):
+            there += tl.cast(numbers[2], COMPUTE) * steps[axis][2]
+        there += tl.cast(numbers[1], COMPUTE) * steps[axis][1]
+        result += (there + tl.cast(numbers[0], COMPUTE) * steps[axis][0],)
+    return result
+
+
+@triton.jit
+def add_by_pixel(
+    acc,
+    rows,
+    q,
+    fold,
+    first,
+    most,
+    pointer,
+    first_channel,
+    channels,
+    stride_c,
+    stride_out,
+    in_size,
+    out_size,
+    SOURCE: tl.constexpr,
+    INTERPOLATION: tl.constexpr,
+    PADDING: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    DIMS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    INDEX: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EVEN_CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """``acc`` plus what each pixel ``q`` gets from its ``most`` outputs from ``first`` on."""
+    STEPS: tl.constexpr = by_steps(SOURCE, INTERPOLATION, PADDING)
+    WEIGHTS: tl.constexpr = ZEROS if STEPS else PADDING
+    offset = tl.multiple_of(pixel_offset(first, stride_out, DIMS, INDEX), (VECTOR, VECTOR))
+    stride_x = tl.cast(stride_out[0], INDEX)
+    stride_y = tl.cast(stride_out[1], INDEX)
+    stride_z = tl.cast(stride_out[2], INDEX)
+    depth = 1
+    if DIMS == 3:
+        depth = most[2]
+    pixel = q
+    if STEPS:  # distances from the pixel, which is where weights are zeros padding's
+        pixel = (0, 0, 0)
+        steps = pixel_steps(rows, in_size, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
+        start = input_coordinates(rows, first, out_size, in_size, SOURCE, ALIGN_CORNERS, DIMS, COMPUTE)
+        start = differences(start, q, DIMS, COMPUTE)
+    for z in range(depth):
+        for y in range(most[1]):
+            line = z * stride_z + y * stride_y
+            for x in range(most[0]):
+                if STEPS:
+                    p = moved(start, steps, (x, y, z), DIMS, COMPUTE)
+                    if PADDING == BORDER:
+                        p = limited(p, q, in_size, DIMS, COMPUTE)
+                else:
+                    out = (first[0] + x, first[1] + y)
                     if DIMS == 3:
-                        out = (first[0] + x, first[1] + y, first[2] + z)
-                    else:
-                        out = (first[0] + x, first[1] + y)
-                    acc = add_candidate(
-                        acc,
-                        out,
-                        last,
-                        rows,
-                        q,
-                        fold,
-                        pointer,
-                        first_channel,
-                        channels,
-                        stride_c,
-                        stride_out,
-                        in_size,
-                        out_size,
-                        SOURCE,
-                        INTERPOLATION,
-                        PADDING,
-                        ALIGN_CORNERS,
-                        DIMS,
-                        COMPUTE,
-                        INDEX,
-                        VECTOR,
-                        EVEN_CHANNELS,
-                        BLOCK_CHANNELS,
-                        UNROLL,
-                    )
+                        out += (first[2] + z,)
+                    p = input_coordinates(rows, out, out_size, in_size, SOURCE, ALIGN_CORNERS, DIMS, COMPUTE)
+                acc = add_candidate(
+                    acc,
+                    p,
+                    pixel,
+                    fold,
+                    tl.multiple_of(offset + (line + x * stride_x), (VECTOR, VECTOR)),
+                    pointer,
+                    first_channel,
+                    channels,
+                    stride_c,
+                    in_size,
+                    INTERPOLATION,
+                    WEIGHTS,
+                    ALIGN_CORNERS,
+                    DIMS,
+                    COMPUTE,
+                    INDEX,
+                    EVEN_CHANNELS,
+                    BLOCK_CHANNELS,
+                    UNROLL,
+                )
     return acc
 
 
@@ -651,7 +795,7 @@ def gather_backward_kernel(
     tiles = column_tiles * row_tiles
     tile = pid % tiles
     split = (pid // tiles) % splits
-    n = (pid // (tiles * splits)).to(tl.int64)
+    n = (pid // tiles // splits).to(tl.int64)
     source = (source_ptr, source_stride_0, source_stride_1, source_stride_2, source_stride_3, 0)
     in_size = (in_width, in_height, in_depth)
     out_size = (out_width, out_height, out_depth)
@@ -665,36 +809,42 @@ def gather_backward_kernel(
     first_yz, last_yz = row_range(first_row, BLOCK_ROWS, in_size, DIMS)
     tile_low = (first_x,) + first_yz
     tile_high = (last_x,) + last_yz
-    low = ()
-    high = ()
-    for axis in tl.static_range(DIMS):
-        low += (sources.normalised(0, out_size[axis], ALIGN_CORNERS, COMPUTE),)
-        high += (sources.normalised(out_size[axis] - 1, out_size[axis], ALIGN_CORNERS, COMPUTE),)
     target = grad_input_ptr + tl.multiple_of(n * stride_grad_n, VECTOR_GRAD)
     target += tl.multiple_of(pixel_offset(q, stride_grad, DIMS, INDEX), (VECTOR_GRAD, VECTOR_GRAD))
     first = split * split_blocks
     last = tl.minimum(first + split_blocks, tl.cdiv(channels, BLOCK_CHANNELS * UNROLL))
+    # Planar tiles take many blocks of channels to one transform: these share its search. (With channels last
+    # the pixels found would be carried in another layout than vectors have, and exchanged in the inner loop.)
+    SHARED: tl.constexpr = BLOCK_CHANNELS == 1
+    if SHARED:
+        rows, known, visits = search(
+            source,
+            n,
+            0,
+            q,
+            exists,
+            in_size,
+            out_size,
+            SOURCE,
+            INTERPOLATION,
+            PADDING,
+            ALIGN_CORNERS,
+            DIMS,
+            COMPUTE,
+        )
     for block in range(first, last):
         acc = ()
         for _ in tl.static_range(UNROLL):
             acc += (tl.zeros([BLOCK_ROWS * BLOCK_COLUMNS, BLOCK_CHANNELS], COMPUTE),)
         for t in range(transforms):
-            rows = sources.matrix_of(source, n, t, SOURCE, DIMS, COMPUTE)
-            pointer = grad_output_ptr + tl.multiple_of(
-                n * stride_out_n + tl.cast(t, tl.int64) * stride_out_t, VECTOR_OUT
-            )
-            bounds = image_bounds(rows, low, high, in_size, SOURCE, ALIGN_CORNERS, DIMS, COMPUTE)
-            ranges, number = folds(bounds, in_size, PADDING, ALIGN_CORNERS, DIMS, COMPUTE)
-            visits = tl.full([], INFINITY, COMPUTE)
-            if number <= MOST_FOLDS:
-                visits = tl.full([], 0.0, COMPUTE)
-                for i in range(number.to(tl.int32)):
-                    _first, _last, most = candidates(
-                        rows,
-                        bounds,
+            if SHARED:
+                if transforms > 1:
+                    rows, known, visits = search(
+                        source,
+                        n,
+                        t,
                         q,
                         exists,
-                        fold_number(i, ranges, DIMS),
                         in_size,
                         out_size,
                         SOURCE,
@@ -704,24 +854,13 @@ def gather_backward_kernel(
                         DIMS,
                         COMPUTE,
                     )
-                    each = most[0].to(COMPUTE) * most[1].to(COMPUTE)
-                    if DIMS == 3:
-                        each *= most[2].to(COMPUTE)
-                    visits += each
-            if visits <= CANDIDATES:
-                acc = add_by_pixel(
-                    acc,
-                    rows,
-                    bounds,
-                    ranges,
-                    number.to(tl.int32),
+            else:
+                rows, known, visits = search(
+                    source,
+                    n,
+                    t,
                     q,
                     exists,
-                    pointer,
-                    block * UNROLL,
-                    channels,
-                    stride_out_c,
-                    stride_out,
                     in_size,
                     out_size,
                     SOURCE,
@@ -730,12 +869,84 @@ def gather_backward_kernel(
                     ALIGN_CORNERS,
                     DIMS,
                     COMPUTE,
-                    INDEX,
-                    VECTOR_OUT,
-                    EVEN_CHANNELS,
-                    BLOCK_CHANNELS,
-                    UNROLL,
                 )
+            pointer = grad_output_ptr + tl.multiple_of(
+                n * stride_out_n + tl.cast(t, tl.int64) * stride_out_t, VECTOR_OUT
+            )
+            if visits <= CANDIDATES:
+                if PADDING == REFLECTION:
+                    bounds, ranges, number = known
+                    for i in range(number.to(tl.int32)):
+                        fold = fold_number(i, ranges, DIMS)
+                        first_out, most = candidates(
+                            rows,
+                            bounds,
+                            q,
+                            exists,
+                            fold,
+                            in_size,
+                            out_size,
+                            SOURCE,
+                            INTERPOLATION,
+                            PADDING,
+                            ALIGN_CORNERS,
+                            DIMS,
+                            COMPUTE,
+                        )
+                        acc = add_by_pixel(
+                            acc,
+                            rows,
+                            q,
+                            fold,
+                            first_out,
+                            most,
+                            pointer,
+                            block * UNROLL,
+                            channels,
+                            stride_out_c,
+                            stride_out,
+                            in_size,
+                            out_size,
+                            SOURCE,
+                            INTERPOLATION,
+                            PADDING,
+                            ALIGN_CORNERS,
+                            DIMS,
+                            COMPUTE,
+                            INDEX,
+                            VECTOR_OUT,
+                            EVEN_CHANNELS,
+                            BLOCK_CHANNELS,
+                            UNROLL,
+                        )
+                else:
+                    first_out, most = known
+                    acc = add_by_pixel(
+                        acc,
+                        rows,
+                        q,
+                        (0, 0, 0),
+                        first_out,
+                        most,
+                        pointer,
+                        block * UNROLL,
+                        channels,
+                        stride_out_c,
+                        stride_out,
+                        in_size,
+                        out_size,
+                        SOURCE,
+                        INTERPOLATION,
+                        PADDING,
+                        ALIGN_CORNERS,
+                        DIMS,
+                        COMPUTE,
+                        INDEX,
+                        VECTOR_OUT,
+                        EVEN_CHANNELS,
+                        BLOCK_CHANNELS,
+                        UNROLL,
+                    )
             else:
                 acc = add_by_output(
                     acc,
@@ -795,13 +1006,12 @@ def _plan(
         dims=dims,
         backward=True,
     )
-    tile = configs.choose(grad_output.device, problem)
+    tile, ways = configs.choose_gather(grad_output.device, problem)
     block = tile.channels * tile.unroll
     blocks = triton.cdiv(channels, block)
     split_blocks = triton.cdiv(blocks, tile.splits)
     splits = triton.cdiv(blocks, split_blocks)
     column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
-    search = configs.choose_gather(grad_output.device, problem, tile)
     stride_grad_n, _, *stride_grad = strides(grad_input, dims)
     return Plan(
         gather_backward_kernel,
@@ -837,9 +1047,9 @@ def _plan(
         BLOCK_COLUMNS=tile.columns,
         BLOCK_CHANNELS=tile.channels,
         UNROLL=tile.unroll,
-        OUT_ROWS=search.out_rows,
-        OUT_COLUMNS=search.out_columns,
-        CANDIDATES=search.candidates,
+        OUT_ROWS=ways.out_rows,
+        OUT_COLUMNS=ways.out_columns,
+        CANDIDATES=ways.candidates,
         num_warps=tile.warps,
     )
 

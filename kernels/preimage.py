@@ -79,14 +79,16 @@ def image_bounds(
         error = error * scale + ROUNDING * in_size[axis].to(COMPUTE)
         first = first * scale + center - error
         last = last * scale + center + error
+        sure = error < INFINITY
         told = tl.abs(first) + tl.abs(last) + error < INFINITY
         if SOURCE == PROJECTIVE:
+            sure = sure & seen
             told = told & seen
         bounds += (
             (
                 tl.where(told, first, -INFINITY),
                 tl.where(told, last, INFINITY),
-                tl.where(told, error, INFINITY),
+                tl.where(sure, error, INFINITY),
             ),
         )
     return bounds
@@ -145,17 +147,22 @@ def affine_preimage(rows, center, radius, DIMS: tl.constexpr):
         entries = (((d, tl.abs(d)), (-b, tl.abs(b))), ((-c, tl.abs(c)), (a, tl.abs(a))))
     regular = is_regular(rows, determinant, size, DIMS, DIMS)
     inverse = 1.0 / tl.where(regular, determinant, 1.0)
-    condition = size * tl.abs(inverse)
+    rounding = ROUNDING * (size * tl.abs(inverse))
+    slack = ()
+    for j in tl.static_range(DIMS):
+        # no output reads farther from the last entry than the others and the radius reach
+        distance = 2.0 * (radius[j] + tl.abs(rows[j][DIMS]))
+        for k in tl.static_range(DIMS):
+            distance += tl.abs(rows[j][k])
+        slack += (rounding * distance,)
     bounds = ()
     for i in tl.static_range(DIMS):
         middle = 0.0
         reach = 0.0
         for j in tl.static_range(DIMS):
             entry = entries[i][j][0] * inverse
-            error = ROUNDING * condition * entries[i][j][1] * tl.abs(inverse)
             middle += entry * (center[j] - rows[j][DIMS])
-            reach += (tl.abs(entry) + error) * radius[j]
-            reach += error * (tl.abs(center[j]) + tl.abs(rows[j][DIMS]))
+            reach += tl.abs(entry) * radius[j] + entries[i][j][1] * tl.abs(inverse) * slack[j]
         reach = tl.where(regular, reach, INFINITY)
         bounds += ((middle - reach, middle + reach),)
     return bounds
@@ -232,10 +239,10 @@ def preimage(
         extent = (out_size[axis] - 1).to(COMPUTE)
         half = tl.maximum(out_size[axis] - ALIGN_CORNERS, 1).to(COMPUTE) * 0.5
         error = ROUNDING * (extent + 1.0)
-        first = tl.ceil(bounds[axis][0] * half + (0.5 * extent - error))
-        last = tl.floor(bounds[axis][1] * half + (0.5 * extent + error))
-        # NaN must widen the range
-        first = tl.where(first > 0.0, tl.minimum(first, extent + 1.0), 0.0)
-        last = tl.where(last < extent, tl.maximum(last, -1.0), extent)
+        first = bounds[axis][0] * half + (0.5 * extent - error)
+        last = bounds[axis][1] * half + (0.5 * extent + error)
+        # of a NaN and a number both functions take the number: NaN widens the range
+        first = tl.ceil(tl.minimum(tl.maximum(first, 0.0), extent + 1.0))
+        last = tl.floor(tl.maximum(tl.minimum(last, extent), -1.0))
         pixels += ((first.to(tl.int32), last.to(tl.int32)),)
     return pixels
