@@ -3,8 +3,9 @@
     d input[n, c, q] = sum over transforms t and outputs o of  weight_q(p(o)) g[n, t, c, o]
 
 A program owns a tile of input pixels q. For each transform it bounds the outputs that can read them, visits
-these in a fixed order, weighs each with the forward's own coordinates, and writes every pixel once, in its
-final type: no atomics, no scratch, the same bits each time. There are two ways to visit:
+these in a fixed order, weighs each with the forward's coordinates (its own, or steps from it where weights
+are linear), and writes every pixel once, in its final type: no atomics, no scratch, the same bits each time.
+There are two ways to visit:
 
 * *by pixel*: every lane has a pixel, and goes through the few outputs in its preimage (``preimage``);
 * *by output*: where that would be too many (much zoomed or folded maps, borders that many outputs are clamped
