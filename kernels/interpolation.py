@@ -45,7 +45,7 @@ def has_curvature(interpolation):
 def round_half_even(x):
     """The nearest whole number; halves go to the even one."""
     if COMPILED:
-        return libdevice.rint(x)
+        return libdevice.nearbyint(x)  # rint, which not every libdevice has
     else:
         down = tl.floor(x)
         rest = x - down
