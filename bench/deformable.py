@@ -92,8 +92,8 @@ def deform_conv2d(*arguments: Any, **options: Any) -> Tensor:
 class Unfused(SpatialTransformer):
     """The transformer as it is written in PyTorch: a grid in memory, then ``grid_sample``.
 
-    The spline's kernel at every pixel depends on the output's size alone: it is computed once, and the grid is
-    its product with the coefficients.
+    The spline's kernel at every pixel depends on the output's size alone: it is computed once, and the grid
+    is its product with the coefficients.
     """
 
     def sample(self, input: Tensor, theta: Tensor) -> Tensor:
@@ -137,25 +137,34 @@ def localisation_flops(shape: Shape, parameters: int) -> int:
 
 
 def sampling_flops(shape: Shape, samples: int) -> int:
-    """Of ``samples`` at each pixel: four corners, for each channel a multiplication and an addition a corner."""
+    """Of ``samples`` at each pixel: four corners, each a multiplication and an addition for each channel."""
     return samples * shape.pixels * (WEIGHING + 8 * shape.c)
 
 
-def spline_flops(shape: Shape) -> int:
-    """The coefficients, (K + 3) x K times K x 2 for each image; then at each pixel and for each control point
-    a difference, a squared length, a logarithm and a product, 7, and two multiplications and additions."""
-    k = LATTICE**2
-    return shape.n * 4 * (k + 3) * k + shape.pixels * (k * (7 + 4) + AFFINE)
+def kernel_flops(shape: Shape) -> int:
+    """At each pixel for each control point a difference, a squared length, a logarithm and a product, which
+    are 7, and two multiplications and additions; then the affine part."""
+    return shape.pixels * (LATTICE**2 * (7 + 4) + AFFINE)
+
+
+def product_flops(shape: Shape) -> int:
+    """At each pixel the product of the kernel, which is remembered, with two columns of coefficients."""
+    return shape.pixels * 4 * (LATTICE**2 + 3)
+
+
+def transformer_flops(shape: Shape, parameters: int, grid: int) -> int:
+    own = localisation_flops(shape, parameters) + grid + sampling_flops(shape, 1)
+    return own + convolution_flops(shape, shape.c)
 
 
 def affine_flops(shape: Shape) -> int:
-    own = localisation_flops(shape, 6) + AFFINE * shape.pixels + sampling_flops(shape, 1)
-    return own + convolution_flops(shape, shape.c)
+    return transformer_flops(shape, 6, AFFINE * shape.pixels)
 
 
-def spline_transformer_flops(shape: Shape) -> int:
-    own = localisation_flops(shape, 2 * LATTICE**2) + spline_flops(shape) + sampling_flops(shape, 1)
-    return own + convolution_flops(shape, shape.c)
+def spline_flops(shape: Shape, grid: Callable[[Shape], int]) -> int:
+    """``grid``: of what coefficients become a grid by; they are (K + 3) x K times K x 2 for each image."""
+    k = LATTICE**2
+    return transformer_flops(shape, 2 * k, shape.n * 4 * (k + 3) * k + grid(shape))
 
 
 class Method(NamedTuple):
@@ -204,14 +213,14 @@ METHODS = (
     Method(
         "spline transformer, unfused",
         lambda shape: transformed(Unfused, "tps", shape),
-        spline_transformer_flops,
+        lambda shape: spline_flops(shape, product_flops),
         lambda shape: 4 * (shape.c + 2) * shape.pixels + 4 * (LATTICE**2 + 3) * shape.h * shape.w,
         lambda shape: 4 * 2 * shape.pixels,
     ),
     Method(
         "spline transformer, fused",
         lambda shape: transformed(SpatialTransformer, "tps", shape),
-        spline_transformer_flops,
+        lambda shape: spline_flops(shape, kernel_flops),
         lambda shape: 4 * shape.c * shape.pixels,
         lambda shape: 0,
     ),

@@ -100,8 +100,8 @@ def load_cub(folder: Path | str, size: int) -> Birds:
 
 
 def make_stand_in(digits: Digits, count: int, size: int, kinds: int, seed: int) -> Photographs:
-    """Photographs with a digit in the upper left and one in the lower right, each about a seventh of the image
-    wide. The digits are below ``kinds``; the class is the pair, so neither part alone tells it."""
+    """Photographs with a digit in the upper left and one in the lower right, each a seventh of the image
+    wide. Digits are below ``kinds``; the class is the pair, so neither part alone tells it."""
     device = digits.images.device
     generator = torch.Generator(device).manual_seed(seed)
     photographs = load_photographs(device=device)

@@ -22,8 +22,8 @@ LENGTH = 5
 NONE = 10
 MARGIN = {64: 1.3, 128: 2.6}
 """Side of the crop over side of the box around a sequence's digits, by the crop's size: Goodfellow et al.,
-2014, enlarge the box by 30 % for 64 pixels; at 128 the digits are as large, and there is more around them. (Not
-in the paper.)"""
+2014, enlarge the box by 30 % for 64 pixels; at 128 the digits are as large, with more around. (Not in the
+paper.)"""
 
 
 class Sequences(NamedTuple):
