@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -92,24 +91,3 @@ def sequence_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def sequence_errors(logits: Tensor, labels: Tensor) -> Tensor:
     """(N,), bool: a sequence is right if all of it is."""
     return (logits.argmax(-1) != labels).any(-1)
-
-
-@torch.no_grad()
-def looks(model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of each transformer in the model, in turn: what it saw, the parameters it chose, what it returned."""
-    found = []
-
-    def note(module: SpatialTransformer, arguments: tuple[Tensor], output: Tensor) -> None:
-        found.append((arguments[0], module.localise(arguments[0]), output))
-
-    hooks = [
-        module.register_forward_hook(note)
-        for module in model.modules()
-        if isinstance(module, SpatialTransformer)
-    ]
-    try:
-        model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found

@@ -65,7 +65,7 @@ def picture(name, boxes):
 
 
 def write_structure(path):
-    """As MATLAB writes it (-v7.3): columns; a reference for each of several values, but a single one in place."""
+    """As MATLAB writes it (-v7.3): columns; of several values references, a single one in its place."""
     h5py = pytest.importorskip("h5py")
     with h5py.File(path, "w") as file:
         hidden = file.create_group("#refs#")

@@ -1,0 +1,185 @@
+"""What examples leave behind: a table beside the paper's, as Markdown and JSON, and a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bench.machine import facts
+from examples.fit import Schedule
+from stn_triton import viz
+from stn_triton.nn import SpatialTransformer
+
+
+class Line(NamedTuple):
+    """One row: a model's results with several seeds, and what the paper has."""
+
+    name: str
+    values: list[float]
+    paper: str
+    parameters: int | None = None
+    seconds: float | None = None  # of training, the mean over seeds
+
+
+def save_table(
+    folder: Path | str,
+    name: str,
+    title: str,
+    unit: str,
+    lines: Sequence[Line],
+    schedule: Schedule,
+    paper: Schedule,
+    source: str,
+    settings: dict[str, Any],
+    device: torch.device,
+) -> str:
+    """Writes ``{name}.md`` and ``{name}.json``; returns the Markdown.
+
+    Args:
+        unit: of the values, the heading of their column.
+        schedule, paper: what was run, and the paper's; a shorter run is named so.
+        source: of the data.
+        settings: whatever else decided the numbers.
+    """
+    described = facts(device)
+    rows = [f"| model | parameters | {unit} | the paper | training, s |", "|---|---|---|---|---|"]
+    for line in lines:
+        parameters = "" if line.parameters is None else f"{line.parameters:,}"
+        seconds = "" if line.seconds is None else f"{line.seconds:.0f}"
+        rows.append(f"| {line.name} | {parameters} | {spread(line.values)} | {line.paper} | {seconds} |")
+    ran = f"{schedule.iterations:,} iterations of {schedule.batch}"
+    if (schedule.iterations, schedule.batch) != (paper.iterations, paper.batch):
+        ran += f", **run short of the paper's schedule** of {paper.iterations:,} of {paper.batch}"
+    seeds = max((len(line.values) for line in lines), default=0)
+    told = "; ".join(f"{key} {value}" for key, value in settings.items())
+    notes = [
+        f"{ran}; {schedule.optimiser.upper()}, rate {schedule.rate:g}; {seeds} seed{'s' if seeds > 1 else ''}.",
+        f"Data: {source}." + (f" Settings: {told}." if told else ""),
+        f"{described['device']}, {described['host_cores']} cores, PyTorch {described['torch']}, Triton "
+        f"{described['triton']}, commit {described['commit'][:12]}, {described['date'][:10]}. Training times are "
+        "of a machine that did other things too.",
+    ]
+    text = f"# {title}\n\n" + "\n".join(rows) + "\n\n" + "\n\n".join(notes) + "\n"
+    content = {
+        "title": title,
+        "unit": unit,
+        "lines": [line._asdict() for line in lines],
+        "schedule": asdict(schedule),
+        "paper_schedule": asdict(paper),
+        "data": source,
+        "settings": settings,
+        "facts": described,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, body in (("md", text), ("json", json.dumps(content, indent=1) + "\n")):
+        scratch = folder / f".{name}.{suffix}.part"
+        scratch.write_text(body)
+        os.replace(scratch, folder / f"{name}.{suffix}")
+    return text
+
+
+def spread(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.1f}" if values else "-"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+class Look(NamedTuple):
+    """What one transformer did to a batch."""
+
+    module: SpatialTransformer
+    input: Tensor
+    parameters: Tensor
+    output: Tensor
+
+
+@torch.no_grad()
+def looks(run: Callable[[], Any], model: nn.Module) -> list[Look]:
+    """Of each transformer in the model, in the order in which ``run`` came to them."""
+    found: list[Look] = []
+
+    def note(module: SpatialTransformer, arguments: tuple[Tensor], output: Tensor) -> None:
+        found.append(Look(module, arguments[0], module.localise(arguments[0]), output))
+
+    hooks = [
+        module.register_forward_hook(note)
+        for module in model.modules()
+        if isinstance(module, SpatialTransformer)
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def visible(image: Tensor) -> Tensor:
+    """(C, H, W) of any values -> (1, H, W) or (3, H, W) from 0 to 1; more channels as their mean."""
+    image = image.detach().float().cpu()
+    if image.shape[0] not in (1, 3):
+        image = image.mean(0, keepdim=True)
+    low, high = image.min(), image.max()
+    return (image - low) / (high - low).clamp_min(1e-6)
+
+
+class Panel(NamedTuple):
+    """One column of a picture: an image with grids over it, and what came out."""
+
+    image: Tensor  # (C, H, W)
+    parameters: Tensor | None  # of one transformer, or (T, ...) of several
+    outputs: Sequence[Tensor]  # T of (C, H, W)
+    kind: viz.Kind = "affine"
+    title: str = ""
+
+
+def save_picture(path: Path | str, panels: Sequence[Panel], title: str, columns: int = 10) -> None:
+    """Inputs with the transformers' grids, and below each what the transformers made of it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(columns, len(panels))
+    deep = 1 + max(len(panel.outputs) for panel in panels)
+    rows = deep * -(-len(panels) // columns)
+    figure = Figure(figsize=(1.25 * columns, 1.3 * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for index, panel in enumerate(panels):
+        top, column = deep * (index // columns), index % columns
+        ax = axes[top, column]
+        ax.set_axis_on()
+        ax.set_title(panel.title, fontsize=7)
+        if panel.parameters is None:
+            viz.draw_samples(visible(panel.image), labels=(), linewidth=0, ax=ax)
+        else:
+            count = len(panel.outputs)
+            viz.draw_grid(
+                visible(panel.image),
+                panel.parameters.float(),
+                panel.kind,
+                lines=6 if count == 1 else 0,
+                labels=[[]] * count,
+                linewidth=0.6 if count == 1 else 1.5,
+                show_points=False,
+                ax=ax,
+            )
+        for at, output in enumerate(panel.outputs):
+            ax = axes[top + 1 + at, column]
+            ax.set_axis_on()
+            color = viz.PALETTE[at % len(viz.PALETTE)]
+            viz.draw_samples(visible(output), color=color, labels=(), linewidth=2, ax=ax)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
