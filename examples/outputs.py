@@ -140,6 +140,9 @@ class Panel(NamedTuple):
     outputs: Sequence[Tensor]  # T of (C, H, W)
     kind: viz.Kind = "affine"
     title: str = ""
+    outlines: bool = (
+        False  # of the parameters draw the borders alone; they need not be as many as the outputs
+    )
 
 
 def save_picture(path: Path | str, panels: Sequence[Panel], title: str, columns: int = 10) -> None:
@@ -164,14 +167,15 @@ def save_picture(path: Path | str, panels: Sequence[Panel], title: str, columns:
         if panel.parameters is None:
             viz.draw_samples(visible(panel.image), labels=(), linewidth=0, ax=ax)
         else:
-            count = len(panel.outputs)
+            outlines = panel.outlines or len(panel.outputs) > 1
+            single = panel.parameters.dim() == 2
             viz.draw_grid(
                 visible(panel.image),
                 panel.parameters.float(),
                 panel.kind,
-                lines=6 if count == 1 else 0,
-                labels=[[]] * count,
-                linewidth=0.6 if count == 1 else 1.5,
+                lines=0 if outlines else 6,
+                labels=[[]] * (1 if single else len(panel.parameters)),
+                linewidth=1.5 if outlines else 0.6,
                 show_points=False,
                 ax=ax,
             )
