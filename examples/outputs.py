@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.machine import facts
-from examples.fit import Schedule
+from examples.training import Config, write_json
 from stn_triton import viz
 from stn_triton.nn import SpatialTransformer
 
@@ -30,13 +28,13 @@ class Line(NamedTuple):
 
 
 def save_table(
-    folder: Path | str,
+    folder: Path,
     name: str,
     title: str,
     unit: str,
     lines: Sequence[Line],
-    schedule: Schedule,
-    paper: Schedule,
+    config: Config,
+    paper: Config,
     source: str,
     settings: dict[str, Any],
     device: torch.device,
@@ -45,7 +43,7 @@ def save_table(
 
     Args:
         unit: of the values, the heading of their column.
-        schedule, paper: what was run, and the paper's; a shorter run is named so.
+        config, paper: what was run, and the paper's; a shorter run is named so.
         source: of the data.
         settings: whatever else decided the numbers.
     """
@@ -55,35 +53,33 @@ def save_table(
         parameters = "" if line.parameters is None else f"{line.parameters:,}"
         seconds = "" if line.seconds is None else f"{line.seconds:.0f}"
         rows.append(f"| {line.name} | {parameters} | {spread(line.values)} | {line.paper} | {seconds} |")
-    ran = f"{schedule.iterations:,} iterations of {schedule.batch}"
-    if (schedule.iterations, schedule.batch) != (paper.iterations, paper.batch):
-        ran += f", **run short of the paper's schedule** of {paper.iterations:,} of {paper.batch}"
+    ran = f"{config.steps:,} iterations of {config.batch}"
+    if config.steps < paper.steps or config.batch < paper.batch:
+        ran += f", **run short of the paper's schedule** of {paper.steps:,} of {paper.batch}"
     seeds = max((len(line.values) for line in lines), default=0)
     told = "; ".join(f"{key} {value}" for key, value in settings.items())
+    commit, mark, _ = described["commit"].partition("+")
     notes = [
-        f"{ran}; {schedule.optimiser.upper()}, rate {schedule.rate:g}; {seeds} seed{'s' if seeds > 1 else ''}.",
-        f"Data: {source}." + (f" Settings: {told}." if told else ""),
+        f"{ran}; {config.optimiser.upper()}, rate {config.lr:g}; {seeds} seed{'s' if seeds > 1 else ''}.",
+        f"Data: {source}." + (f" {told.capitalize()}." if told else ""),
         f"{described['device']}, {described['host_cores']} cores, PyTorch {described['torch']}, Triton "
-        f"{described['triton']}, commit {described['commit'][:12]}, {described['date'][:10]}. Training times are "
-        "of a machine that did other things too.",
+        f"{described['triton']}, commit {commit[:12]}{mark}, {described['date'][:10]}. Seconds are those of a "
+        "machine that had other work too.",
     ]
     text = f"# {title}\n\n" + "\n".join(rows) + "\n\n" + "\n\n".join(notes) + "\n"
     content = {
         "title": title,
         "unit": unit,
         "lines": [line._asdict() for line in lines],
-        "schedule": asdict(schedule),
-        "paper_schedule": asdict(paper),
+        "config": asdict(config),
+        "paper_config": asdict(paper),
         "data": source,
         "settings": settings,
         "facts": described,
     }
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix, body in (("md", text), ("json", json.dumps(content, indent=1) + "\n")):
-        scratch = folder / f".{name}.{suffix}.part"
-        scratch.write_text(body)
-        os.replace(scratch, folder / f"{name}.{suffix}")
+    (folder / f"{name}.md").write_text(text)
+    write_json(folder / f"{name}.json", content)
     return text
 
 
@@ -145,7 +141,7 @@ class Panel(NamedTuple):
     )
 
 
-def save_picture(path: Path | str, panels: Sequence[Panel], title: str, columns: int = 10) -> None:
+def save_picture(path: Path, panels: Sequence[Panel], title: str, columns: int = 10) -> None:
     """Inputs with the transformers' grids, and below each what the transformers made of it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -184,6 +180,5 @@ def save_picture(path: Path | str, panels: Sequence[Panel], title: str, columns:
             ax.set_axis_on()
             color = viz.PALETTE[at % len(viz.PALETTE)]
             viz.draw_samples(visible(output), color=color, labels=(), linewidth=2, ax=ax)
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
