@@ -320,7 +320,7 @@ def _uniform(low: float, high: float, shape: tuple[int, ...], generator: Generat
 
 
 def _is_convex(corners: Tensor) -> Tensor:
-    """(..., 4, 2), clockwise on the screen -> (...,): whether one turns right at each corner, and not barely."""
+    """(..., 4, 2), clockwise on the screen -> (...,): whether each corner is a right turn, clearly."""
     along = corners.roll(-1, -2) - corners
     return (_cross(along, along.roll(-1, -2)) > 0.1).all(-1)  # 4 for the corners of the whole canvas
 
