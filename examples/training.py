@@ -58,7 +58,12 @@ class Config:
     evaluate_every: int = 10_000
     checkpoint_every: int = 5_000
     snapshots: int = 40  # of the transformer's grids, for the animation; more of them early on
-    tensorboard: bool = False
+    tensorboard: bool = False  # beside the CSV; needs that package
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "lr_every", "log_every", "evaluate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
 
     def lr_at(self, step: int) -> float:
         if self.schedule == "cosine":
@@ -117,7 +122,7 @@ class Task:
         return {}
 
     def snapshot(self, model: nn.Module) -> Any:
-        """What the animation needs of a model; tensors on the CPU, or None."""
+        """What the animation needs of a model: None, a tensor on the CPU, or a list of such."""
         return None
 
 
@@ -125,7 +130,8 @@ class Replicas(nn.Module):
     """R models of the same shape as one, whose parameters have a first dimension R.
 
     (R, N, ...) -> (R, N, ...). Optimisers that treat entries one by one, as SGD and Adam do, train each as if
-    it were alone.
+    it were alone; in float16, but for the steps that are left out, which are left out by all. Layers that
+    write to their buffers, as batch norm does, are not supported.
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
@@ -194,11 +200,11 @@ class ReplicaTask(Task):
 
 # ----------------------------------------------------------------------------------------------- processes
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @contextmanager
@@ -258,7 +264,7 @@ def train(
         task: what it learns.
         config: how.
         folder: for ``checkpoint.pt`` and ``log.csv``; one for each run.
-        seed: of what the model draws itself (dropout).
+        seed: of what the model draws itself (dropout). PyTorch's own generators are left as they were.
         progress: shows a bar.
         stop_after: leave after this step, with a checkpoint: a run in pieces.
 
@@ -277,8 +283,8 @@ def train(
         raise ValueError(
             "cuda_graph needs one CUDA device, schedule 'steps', and a precision without loss scaling"
         )
-    torch.manual_seed(seed + 1_000_003 * rank())
-    with _determinism(config.deterministic):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), _determinism(config.deterministic):
+        torch.manual_seed(seed + 1_000_003 * rank())
         return _Run(model, task, config, folder, device).run(progress, stop_after)
 
 
@@ -296,6 +302,7 @@ class _Run:
         self.running = torch.zeros((), device=device)  # the sum of the losses since the last line of the log
         self.history: list[dict[str, float]] = []
         self.snapshots: list[tuple[int, Any]] = []
+        self.board: Any = None
         share = config.batch // world_size()
         self.part = slice(rank() * share, (rank() + 1) * share)
         self._resume()
@@ -309,6 +316,10 @@ class _Run:
         config, marks = self.config, self.config.snapshot_steps()
         last = config.steps if stop_after is None else min(stop_after, config.steps)
         bar = _progress_bar(progress, self.step, last)
+        if config.tensorboard and rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         advance = _Captured(self) if config.cuda_graph else self.update
         started = time.perf_counter() - self.seconds
         if self.step == 0 and 0 in marks:
@@ -332,6 +343,8 @@ class _Run:
                 self.seconds = time.perf_counter() - started
                 self._save()
         bar.close()
+        if self.board is not None:
+            self.board.close()
         self.model.eval()
         return Trained(self.model, self.history, self.snapshots, self.seconds)
 
@@ -366,15 +379,9 @@ class _Run:
                 writer = csv.DictWriter(file, names)
                 writer.writeheader()
                 writer.writerows(self.history)
-            if self.config.tensorboard:
-                self._write_to_tensorboard(line)
-
-    def _write_to_tensorboard(self, line: dict[str, float]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(str(self.folder)) as writer:
+        if self.board is not None:
             for name in line.keys() - {"step"}:
-                writer.add_scalar(name, line[name], int(line["step"]))
+                self.board.add_scalar(name, line[name], self.step)
 
     def _snapshot(self) -> None:
         self.model.eval()
