@@ -1,7 +1,7 @@
 """MNIST, and the paper's distortions of it, made on the device by the package's own samplers.
 
 Convention: as in the package, parameters map output coordinates to input coordinates, normalised, x first, -1
-and 1 the outer edges. Here the input is a digit of 28 x 28 pixels and the output the canvas that a network sees.
+and 1 the outer edges. Here the input is a digit of 28 x 28 pixels and the output the canvas that a net sees.
 A batch is what a generator makes of its state: the same seed gives the same numbers on one device.
 """
 
@@ -311,8 +311,8 @@ DISTORTIONS: dict[str, Distortion] = {
     "T": Similar(size=60, halved=True),
     "TC": Cluttered(size=60, halved=True),
 }
-"""The columns of the paper's tables: rotated; rotated, translated and scaled; projective; elastic; translated;
-translated and cluttered."""
+"""The columns of the paper's tables: rotated; rotated, translated and scaled; projective; elastic;
+translated; translated and cluttered."""
 
 
 def _uniform(low: float, high: float, shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -320,7 +320,7 @@ def _uniform(low: float, high: float, shape: tuple[int, ...], generator: Generat
 
 
 def _is_convex(corners: Tensor) -> Tensor:
-    """(..., 4, 2), clockwise on the screen -> (...,): whether at each corner one turns right, and not barely."""
+    """(..., 4, 2), clockwise on the screen -> (...,): whether each corner is a right turn, clearly."""
     along = corners.roll(-1, -2) - corners
     return (_cross(along, along.roll(-1, -2)) > 0.1).all(-1)  # 4 for the corners of the whole canvas
 
