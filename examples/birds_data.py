@@ -29,19 +29,21 @@ class Photographs(NamedTuple):
     classes: list[str]
     source: str
 
-    def take(self, index: Tensor, size: int, generator: Generator | None = None) -> Tensor:
-        """(N,) -> (N, 3, size, size), float32 from 0 to 1: the middles, or with a generator windows at random
-        places, half of them mirrored."""
+    def windows(self, count: int, size: int, generator: Generator) -> Tensor:
+        """Theta, (count, 2, 3), of squares of ``size`` pixels at random places, half of them mirrored."""
         scale = size / self.images.shape[-1]
-        place = torch.zeros(len(index), 2, device=self.images.device)
-        if generator is not None:
-            place = 2 * torch.rand(place.shape, generator=generator, device=generator.device) - 1
+        place = 2 * torch.rand(count, 2, generator=generator, device=generator.device) - 1
         theta = attention(scale, (1 - scale) * place)
-        if generator is not None:
-            mirrored = torch.rand(len(index), generator=generator, device=generator.device) < 0.5
-            flip = torch.where(mirrored, -1.0, 1.0)
-            theta = torch.cat([theta[..., :1] * flip[:, None, None], theta[..., 1:]], -1)
-        return stn.affine_grid_sample(self.images[index].float() / 255, theta, (size, size))
+        mirrored = torch.rand(count, generator=generator, device=generator.device) < 0.5
+        flip = torch.where(mirrored, -1.0, 1.0).view(-1, 1, 1)
+        return torch.cat([theta[..., :1] * flip, theta[..., 1:]], -1)
+
+    def take(self, index: Tensor, size: int, windows: Tensor | None = None) -> Tensor:
+        """(N,) -> (N, 3, size, size), float32 from 0 to 1: the windows, by default those in the middle."""
+        if windows is None:
+            scale = size / self.images.shape[-1]
+            windows = attention(scale, torch.zeros(len(index), 2, device=self.images.device))
+        return stn.affine_grid_sample(self.images[index].float() / 255, windows, (size, size))
 
     def to(self, device: torch.device | str) -> Photographs:
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))

@@ -117,7 +117,7 @@ class PartsNet(nn.Module):
             raise ValueError(f"transformers must be 0, 2 or 4, got {transformers}")
         if size % crop:
             raise ValueError(f"size must be a multiple of crop, {crop}, got {size}")
-        self.crop, self.halvings = crop, size // crop
+        self.halvings = size // crop
         self.trunk = trunk
         with torch.no_grad():  # in evaluation, so that no batch norm counts it
             trunk.eval()
@@ -151,15 +151,18 @@ class PartsNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, size, size) from 0 to 1 -> (N, classes)."""
         images = (images - self.mean) / self.deviation
-        crops = (
-            images[:, None]
-            if self.transformer is None
-            else self.transformer.sample(images, self.localise(images))
-        )
+        crops = images.unsqueeze(1) if self.transformer is None else self._look(images)[1]
         features = self.trunk(crops.flatten(0, 1)).mean((2, 3)).unflatten(0, crops.shape[:2])
         return self.classifier(self.dropout(features.flatten(1)))
 
-    def localise(self, images: Tensor) -> Tensor:
-        """Normalised images -> (N, T, 2, 3). Large ones are averaged to the size of a crop first."""
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3, size, size) from 0 to 1 -> theta, (N, T, 2, 3), and crops, (N, T, 3, crop, crop), from 0 to 1."""
         assert self.transformer is not None
-        return self.transformer.localise(F.avg_pool2d(images, self.halvings))
+        theta = self._look((images - self.mean) / self.deviation)[0]
+        return theta, self.transformer.sample(images, theta)
+
+    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Of normalised images; the localisation net sees large ones averaged to the size of a crop."""
+        assert self.transformer is not None
+        theta = self.transformer.localise(F.avg_pool2d(images, self.halvings))
+        return theta, self.transformer.sample(images, theta)

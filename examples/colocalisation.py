@@ -2,16 +2,16 @@
 
 A hundred images of one digit, each somewhere on 84 x 84 pixels, translated (T) or translated among clutter
 (TC: 16 pieces of 6 x 6 pixels of other digits). An attention transformer learns that its crops of two images
-shall be more alike than its crop of one and a random crop of the same image, by a margin of 1 (Jaderberg et al.,
-2015, section A.2).
+shall be more alike than its crop of one and a random crop of the same image, by a margin of 1 (Jaderberg et
+al., 2015, section A.2).
 
 Convention: a box is its centre and half its side, normalised: an attention's translation and scale.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -20,17 +20,20 @@ from torch import Generator, Tensor, nn
 
 import stn_triton as stn
 from examples.data import SIDE, Cluttered, Digits, Similar, load_mnist
-from examples.fit import Schedule, arguments_of, device_of, fit, schedule_of, seeded
-from examples.outputs import Line, Panel, looks, save_picture, save_table
+from examples.outputs import Panel, looks, save_picture, save_table
+from examples.runs import config_of, parser_of, run_seeds
+from examples.training import Config, Task, processes, rank
 from stn_triton.nn import SpatialTransformer
 from stn_triton.transforms import attention, invert
 
 CANVAS, CROP, PIECES = 84, 28, 16
 MARGIN = 1.0
-LENGTH = 1.0
-FULL = Schedule(iterations=4000, batch=100, rate=2e-3, divide_every=3000, optimiser="adam")
-"""The batch is the whole collection. The paper does not give this schedule."""
-QUICK = Schedule(iterations=600, batch=100, rate=3e-3, divide_every=450, optimiser="adam")
+LENGTH = 0.7
+"""Of encodings. Two are at most 1 apart, squared, so that the hinge is never quite satisfied; at length 1 it is by
+crops that are too large. (Not in the paper.)"""
+PAPER_SCHEDULE = Config(steps=4000, batch=100, lr=3e-3, lr_every=3000, optimiser="adam", snapshots=0)
+"""Every batch is the whole collection. (The paper does not give a schedule.)"""
+QUICK = Config(steps=500, batch=100, lr=3e-3, lr_every=400, optimiser="adam", snapshots=0)
 DISTORTIONS = {"T": Similar(size=CANVAS), "TC": Cluttered(size=CANVAS, patches=PIECES)}
 PAPER = {"T": "100", "TC": "75-93"}  # % of the images found, over the digits
 
@@ -128,7 +131,7 @@ def triplet_hinge(crops: Tensor, others: Tensor) -> Tensor:
 
 
 def overlap(a: Boxes, b: Boxes) -> Tensor:
-    """(N,): intersection over union. A negative half side, of a crop turned by 180 degrees, counts as its size."""
+    """(N,): intersection over union. A negative half side turns a crop by 180 degrees, and is a side too."""
     low = torch.maximum(*(box.centre - box.half.abs().unsqueeze(-1) for box in (a, b)))
     high = torch.minimum(*(box.centre + box.half.abs().unsqueeze(-1) for box in (a, b)))
     common = (high - low).clamp_min(0).prod(-1)
@@ -139,29 +142,28 @@ def boxes_of(theta: Tensor) -> Boxes:
     return Boxes(theta[:, :, 2], theta[:, 0, 0])
 
 
-def train(
-    collection: Collection, encode: Encoder, schedule: Schedule, start: float, name: str, seed: int
-) -> tuple[SpatialTransformer, float]:
-    """A transformer for one collection, all of which is every batch; and the seconds it took."""
-    device = collection.images.device
-    with seeded(seed, device) as generator:
-        transformer = make_transformer(start).to(device)
+class Finding(Task):
+    """The target is the images: the model is the transformer, and its output the crops."""
 
-        def loss_of(iteration: int) -> Tensor:
-            crops = transformer(collection.images)
-            others = random_crops(collection.images, generator)
-            return triplet_hinge(encode(crops), encode(others))
+    def __init__(self, collection: Collection, encode: Encoder, seed: int) -> None:
+        super().__init__(seed, collection.images.device)
+        self.collection, self.encode = collection, encode
 
-        return transformer, fit(transformer, loss_of, schedule, name).seconds
+    def batch(self, count: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        images = self.collection.images[:count][part]
+        return images, random_crops(images, self.generator)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return triplet_hinge(self.encode(output.float()), self.encode(target))
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, SpatialTransformer)
+        ratio = overlap(boxes_of(model.localise(self.collection.images)), self.collection.boxes)
+        return {"found": 100 * (ratio > 0.5).double().mean().item(), "IoU": ratio.mean().item()}
 
 
-@torch.no_grad()
-def found_boxes(transformer: SpatialTransformer, collection: Collection) -> Boxes:
-    return boxes_of(transformer.localise(collection.images))
-
-
-def picture(transformer: SpatialTransformer, collection: Collection, title: str, path: str) -> None:
-    """The crop, and in a second colour the box that was to be found."""
+def picture(transformer: nn.Module, collection: Collection, title: str, path: Path) -> None:
+    """Of ten images what is cropped and, in a second colour, the box that was to be found."""
     images = collection.images[:10]
     (look,) = looks(lambda: transformer(images), transformer)
     truth = attention(collection.boxes.half[:10], collection.boxes.centre[:10])
@@ -173,10 +175,7 @@ def picture(transformer: SpatialTransformer, collection: Collection, title: str,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.colocalisation", description=(__doc__ or "").partition(":")[0]
-    )
-    arguments_of(parser, FULL)
+    parser = parser_of("colocalisation", __doc__)
     parser.add_argument("--kinds", nargs="+", choices=list(DISTORTIONS), default=list(DISTORTIONS))
     parser.add_argument("--digits", nargs="+", type=int, default=list(range(10)))
     parser.add_argument("--encoder", choices=get_args(Encoding), default="classifier")
@@ -184,39 +183,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--start", type=float, default=1.0, help="share of the side that all crops start from"
     )
     options = parser.parse_args(arguments)
-    schedule = schedule_of(options, FULL, QUICK)
-    device = device_of(options.device)
-    mnist = load_mnist(options.data, device, stand_in=options.stand_in)
-    encode = make_encoder(options.encoder, mnist.train)
-    lines = []
-    for kind in options.kinds:
-        for label in options.digits:
-            values, overlaps, seconds = [], [], 0.0
-            for seed in range(options.seeds):
-                chance = torch.Generator(device).manual_seed(seed)
-                collection = collect(mnist.train, label, kind, chance, schedule.batch)
-                name = f"{kind}, digit {label}, seed {seed}"
-                transformer, took = train(collection, encode, schedule, options.start, name, seed)
-                ratio = overlap(found_boxes(transformer, collection), collection.boxes)
-                values.append(100 * (ratio > 0.5).double().mean().item())
-                overlaps.append(ratio.mean().item())
-                seconds += took / options.seeds
-            mean = sum(overlaps) / len(overlaps)
-            lines.append(
-                Line(f"{kind}, digit {label}, mean IoU {mean:.2f}", values, PAPER[kind], seconds=seconds)
+    config = config_of(options, PAPER_SCHEDULE, QUICK)
+    with processes(options.device) as device:
+        mnist = load_mnist(options.data, device, stand_in=options.stand_in)
+        encode = make_encoder(options.encoder, mnist.train)
+        lines = []
+        for kind in options.kinds:
+            for label in options.digits:
+
+                def make_task(seed: int) -> Finding:
+                    chance = Generator(device).manual_seed(seed)
+                    found = collect(mnist.train, label, kind, chance, config.batch)  # noqa: B023
+                    return Finding(found, encode, seed)
+
+                name = f"{kind}, digit {label}"
+                runs = run_seeds(
+                    name,
+                    lambda: make_transformer(options.start),
+                    make_task,
+                    config,
+                    options,
+                    device,
+                    figure="found",
+                    paper=PAPER[kind],
+                )
+                overlaps = [figures["IoU"] for figures in runs.line.figures]
+                mean = sum(overlaps) / len(overlaps)
+                lines.append(runs.line._replace(name=f"{name}, mean IoU {mean:.2f}"))
+                if rank() == 0:
+                    collection = make_task(options.seeds - 1).collection
+                    path = options.output / f"colocalisation_{kind}.png"
+                    picture(runs.model, collection, f"{name}: blue is cropped, orange was to be found", path)
+        if rank() == 0:
+            settings = {"encoder": options.encoder, "start": options.start}
+            title = "Co-localisation, images with IoU > 0.5"
+            where, data = (options.output, "colocalisation"), mnist.train.source
+            print(
+                save_table(*where, title, "found, %", lines, config, PAPER_SCHEDULE, data, settings, device)
             )
-            title = f"Co-localisation, {kind}: blue the crop, orange the box to be found"
-            picture(transformer, collection, title, f"{options.output}/colocalisation_{kind}.png")
-    settings = {
-        "images": schedule.batch, "encoder": options.encoder, "start": options.start, "encoding's length": LENGTH,
-        "chance": "a 28 x 28 box at random has IoU > 0.5 in 5 %",
-    }  # fmt: skip
-    print(
-        save_table(
-            options.output, "colocalisation", "Co-localisation, % of the images with IoU > 0.5", "found, %",
-            lines, schedule, FULL, mnist.train.source, settings, device,
-        )
-    )  # fmt: skip
     return 0
 
 

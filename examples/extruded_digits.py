@@ -1,32 +1,33 @@
 """A transformer in 3-D: ``python -m examples.extruded_digits``.
 
 A digit is extruded to a solid, turned, and put somewhere into 60 x 60 x 60 voxels. A 3-D affine transformer
-turns the volume before it is flattened along its depth to an image, which a 2-D network classifies: trained by
-labels alone, it learns to look at digits from the front (Jaderberg et al., 2015, section A.3).
+turns the volume before it is flattened along its depth to an image, which a 2-D network classifies: by labels
+alone it learns to look at digits from the front (Jaderberg et al., 2015, section A.3).
 
-Convention: as in the package, parameters map output coordinates to input coordinates, x first, then y, then z.
+Convention: as in the package, parameters map output coordinates to input coordinates, in the order x, y, z.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 import stn_triton as stn
-from examples.data import SIDE, Digits, Distortion, Drawn, load_mnist
-from examples.fit import Schedule, arguments_of, device_of, fit, schedule_of, seeded, share_wrong
-from examples.outputs import Line, Panel, looks, save_picture, save_table
+from examples.data import SIDE, Digits, Distortion, Drawn, Mnist, load_mnist
+from examples.models import cnn
+from examples.outputs import Panel, looks, save_picture, save_table
+from examples.runs import config_of, error, parser_of, run_seeds, sizes
+from examples.training import Config, Task, processes, rank
 from stn_triton.nn import SpatialTransformer
 from stn_triton.transforms import attention, compose
 
-FULL = Schedule(iterations=150_000, batch=256, rate=0.01, divide_every=50_000)  # distorted MNIST's
-QUICK = Schedule(iterations=400, batch=32, rate=1e-3, divide_every=320, optimiser="adam")
+PAPER = Config(snapshots=0)  # distorted MNIST's: there is none for this
+QUICK = Config(steps=600, batch=32, lr=1e-3, lr_every=450, optimiser="adam", snapshots=0)
 
 
 @dataclass(frozen=True)
@@ -100,46 +101,31 @@ def make_transformer(size: int) -> SpatialTransformer:
     return SpatialTransformer(localisation_3d(size), "affine", (size,) * 3, dims=3, features=20)
 
 
-def make_model(size: int, transformed: bool, filters: int = 32, units: int = 128) -> nn.Sequential:
-    """(N, 1, size, size, size) -> (N, 10): turn the volume or not, flatten it, halve the image, classify it."""
-    side = size // 2 // 4
-    return nn.Sequential(
-        *([make_transformer(size)] if transformed else []),
-        Flatten(),
-        nn.AvgPool2d(2),
-        *(nn.Conv2d(1, filters, 9, padding=4), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(filters, filters, 7, padding=3), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(filters * side**2, units), nn.ReLU(), nn.Linear(units, 10)),
-    )
+def make_model(size: int, transformed: bool, filters: int = 32) -> nn.Sequential:
+    """(N, 1, size, size, size) -> (N, 10): turn the volume or not, flatten it, classify the image."""
+    first = [make_transformer(size)] if transformed else []
+    return nn.Sequential(*first, Flatten(), cnn(filters, size))
 
 
-def test_volumes(digits: Digits, distortion: Extruded, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same volumes each time."""
-    generator = Generator(digits.images.device).manual_seed(0)
-    for start in range(0, count, 50):
-        yield distortion.batch(digits, min(50, count - start), generator)
+class Solids(Task):
+    def __init__(self, mnist: Mnist, distortion: Extruded, seed: int, test: int = 10_000) -> None:
+        super().__init__(seed, mnist.train.images.device)
+        self.mnist, self.distortion, self.test = mnist, distortion, test
+
+    def batch(self, count: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        return self.distortion.batch(self.mnist.train, count, self.generator, part)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """On the same volumes each time."""
+        generator = Generator(self.generator.device).manual_seed(0)
+        batches = (self.distortion.batch(self.mnist.test, n, generator) for n in sizes(self.test, 50))
+        return {"error": error(model, batches)}
 
 
-def train(
-    transformed: bool, digits: Digits, distortion: Extruded, schedule: Schedule, seed: int
-) -> tuple[nn.Sequential, float]:
-    """A model, and the seconds it took."""
-    device = digits.images.device
-    with seeded(seed, device) as generator:
-        model = make_model(distortion.size, transformed).to(device)
-
-        def loss_of(iteration: int) -> Tensor:
-            volumes, labels = distortion.batch(digits, schedule.batch, generator)
-            return F.cross_entropy(model(volumes), labels)
-
-        return model, fit(model, loss_of, schedule, f"transformer: {transformed}, seed {seed}").seconds
-
-
-def picture(model: nn.Sequential, digits: Digits, distortion: Extruded, path: str) -> None:
-    """What is seen from the front before and after; over the former the front and the back face of the box that
+def picture(model: nn.Sequential, digits: Digits, distortion: Extruded, path: Path) -> None:
+    """What is seen from the front before and after; over the former the front and the back of the box that
     becomes the output."""
     volumes, labels = distortion.batch(digits, 10, Generator(digits.images.device).manual_seed(1))
-    model.eval()
     (look,) = looks(lambda: model(volumes), model)
     panels = []
     for volume, theta, output, label in zip(volumes, look.parameters, look.output, labels):
@@ -157,37 +143,36 @@ def face(theta: Tensor, depth: float) -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.extruded_digits", description=(__doc__ or "").partition(":")[0]
-    )
-    arguments_of(parser, FULL)
+    parser = parser_of("extruded_digits", __doc__)
     parser.add_argument("--size", type=int, help="voxels a side; default: 60, with --quick 30")
     parser.add_argument("--degrees", type=float, default=Extruded.degrees)
-    parser.add_argument("--test", type=int, help="how many test volumes; default: 10,000, with --quick 500")
+    parser.add_argument("--test", type=int, help="how many test volumes; default: 10,000, with --quick 1,000")
     options = parser.parse_args(arguments)
-    schedule = schedule_of(options, FULL, QUICK)
+    config = config_of(options, PAPER, QUICK)
     size = options.size or (30 if options.quick else 60)
-    count = options.test or (500 if options.quick else 10_000)
+    test = options.test or (1000 if options.quick else 10_000)
     distortion = Extruded(size=size, degrees=options.degrees, scale=size / 60)
-    device = device_of(options.device)
-    mnist = load_mnist(options.data, device, stand_in=options.stand_in)
-    lines = []
-    for transformed, name in ((False, "CNN"), (True, "3-D ST-CNN")):
-        values, seconds = [], 0.0
-        for seed in range(options.seeds):
-            model, took = train(transformed, mnist.train, distortion, schedule, seed)
-            values.append(share_wrong(model, test_volumes(mnist.test, distortion, count)))
-            seconds += took / options.seeds
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        lines.append(Line(name, values, "-", parameters, seconds))
-    settings = {"voxels a side": size, "degrees": options.degrees, "test volumes": count}
-    print(
-        save_table(
-            options.output, "extruded_digits", "Extruded digits, % error (the paper gives a picture, and no number)",
-            "error, %", lines, schedule, FULL, mnist.train.source, settings, device,
-        )
-    )  # fmt: skip
-    picture(model, mnist.test, distortion, f"{options.output}/extruded_digits.png")
+    with processes(options.device) as device:
+        mnist = load_mnist(options.data, device, stand_in=options.stand_in)
+        found = [
+            run_seeds(
+                name,
+                lambda: make_model(size, name != "CNN"),  # noqa: B023
+                lambda seed: Solids(mnist, distortion, seed, test),
+                config,
+                options,
+                device,
+            )
+            for name in ("CNN", "3-D ST-CNN")
+        ]
+        if rank() == 0:
+            settings = {"voxels a side": size, "degrees": options.degrees, "test volumes": test}
+            title = "Extruded digits, of which the paper gives a picture and no number"
+            lines = [runs.line for runs in found]
+            data = mnist.train.source
+            where = options.output, "extruded_digits"
+            print(save_table(*where, title, "error, %", lines, config, PAPER, data, settings, device))
+            picture(found[-1].model, mnist.test, distortion, options.output / "extruded_digits.png")
     return 0
 
 

@@ -137,12 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
         if rank() == 0:
             settings = {"test pairs": options.test}
-            print(
-                save_table(
-                    options.output, "mnist_addition", "MNIST addition", "error, %", lines, config, PAPER,
-                    mnist.train.source, settings, device,
-                )
-            )  # fmt: skip
+            where, data = (options.output, "mnist_addition"), mnist.train.source
+            title = "MNIST addition"
+            print(save_table(*where, title, "error, %", lines, config, PAPER, data, settings, device))
     return 0
 
 

@@ -25,6 +25,7 @@ class Line(NamedTuple):
     paper: str
     parameters: int | None = None
     seconds: float | None = None  # of training, the mean over seeds
+    figures: Sequence[dict[str, float]] = ()  # all that were evaluated, for each seed
 
 
 def save_table(
@@ -63,8 +64,8 @@ def save_table(
         f"{ran}; {config.optimiser.upper()}, rate {config.lr:g}; {seeds} seed{'s' if seeds > 1 else ''}.",
         f"Data: {source}." + (f" {told.capitalize()}." if told else ""),
         f"{described['device']}, {described['host_cores']} cores, PyTorch {described['torch']}, Triton "
-        f"{described['triton']}, commit {commit[:12]}{mark}, {described['date'][:10]}. Seconds are those of a "
-        "machine that had other work too.",
+        f"{described['triton']}, commit {commit[:12]}{mark}, {described['date'][:10]}. Seconds are of "
+        "a machine that had other work too.",
     ]
     text = f"# {title}\n\n" + "\n".join(rows) + "\n\n" + "\n\n".join(notes) + "\n"
     content = {

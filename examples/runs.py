@@ -1,4 +1,4 @@
-"""What the smaller experiments share beside the training loop: options, seeds, a model's line of the table."""
+"""What small experiments share beside the training loop: options, seeds, a model's line in a table."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run_seeds(
         figure: which of the task's figures goes to the table.
         paper: the paper's.
     """
-    values, seconds = [], []
+    figures, seconds = [], []
     trained: Trained
     for seed in range(options.seeds):
         with torch.random.fork_rng(devices=[]):
@@ -70,9 +70,11 @@ def run_seeds(
             model = build().to(device)
         folder = options.output / "runs" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}"
         trained = train(model, make_task(seed), config, folder, seed=seed)
-        values.append(trained.figures[figure])
+        figures.append(trained.figures)
         seconds.append(trained.seconds)
-    return Runs(Line(name, values, paper, count(model), sum(seconds) / len(seconds)), trained.model)
+    values = [found[figure] for found in figures]
+    line = Line(name, values, paper, count(model), sum(seconds) / len(seconds), figures)
+    return Runs(line, trained.model)
 
 
 def wrong_class(logits: Tensor, labels: Tensor) -> Tensor:
