@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -20,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import stn_triton as stn
+from bench.machine import facts
 from examples import models, pictures
 from examples.data import DISTORTIONS, Digits, Distortion, Mnist, load_mnist
 from examples.training import (
@@ -60,6 +58,13 @@ QUICK = Config(
 )
 QUICK_PARAMETERS = 40_000
 QUICK_MODELS = "ST-CNN-TPS", "ST-CNN-Aff", "CNN"
+FACTS = {
+    "Device": "device",
+    "Cores": "host_cores",
+    "PyTorch": "torch",
+    "Triton": "triton",
+    "Commit": "commit",
+}
 TEST_SEED = 2015  # of the test set's distortions, the same for all
 SHOWN = 8  # digits in the pictures
 
@@ -131,12 +136,12 @@ def build(job: Job, parameters: int, device: torch.device) -> nn.Module:
 
 
 def run(jobs: Sequence[Job], mnist: Mnist, config: Config, parameters: int, output: Path) -> None:
-    """Trains one job, or several of the same shape at once, and writes each one's result."""
+    """Trains one job, or several of one model and one size of canvas at once, and writes their results."""
     device = mnist.train.images.device
     nets = [build(job, parameters, device) for job in jobs]
     tasks: list[Task] = [Classify(mnist, DISTORTIONS[job.distortion], job.seed) for job in jobs]
     together = len(jobs) > 1
-    folder = output / "runs" / "+".join(map(str, jobs))
+    folder = output / "runs" / (_group_name(jobs) if together else str(jobs[0]))
     trained = train(
         Replicas(nets) if together else nets[0],
         ReplicaTask(tasks) if together else tasks[0],
@@ -156,44 +161,39 @@ def run(jobs: Sequence[Job], mnist: Mnist, config: Config, parameters: int, outp
             "job": job._asdict(),
             "error": trained.figures[f"{index}/error" if together else "error"],
             "parameters": models.count(net),
+            "budget": parameters,
             "seconds": round(trained.seconds, 1),
             "trained_together": len(jobs),
             "data": mnist.train.source,
             "config": asdict(config),
-            **provenance(device),
+            "facts": facts(device),
         }
         write_json(own / "result.json", result)
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Machine, versions and commit."""
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    else:
-        machine = f"{_cpu_model()}, {torch.get_num_threads()} threads"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "machine": machine,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "stn_triton": stn.__version__,
-        "commit": commit or "unknown",
-    }
+def _group_name(jobs: Sequence[Job]) -> str:
+    """Such as "CNN-R0+R1+P0+P1": all of a group are of one model."""
+    return f"{jobs[0].model}-" + "+".join(f"{job.distortion}{job.seed}" for job in jobs)
 
 
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "CPU")
+def pending(
+    jobs: Sequence[Job], config: Config, parameters: int, source: str, output: Path, together: bool
+) -> list[list[Job]]:
+    """The jobs without a result, those of one model and one size of canvas in one group if they are to train
+    together.
 
-
-def pending(jobs: Sequence[Job], output: Path, together: bool) -> list[list[Job]]:
-    """The jobs without a result, those of one shape in one group if they are to train together."""
-    left = [job for job in jobs if not (output / "runs" / str(job) / "result.json").exists()]
+    Raises:
+        ValueError: a result there is of other settings.
+    """
+    left = []
+    for job in jobs:
+        path = output / "runs" / str(job) / "result.json"
+        if not path.exists():
+            left.append(job)
+            continue
+        done = json.loads(path.read_text())
+        if (done["config"], done["budget"], done["data"]) != (asdict(config), parameters, source):
+            raise ValueError(f"{path} is of other settings: name another --output, or delete it")
     if not together:
         return [[job] for job in left]
     groups: dict[tuple[str, int, bool], list[Job]] = defaultdict(list)
@@ -239,21 +239,22 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         )
     if any(result["data"] != "MNIST" for result in found):
         notes.append("**The digits are a stand-in, not MNIST.**")
-    for key in ("machine", "torch", "commit"):
-        notes.append(f"{key}: {', '.join(sorted({result[key] for result in found}))}.")
+    for said, key in FACTS.items():
+        values = sorted({str(result["facts"][key]) for result in found})
+        notes.append(f"{said}: {', '.join(values)}.")
     seconds = sum(result["seconds"] / result["trained_together"] for result in found)
     notes.append(f"Training took {seconds / 60:.1f} minutes in all.")
     return "\n".join([*lines, "", *(f"* {note}" for note in notes), ""])
 
 
-def write_results(output: Path, mnist: Mnist, parameters: int) -> None:
+def write_results(output: Path, mnist: Mnist) -> None:
     """table.md and table.json; of the transformers of one distortion, the first there is, a picture and an
     animation."""
     found = results(output)
     (output / "table.md").write_text(table(found))
     write_json(output / "table.json", found)
-    jobs = [Job(**result["job"]) for result in found]
-    jobs = [job for job in jobs if job.model.startswith("ST")]
+    budgets = {Job(**result["job"]): result["budget"] for result in found}
+    jobs = [job for job in budgets if job.model.startswith("ST")]
     if not jobs:
         return
     name = next(name for name in DISTORTIONS if any(job.distortion == name for job in jobs))
@@ -263,7 +264,7 @@ def write_results(output: Path, mnist: Mnist, parameters: int) -> None:
     rows, animated = [], []
     for job in shown:
         kept = torch.load(output / "runs" / str(job) / "model.pt", map_location=device, weights_only=True)
-        net = build(job, parameters, device).eval()
+        net = build(job, budgets[job], device).eval()
         net.load_state_dict(kept["model"])
         rows.append((job.model, net.transformer))
         animated.append((job.model, net.transformer, [(step, its.cpu()) for step, its in kept["snapshots"]]))
@@ -304,13 +305,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with processes(options.device) as device:
         mnist = load_mnist(options.data, device, stand_in=options.stand_in)
-        for group in pending(jobs, output, options.together):
+        source = mnist.train.source
+        for group in pending(jobs, config, parameters, source, output, options.together):
             if rank() == 0:
                 sizes = {models.count(build(job, parameters, device)) for job in group}
                 print(f"{', '.join(map(str, group))}: {max(sizes):,} parameters", flush=True)
             run(group, mnist, config, parameters, output)
         if rank() == 0:
-            write_results(output, mnist, parameters)
+            write_results(output, mnist)
             print((output / "table.md").read_text())
             print(f"in {output}: " + ", ".join(sorted(path.name for path in output.iterdir())))
     return 0
