@@ -156,7 +156,7 @@ class PartsNet(nn.Module):
         return self.classifier(self.dropout(features.flatten(1)))
 
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, size, size) from 0 to 1 -> theta, (N, T, 2, 3), and crops, (N, T, 3, crop, crop), from 0 to 1."""
+        """(N, 3, size, size), from 0 to 1 -> theta, (N, T, 2, 3), and crops, (N, T, 3, crop, crop)."""
         assert self.transformer is not None
         theta = self._look((images - self.mean) / self.deviation)[0]
         return theta, self.transformer.sample(images, theta)

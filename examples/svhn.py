@@ -141,8 +141,8 @@ def measure_steps(options: argparse.Namespace, config: Config, device: torch.dev
 
 # ------------------------------------------------------------------------------------------------- main
 def picture(model: nn.Module, test: Sequences, title: str, path: Path) -> None:
-    """Of eight images what each transformer saw, with its grid, and below what it gave. Of feature maps the mean
-    over channels is shown."""
+    """Of eight images what each transformer saw, with its grid, and below what it gave. Feature maps are the
+    means of their channels."""
     images = test.take(torch.arange(8, device=test.images.device))
     found = looks(lambda: model(images), model)
     panels = [
