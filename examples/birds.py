@@ -65,7 +65,7 @@ def load(options: argparse.Namespace, device: torch.device) -> Birds:
 
 def picture(model: PartsNet, test: Photographs, size: int, title: str, path: Path) -> None:
     """Photographs with the windows of all transformers, and below their crops."""
-    index = torch.arange(8, device=test.images.device)
+    index = torch.arange(min(8, len(test.labels)), device=test.images.device)
     images = test.take(index, size)
     with torch.no_grad():
         theta, crops = model.look(images)

@@ -13,7 +13,15 @@ from torch import Generator, Tensor
 
 import stn_triton as stn
 from examples.data import Digits
-from examples.scenes import STAND_IN, backgrounds, load_photographs, middle_square, paste, remembered, resized
+from examples.scenes import (
+    backgrounds,
+    load_photographs,
+    middle_square,
+    paste,
+    remembered,
+    resized,
+    stand_in_of,
+)
 from examples.svhn_data import decode, to_bytes
 from stn_triton.transforms import attention
 
@@ -123,4 +131,4 @@ def make_stand_in(digits: Digits, count: int, size: int, kinds: int, seed: int) 
         values = digits.labels[index]
         labels.append(values[:, 0] * kinds + values[:, 1])
     classes = [f"{first} and {second}" for first in range(kinds) for second in range(kinds)]
-    return Photographs(torch.cat(images), torch.cat(labels), classes, STAND_IN)
+    return Photographs(torch.cat(images), torch.cat(labels), classes, stand_in_of(digits))

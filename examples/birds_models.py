@@ -70,7 +70,9 @@ def make_trunk(name: str, pretrained: bool = False) -> nn.Module:
         raise ImportError(f"{name} needs torchvision: pip install torchvision") from error
     if name not in models.list_models(models):
         raise ValueError(f"torchvision has no classifier {name!r}")
-    options = {"aux_logits": False} if name in ("googlenet", "inception_v3") and not pretrained else {}
+    options = {}
+    if name in ("googlenet", "inception_v3") and not pretrained:
+        options = {"aux_logits": False, "init_weights": False}  # PyTorch's weights: torchvision's take SciPy
     model = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
     nodes = feature_extraction.get_graph_node_names(model)[1]
     pooling = [at for at, node in enumerate(nodes) if node in ("avgpool", "adaptive_avg_pool2d")]
@@ -156,7 +158,7 @@ class PartsNet(nn.Module):
         return self.classifier(self.dropout(features.flatten(1)))
 
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, size, size) from 0 to 1 -> theta, (N, T, 2, 3), and crops, (N, T, 3, crop, crop), from 0 to 1."""
+        """(N, 3, size, size), from 0 to 1 -> theta, (N, T, 2, 3), and crops, (N, T, 3, crop, crop)."""
         assert self.transformer is not None
         theta = self._look((images - self.mean) / self.deviation)[0]
         return theta, self.transformer.sample(images, theta)

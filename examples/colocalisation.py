@@ -29,8 +29,8 @@ from stn_triton.transforms import attention, invert
 CANVAS, CROP, PIECES = 84, 28, 16
 MARGIN = 1.0
 LENGTH = 0.7
-"""Of encodings. Two are at most 1 apart, squared, so that the hinge is never quite satisfied; at length 1 it is by
-crops that are too large. (Not in the paper.)"""
+"""Of encodings. Two are at most 1 apart, squared, so that the hinge is never quite satisfied; at length 1 it
+is by crops that are too large. (Not in the paper.)"""
 PAPER_SCHEDULE = Config(steps=4000, batch=100, lr=3e-3, lr_every=3000, optimiser="adam", snapshots=0)
 """Every batch is the whole collection. (The paper does not give a schedule.)"""
 QUICK = Config(steps=500, batch=100, lr=3e-3, lr_every=400, optimiser="adam", snapshots=0)

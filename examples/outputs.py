@@ -49,7 +49,9 @@ def save_table(
         settings: whatever else decided the numbers.
     """
     described = facts(device)
-    rows = [f"| model | parameters | {unit} | the paper | training, s |", "|---|---|---|---|---|"]
+    stand_in = "stand-in" in source
+    title, theirs = (f"{title}: a stand-in", "the paper, on its data") if stand_in else (title, "the paper")
+    rows = [f"| model | parameters | {unit} | {theirs} | training, s |", "|---|---|---|---|---|"]
     for line in lines:
         parameters = "" if line.parameters is None else f"{line.parameters:,}"
         seconds = "" if line.seconds is None else f"{line.seconds:.0f}"

@@ -17,15 +17,19 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 import stn_triton as stn
-from examples.data import INK, SIDE
+from examples.data import INK, SIDE, Digits
 from stn_triton.transforms import attention
 
-STAND_IN = "stand-in: MNIST digits over scikit-image's photographs"
 PHOTOGRAPHS = (
     "astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field",
     "immunohistochemistry", "moon", "retina", "rocket",
 )  # fmt: skip
 """Those that scikit-image carries in itself."""
+
+
+def stand_in_of(digits: Digits) -> str:
+    """The source of scenes that are made of these digits."""
+    return f"stand-in, {digits.source} digits over scikit-image's photographs"
 
 
 def load_photographs(side: int = 256, device: torch.device | str = "cpu") -> Tensor:

@@ -141,9 +141,9 @@ def measure_steps(options: argparse.Namespace, config: Config, device: torch.dev
 
 # ------------------------------------------------------------------------------------------------- main
 def picture(model: nn.Module, test: Sequences, title: str, path: Path) -> None:
-    """Of eight images what each transformer saw, with its grid, and below what it gave. Of feature maps the mean
-    over channels is shown."""
-    images = test.take(torch.arange(8, device=test.images.device))
+    """Of eight images what each transformer saw, with its grid, and below what it gave. Feature maps are the
+    means of their channels."""
+    images = test.take(torch.arange(min(8, len(test.labels)), device=test.images.device))
     found = looks(lambda: model(images), model)
     panels = [
         Panel(
@@ -153,7 +153,7 @@ def picture(model: nn.Module, test: Sequences, title: str, path: Path) -> None:
             title=f"transformer {at + 1}" if n == 0 else "",
         )
         for at, look in enumerate(found)
-        for n in range(8)
+        for n in range(len(images))
     ]
     save_picture(path, panels, title, columns=8)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from examples.data import Digits
-from examples.scenes import STAND_IN, backgrounds, load_photographs, paste, remembered, resized
+from examples.scenes import backgrounds, load_photographs, paste, remembered, resized, stand_in_of
 
 LENGTH = 5
 NONE = 10
@@ -222,4 +222,4 @@ def make_stand_in(digits: Digits, count: int, size: int, seed: int) -> Sequences
         scenes = paste(scenes, ink, centre, reach.expand(n, LENGTH, 2), generator)
         images.append(to_bytes(scenes))
         labels.append(digits.labels[index].where(present, NONE))
-    return Sequences(torch.cat(images), torch.cat(labels), STAND_IN)
+    return Sequences(torch.cat(images), torch.cat(labels), stand_in_of(digits))
