@@ -218,6 +218,15 @@ def test_snapshots_are_of_the_grid_as_it_moves(mnist, tmp_path):
     assert not torch.equal(start, end)
 
 
+def test_dropout_is_on_in_training_alone(mnist, tmp_path):
+    modes, model = [], make_model()
+    model.register_forward_hook(lambda module, inputs, output: modes.append((module.training, len(output))))
+    train(model, Doomed(mnist), SHORT, tmp_path, progress=False)
+    step, evaluation = (True, 8), (False, 40)
+    assert modes == [step] * 4 + [evaluation] + [step] * 3 + [evaluation]
+    assert not model.training
+
+
 # ------------------------------------------------------------------------------------------- precision
 class Silent(Task):
     """A task without its evaluation, which is in float32."""
