@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.machine import facts
-from examples import models, pictures
+from examples import models
 from examples.data import DISTORTIONS, Digits, Distortion, Mnist, load_mnist
+from examples.outputs import Panel, save_animation, save_picture
 from examples.training import (
     Config,
     Replicas,
@@ -33,6 +34,7 @@ from examples.training import (
     train,
     write_json,
 )
+from stn_triton.nn import SpatialTransformer
 
 PAPER_STEPS = 150_000
 PAPER = {  # % error, the mean of three seeds
@@ -139,6 +141,7 @@ def build(job: Job, parameters: int, device: torch.device) -> nn.Module:
 def run(jobs: Sequence[Job], mnist: Mnist, config: Config, parameters: int, output: Path) -> None:
     """Trains one job, or several of one model and one size of canvas at once, and writes their results."""
     device = mnist.train.images.device
+    origin = facts(device)  # before training: the tree may change meanwhile
     nets = [build(job, parameters, device) for job in jobs]
     tasks: list[Task] = [Classify(mnist, DISTORTIONS[job.distortion], job.seed) for job in jobs]
     together = len(jobs) > 1
@@ -167,7 +170,7 @@ def run(jobs: Sequence[Job], mnist: Mnist, config: Config, parameters: int, outp
             "trained_together": len(jobs),
             "data": mnist.train.source,
             "config": asdict(config),
-            "facts": facts(device),
+            "facts": origin,
         }
         write_json(own / "result.json", result)
 
@@ -262,18 +265,35 @@ def write_results(output: Path, mnist: Mnist) -> None:
     first = {job.model: job for job in reversed(jobs) if job.distortion == name}
     shown = [first[model] for model in models.NAMES if model in first]
     distortion, device = DISTORTIONS[name], mnist.test.images.device
-    rows, animated = [], []
+    one = shown_digits(mnist.test, distortion, label=4)
+    several = shown_digits(mnist.test, distortion)
+    averaged = shown_digits(mnist.test, distortion, label=4, count=100)
+    panels: list[Panel] = []
+    frames: dict[int, list[Panel]] = defaultdict(list)
     for job in shown:
         kept = torch.load(output / "runs" / str(job) / "model.pt", map_location=device, weights_only=True)
         net = build(job, budgets[job], device).eval()
         net.load_state_dict(kept["model"])
-        rows.append((job.model, net.transformer))
-        animated.append((job.model, net.transformer, [(step, its.cpu()) for step, its in kept["snapshots"]]))
-    one = shown_digits(mnist.test, distortion, label=4)
-    several = shown_digits(mnist.test, distortion)
-    averaged = shown_digits(mnist.test, distortion, label=4, count=100)
-    pictures.draw_transformers(one, several, averaged, rows, output / "picture.png")
-    pictures.animate(several, animated, output / "training.gif")
+        transformer, images = net.transformer, torch.cat([one, several])
+        with torch.no_grad():
+            panels += _panels(job.model, transformer, images, transformer.localise(images))
+            mean = transformer(averaged).mean(0)
+            panels.append(Panel(averaged.mean(0), None, [mean], title=f"mean of {len(averaged)}"))
+            for step, theta in kept["snapshots"]:
+                frames[step] += _panels(job.model, transformer, several, theta)
+    title = f"{name}: inputs with the transformer's grid, and below what it returns"
+    save_picture(output / "picture.png", panels, title, len(one) + len(several) + 1)
+    titled = [(f"{name}, step {step:,}", frames[step]) for step in sorted(frames)]
+    save_animation(output / "training.gif", titled, len(several))
+
+
+def _panels(name: str, transformer: SpatialTransformer, images: Tensor, theta: Tensor) -> list[Panel]:
+    outputs = transformer.sample(images, theta)
+    titles = [name] + [""] * (len(images) - 1)
+    return [
+        Panel(image, one, [output], transformer.transform, title)
+        for image, one, output, title in zip(images, theta, outputs, titles)
+    ]
 
 
 # ------------------------------------------------------------------------------------------- command line

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from bench.machine import facts
 from examples.training import Config, write_json
 from stn_triton import viz
 from stn_triton.nn import SpatialTransformer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Line(NamedTuple):
@@ -145,8 +148,29 @@ class Panel(NamedTuple):
 
 
 def save_picture(path: Path, panels: Sequence[Panel], title: str, columns: int = 10) -> None:
-    """Inputs with the transformers' grids, and below each what the transformers made of it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """A PNG: inputs with the transformers' grids, and below each what the transformers made of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _draw(panels, title, columns).savefig(path, dpi=80)
+
+
+def save_animation(path: Path, frames: Sequence[tuple[str, Sequence[Panel]]], columns: int = 10) -> None:
+    """A GIF of several such pictures, each a title and panels; the last one stays for a while."""
+    import numpy
+    from PIL import Image
+
+    images = []
+    for title, panels in frames:
+        figure = _draw(panels, title, columns)
+        figure.set_dpi(50)
+        figure.canvas.draw()
+        images.append(Image.fromarray(numpy.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(32))
+    durations = [150] * (len(images) - 1) + [2000]  # milliseconds
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True)
+
+
+def _draw(panels: Sequence[Panel], title: str, columns: int) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws into memory: needs no display
     from matplotlib.figure import Figure
 
     columns = min(columns, len(panels))
@@ -183,5 +207,4 @@ def save_picture(path: Path, panels: Sequence[Panel], title: str, columns: int =
             ax.set_axis_on()
             color = viz.PALETTE[at % len(viz.PALETTE)]
             viz.draw_samples(visible(output), color=color, labels=(), linewidth=2, ax=ax)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+    return figure

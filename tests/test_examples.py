@@ -395,20 +395,10 @@ def run_as_processes(count, name, *arguments):
 
 @pytest.mark.slow
 class TestDistortedMnist:
-    SMALL = [
-        "--quick",
-        "--parameters",
-        "20000",
-        "--steps",
-        "3",
-        "--batch",
-        "8",
-        "--snapshots",
-        "2",
-        "--device",
-        "cpu",
-        "--stand-in",
-    ]
+    SMALL = (
+        *("--quick", "--parameters", "20000", "--steps", "3", "--batch", "8"),
+        *("--snapshots", "2", "--device", "cpu", "--stand-in"),
+    )
 
     def test_table_and_pictures(self, folder, tmp_path, capsys):
         pytest.importorskip("matplotlib")
