@@ -157,8 +157,8 @@ class Finding(Task):
         return triplet_hinge(self.encode(output.float()), self.encode(target))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """% of the images with an intersection over union above a half, its mean; and the loss with the same random
-        crops each time, by which runs can be compared without knowing the boxes."""
+        """% of the images whose intersection over union is above a half, its mean, and the loss with the same
+        random crops each time, by which runs can be compared without knowing the boxes."""
         assert isinstance(model, SpatialTransformer)
         images, boxes = self.collection
         ratio = overlap(boxes_of(model.localise(images)), boxes)
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     figure="found",
                     paper=PAPER[kind],
                 )
-                best = min(range(options.seeds), key=lambda at: runs.line.figures[at]["hinge"])  # noqa: B023
+                best = min(range(options.seeds), key=lambda at: runs.line.figures[at]["hinge"])
                 figures = runs.line.figures[best]
                 named = f"{name}, mean IoU {figures['IoU']:.2f}"
                 lines.append(runs.line._replace(name=named, values=[figures["found"]]))
@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     picture(runs.models[best], collection, title, path)
         if rank() == 0:
             settings = {
-                "of seeds, the one with the least loss": options.seeds,
+                "starts, of which the one with the least loss counts,": options.seeds,
                 "encoder": options.encoder,
                 "start": options.start,
             }

@@ -63,7 +63,7 @@ def save_table(
     told = "; ".join(f"{key} {value}" for key, value in settings.items())
     commit, mark, _ = described["commit"].partition("+")
     notes = [
-        f"{ran}; {config.optimiser.upper()}, rate {config.lr:g}; {seeds} seed{'s' if seeds > 1 else ''} in each row.",
+        f"{ran}; {config.optimiser.upper()}, rate {config.lr:g}; {seeds} seed{'s' if seeds > 1 else ''}.",
         f"Data: {source}." + (f" {told.capitalize()}." if told else ""),
         f"{described['device']}, {described['host_cores']} cores, PyTorch {described['torch']}, Triton "
         f"{described['triton']}, commit {commit[:12]}{mark}, {described['date'][:10]}. Seconds are of "

@@ -127,7 +127,7 @@ class TestColocalisation:
         far = torch.tensor([[9.0, 0], [9, 0], [9, 9]])
         assert triplet_hinge(crops, far) == 0
         near = crops + torch.tensor([0.0, 0.5])
-        # Pairs: (0, 1) and (1, 0) have 0 - 0.25 + 1, the other four 4 - 0.25 + 1; none is of an image with itself.
+        # (0, 1) and (1, 0) have 0 - 0.25 + 1, the other four 4 - 0.25 + 1; no image goes with itself.
         assert triplet_hinge(crops, near) == pytest.approx((2 * 0.75 + 4 * 4.75) / 6)
 
     @pytest.mark.parametrize("kind", ["classifier", "crop"])
