@@ -20,7 +20,12 @@ class Runs(NamedTuple):
     """One model's, with one seed after the other."""
 
     line: Line
-    model: nn.Module  # the last one, in evaluation mode
+    models: list[nn.Module]  # in evaluation mode
+
+    @property
+    def model(self) -> nn.Module:
+        """The last one."""
+        return self.models[-1]
 
 
 def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -62,19 +67,17 @@ def run_seeds(
         figure: which of the task's figures goes to the table.
         paper: the paper's.
     """
-    figures, seconds = [], []
-    trained: Trained
+    found: list[Trained] = []
     for seed in range(options.seeds):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = build().to(device)
         folder = options.output / "runs" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}"
-        trained = train(model, make_task(seed), config, folder, seed=seed)
-        figures.append(trained.figures)
-        seconds.append(trained.seconds)
-    values = [found[figure] for found in figures]
-    line = Line(name, values, paper, count(model), sum(seconds) / len(seconds), figures)
-    return Runs(line, trained.model)
+        found.append(train(model, make_task(seed), config, folder, seed=seed))
+    values = [trained.figures[figure] for trained in found]
+    seconds = sum(trained.seconds for trained in found) / len(found)
+    line = Line(name, values, paper, count(model), seconds, [trained.figures for trained in found])
+    return Runs(line, [trained.model for trained in found])
 
 
 def wrong_class(logits: Tensor, labels: Tensor) -> Tensor:

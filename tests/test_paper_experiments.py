@@ -126,9 +126,9 @@ class TestColocalisation:
         crops = torch.tensor([[0.0, 0], [0, 0], [2, 0]])
         far = torch.tensor([[9.0, 0], [9, 0], [9, 9]])
         assert triplet_hinge(crops, far) == 0
-        near = crops + torch.tensor([0.0, 1.0])  # |c - o|^2 is the margin
-        # Pairs: (0, 1) and (1, 0) have 0 - 1 + 1, the other four 4 - 1 + 1.
-        assert triplet_hinge(crops, near) == pytest.approx(4 * 4 / 6)
+        near = crops + torch.tensor([0.0, 0.5])
+        # (0, 1) and (1, 0) have 0 - 0.25 + 1, the other four 4 - 0.25 + 1; no image goes with itself.
+        assert triplet_hinge(crops, near) == pytest.approx((2 * 0.75 + 4 * 4.75) / 6)
 
     @pytest.mark.parametrize("kind", ["classifier", "crop"])
     def test_encodings_have_one_length_and_are_fixed(self, mnist, kind):
@@ -211,7 +211,7 @@ class TestExtruded:
 # --------------------------------------------------------------------------------------------- scripts
 SCRIPTS = {
     "mnist_addition": ["--test", "20", "--models", "CNN", "2xST-FCN TPS"],
-    "colocalisation": ["--digits", "3", "--kinds", "TC", "--encoder", "crop"],
+    "colocalisation": ["--digits", "3", "--kinds", "TC", "--encoder", "crop", "--seeds", "2"],
     "extruded_digits": ["--test", "20", "--size", "28"],
     "svhn": ["--scenes", "40", "--width", "0.05"],
     "birds": ["--scenes", "30", "--size", "64", "--crop", "32", "--transformers", "0", "2"],

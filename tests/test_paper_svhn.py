@@ -12,6 +12,7 @@ numpy = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 
 from examples.data import Digits  # noqa: E402
+from examples.outputs import looks  # noqa: E402
 from examples.svhn_data import (  # noqa: E402
     MARGIN,
     NONE,
@@ -23,7 +24,6 @@ from examples.svhn_data import (  # noqa: E402
 from examples.svhn_models import (  # noqa: E402
     KINDS,
     TorchTransformer,
-    looks,
     sequence_errors,
     sequence_loss,
     svhn_net,
@@ -198,11 +198,12 @@ def test_stand_in_shows_its_digits(digits):
 @pytest.mark.parametrize("kind, transformers", list(zip(KINDS, [0, 1, 4])))
 def test_models(kind, transformers, size):
     model = svhn_net(kind, size, width=0.1)
-    found = looks(model, torch.rand(2, 3, size, size))
+    images = torch.rand(2, 3, size, size)
+    found = looks(lambda: model(images), model)
     assert len(found) == transformers
-    channels = [seen.shape[1] for seen, _, _ in found]
+    channels = [look.input.shape[1] for look in found]
     assert channels == [3, 5, 6, 13][:transformers]  # three of four on feature maps
-    for seen, theta, output in found:  # at the start all look at everything
+    for _, seen, theta, output in found:  # at the start all look at everything
         torch.testing.assert_close(theta, torch.eye(2, 3).expand_as(theta))
         torch.testing.assert_close(output, seen, atol=1e-4, rtol=1e-4)
     assert model(torch.rand(2, 3, size, size)).shape == (2, 5, 11)
