@@ -48,14 +48,14 @@ PAPER = {  # % error, the mean of three seeds
     "ST-CNN-TPS": {"R": 0.7, "RTS": 0.5, "P": 0.8, "E": 1.1},
 }
 QUICK = Config(
-    steps=2_000,
+    steps=5_000,
     batch=64,
     optimiser="adam",
     lr=3e-3,
     schedule="cosine",
-    localisation_lr=0.5,
+    localisation_lr=0.2,
     log_every=50,
-    evaluate_every=2_000,
+    evaluate_every=1_000,
     checkpoint_every=100,
     snapshots=20,
 )
@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m examples.distorted_mnist", description=(__doc__ or "").partition(":")[0]
     )
-    parser.add_argument("--quick", action="store_true", help="minutes on a CPU: small nets, 2,000 iterations")
+    parser.add_argument("--quick", action="store_true", help="minutes on a CPU: small nets, 5,000 iterations")
     parser.add_argument(
         "--models", nargs="+", choices=models.NAMES, metavar="MODEL", help=f"of {models.NAMES}"
     )
