@@ -1,0 +1,180 @@
+"""A transformer in 3-D: ``python -m examples.extruded_digits``.
+
+A digit is extruded to a solid, turned, and put somewhere into 60 x 60 x 60 voxels. A 3-D affine transformer
+turns the volume before it is flattened along its depth to an image, which a 2-D network classifies: by labels
+alone it learns to look at digits from the front (Jaderberg et al., 2015, section A.3).
+
+Convention: as in the package, parameters map output coordinates to input coordinates, in the order x, y, z.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor, nn
+
+import stn_triton as stn
+from examples.data import SIDE, Digits, Distortion, Drawn, Mnist, load_mnist
+from examples.models import cnn
+from examples.outputs import Panel, looks, save_picture, save_table
+from examples.runs import config_of, error, parser_of, run_seeds, sizes
+from examples.training import Config, Task, processes, rank
+from stn_triton.nn import SpatialTransformer
+from stn_triton.transforms import attention, compose
+
+PAPER = Config(snapshots=0)  # distorted MNIST's: there is none for this
+QUICK = Config(steps=600, batch=32, lr=1e-3, lr_every=450, optimiser="adam", snapshots=0)
+
+
+@dataclass(frozen=True)
+class Extruded(Distortion):
+    """A digit as a solid in ``size`` voxels a side, turned about the three axes by up to ``degrees`` to both
+    sides, at a random place in which upright it would fit. :meth:`draw` gives theta, (N, 3, 4).
+
+    Angle, scale and depth are not in the paper.
+    """
+
+    size: int = 60
+    degrees: float = 60.0
+    scale: float = 1.0  # of the digit's 28 pixels, in voxels
+    depth: int = 14  # of the solid, in the digit's pixels
+
+    def draw(self, count: int, generator: Generator) -> Drawn:
+        angles, place = (
+            2 * torch.rand(count, 3, generator=generator, device=generator.device) - 1 for _ in range(2)
+        )
+        turn = rotation(math.radians(self.degrees) * angles)
+        reach = self.scale * SIDE / self.size  # of the digit's box, normalised
+        sides = turn.new_tensor([reach, reach, reach * self.depth / SIDE])
+        to_solid = torch.cat([turn / sides.unsqueeze(-1), torch.zeros_like(place).unsqueeze(-1)], -1)
+        return (compose(to_solid, attention(1.0, -(1 - sides) * place)),)
+
+    def apply(self, digits: Digits, index: Tensor, drawn: Drawn) -> Tensor:
+        """(N,) -> (N, 1, size, size, size). A solid is one image, ``depth`` times: no copy is made of it."""
+        (theta,) = drawn
+        solids = digits.take(index).unsqueeze(2).expand(-1, -1, self.depth, -1, -1)
+        return stn.affine_grid_sample(solids, theta, (self.size,) * 3)
+
+
+def rotation(angles: Tensor) -> Tensor:
+    """(N, 3), about x, y and z in radians -> (N, 3, 3): about x first."""
+    cos, sin = angles.cos(), angles.sin()
+    zero, one = torch.zeros_like(cos[:, 0]), torch.ones_like(cos[:, 0])
+    (cx, cy, cz), (sx, sy, sz) = cos.unbind(-1), sin.unbind(-1)
+    about_x = [[one, zero, zero], [zero, cx, -sx], [zero, sx, cx]]
+    about_y = [[cy, zero, sy], [zero, one, zero], [-sy, zero, cy]]
+    about_z = [[cz, -sz, zero], [sz, cz, zero], [zero, zero, one]]
+    x, y, z = (
+        torch.stack([torch.stack(row, -1) for row in rows], -2) for rows in (about_x, about_y, about_z)
+    )
+    return z @ y @ x
+
+
+class Flatten(nn.Module):
+    """(N, C, D, H, W) -> (N, C, H, W): what one sees from the front, the brightest voxel of each column."""
+
+    def forward(self, volume: Tensor) -> Tensor:
+        return volume.amax(2)
+
+
+def localisation_3d(size: int) -> nn.Sequential:
+    """The localisation net of the paper's ST-CNN with convolutions in 3-D, on volumes of half the size."""
+    side = ((size // 2 - 4) // 2 - 4) ** 3
+    return nn.Sequential(
+        nn.AvgPool3d(2),
+        nn.Conv3d(1, 20, 5),
+        nn.ReLU(),
+        nn.MaxPool3d(2),
+        nn.Conv3d(20, 20, 5),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(20 * side, 20),
+        nn.ReLU(),
+    )
+
+
+def make_transformer(size: int) -> SpatialTransformer:
+    return SpatialTransformer(localisation_3d(size), "affine", (size,) * 3, dims=3, features=20)
+
+
+def make_model(size: int, transformed: bool, filters: int = 32) -> nn.Sequential:
+    """(N, 1, size, size, size) -> (N, 10): turn the volume or not, flatten it, classify the image."""
+    first = [make_transformer(size)] if transformed else []
+    return nn.Sequential(*first, Flatten(), cnn(filters, size))
+
+
+class Solids(Task):
+    def __init__(self, mnist: Mnist, distortion: Extruded, seed: int, test: int = 10_000) -> None:
+        super().__init__(seed, mnist.train.images.device)
+        self.mnist, self.distortion, self.test = mnist, distortion, test
+
+    def batch(self, count: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        return self.distortion.batch(self.mnist.train, count, self.generator, part)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """On the same volumes each time."""
+        generator = Generator(self.generator.device).manual_seed(0)
+        batches = (self.distortion.batch(self.mnist.test, n, generator) for n in sizes(self.test, 50))
+        return {"error": error(model, batches)}
+
+
+def picture(model: nn.Sequential, digits: Digits, distortion: Extruded, path: Path) -> None:
+    """What is seen from the front before and after; over the former the front and the back of the box that
+    becomes the output."""
+    volumes, labels = distortion.batch(digits, 10, Generator(digits.images.device).manual_seed(1))
+    (look,) = looks(lambda: model(volumes), model)
+    panels = []
+    for volume, theta, output, label in zip(volumes, look.parameters, look.output, labels):
+        faces = torch.stack([face(theta, depth) for depth in (-1.0, 1.0)])
+        front = volume.amax(1)
+        panels.append(Panel(front, faces, [output.amax(1)], title=str(label.item()), outlines=True))
+    save_picture(
+        path, panels, "Extruded digits, seen from the front: the input, the transformer's box, the output"
+    )
+
+
+def face(theta: Tensor, depth: float) -> Tensor:
+    """(3, 4) -> (2, 3): where x and y of the output at this z are read, seen from the front."""
+    return torch.cat([theta[:2, :2], (theta[:2, 3] + depth * theta[:2, 2]).unsqueeze(-1)], -1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = parser_of("extruded_digits", __doc__)
+    parser.add_argument("--size", type=int, help="voxels a side; default: 60, with --quick 30")
+    parser.add_argument("--degrees", type=float, default=Extruded.degrees)
+    parser.add_argument("--test", type=int, help="how many test volumes; default: 10,000, with --quick 1,000")
+    options = parser.parse_args(arguments)
+    config = config_of(options, PAPER, QUICK)
+    size = options.size or (30 if options.quick else 60)
+    test = options.test or (1000 if options.quick else 10_000)
+    distortion = Extruded(size=size, degrees=options.degrees, scale=size / 60)
+    with processes(options.device) as device:
+        mnist = load_mnist(options.data, device, stand_in=options.stand_in)
+        found = [
+            run_seeds(
+                name,
+                lambda: make_model(size, name != "CNN"),  # noqa: B023
+                lambda seed: Solids(mnist, distortion, seed, test),
+                config,
+                options,
+                device,
+            )
+            for name in ("CNN", "3-D ST-CNN")
+        ]
+        if rank() == 0:
+            settings = {"voxels a side": size, "degrees": options.degrees, "test volumes": test}
+            title = "Extruded digits, of which the paper gives a picture and no number"
+            lines = [runs.line for runs in found]
+            data = mnist.train.source
+            where = options.output, "extruded_digits"
+            print(save_table(*where, title, "error, %", lines, config, PAPER, data, settings, device))
+            picture(found[-1].model, mnist.test, distortion, options.output / "extruded_digits.png")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

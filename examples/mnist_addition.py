@@ -1,0 +1,147 @@
+"""MNIST addition: ``python -m examples.mnist_addition``.
+
+Two channels of 42 x 42 pixels with a rotated, translated and scaled digit each; the label is their sum, 0 to
+18. One transformer can straighten one digit; two in parallel, each applied to both channels, give four
+channels in which either digit is upright in one (Jaderberg et al., 2015, section A.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+from examples.data import DISTORTIONS, Digits, Mnist, load_mnist
+from examples.models import cnn, count, fcn, fit_width, make_transformer
+from examples.outputs import Panel, looks, save_picture, save_table
+from examples.runs import config_of, error, parser_of, run_seeds, sizes
+from examples.training import Config, Task, processes, rank
+from stn_triton.nn import SpatialTransformer, Transform
+
+SIZE, CLASSES = 42, 19
+PARAMETERS = 400_000  # of each model, about
+PAPER = Config()
+QUICK = Config(steps=1000, batch=128, lr=2e-3, lr_every=750, optimiser="adam", snapshots=0)
+
+
+class Kind(NamedTuple):
+    transforms: int
+    transform: Transform
+    classifier: Callable[..., nn.Module]
+    paper: str  # % error
+
+
+KINDS = {
+    "FCN": Kind(0, "affine", fcn, "47.7"),
+    "CNN": Kind(0, "affine", cnn, "14.7"),
+    "ST-FCN affine": Kind(1, "affine", fcn, "22.6"),
+    "2xST-FCN affine": Kind(2, "affine", fcn, "9.0"),
+    "2xST-FCN projective": Kind(2, "projective", fcn, "5.9"),
+    "2xST-FCN TPS": Kind(2, "tps", fcn, "5.8"),
+}
+
+
+class Parallel(nn.Module):
+    """Transformers side by side, each with a localisation net of its own, each applied to all channels:
+    (N, C, H, W) -> (N, T C, H, W)."""
+
+    def __init__(self, transformers: Sequence[SpatialTransformer]) -> None:
+        super().__init__()
+        self.transformers = nn.ModuleList(transformers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([transformer(images) for transformer in self.transformers], 1)
+
+
+def make_model(kind: Kind) -> nn.Sequential:
+    """(N, 2, 42, 42) -> (N, 19). The classifier sees what comes out averaged over 2 x 2 pixels; its width
+    makes up for what the transformers take."""
+    transformers = [make_transformer("FCN", kind.transform, SIZE, channels=2) for _ in range(kind.transforms)]
+    channels = 2 * max(kind.transforms, 1)
+    rest = PARAMETERS - sum(map(count, transformers))
+
+    def classifier(width: int) -> nn.Module:
+        return kind.classifier(width, SIZE // 2, channels=channels, classes=CLASSES)
+
+    first = [Parallel(transformers)] if transformers else []
+    return nn.Sequential(*first, nn.AvgPool2d(2), classifier(fit_width(classifier, rest)))
+
+
+def pairs(
+    digits: Digits, count: int, generator: Generator, part: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """Images, (count, 2, 42, 42), and the sums."""
+    first, second = (DISTORTIONS["RTS"].batch(digits, count, generator, part) for _ in range(2))
+    return torch.cat([first[0], second[0]], 1), first[1] + second[1]
+
+
+class Addition(Task):
+    def __init__(self, mnist: Mnist, seed: int, test: int = 10_000) -> None:
+        super().__init__(seed, mnist.train.images.device)
+        self.mnist, self.test = mnist, test
+
+    def batch(self, count: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        return pairs(self.mnist.train, count, self.generator, part)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """On the same pairs each time."""
+        generator = Generator(self.generator.device).manual_seed(0)
+        return {"error": error(model, (pairs(self.mnist.test, n, generator) for n in sizes(self.test, 1000)))}
+
+
+def picture(model: nn.Module, digits: Digits, title: str, path: Path) -> None:
+    """Both channels, and over each the borders of what the transformers read, which are below."""
+    images, sums = pairs(digits, 5, Generator(digits.images.device).manual_seed(1))
+    found = looks(lambda: model(images), model)
+    panels = [
+        Panel(
+            images[n, [channel]],
+            torch.stack([one.parameters[n] for one in found]),
+            [one.output[n, [channel]] for one in found],
+            found[0].module.transform,
+            f"channel {channel + 1}, sum {sums[n]}",
+        )
+        for n in range(len(images))
+        for channel in range(2)
+    ]
+    save_picture(path, panels, title)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = parser_of("mnist_addition", __doc__)
+    parser.add_argument("--models", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--test", type=int, default=10_000, help="how many test pairs")
+    options = parser.parse_args(arguments)
+    config = config_of(options, PAPER, QUICK)
+    with processes(options.device) as device:
+        mnist = load_mnist(options.data, device, stand_in=options.stand_in)
+        lines = []
+        for name in options.models:
+            kind = KINDS[name]
+            runs = run_seeds(
+                name,
+                lambda: make_model(kind),  # noqa: B023
+                lambda seed: Addition(mnist, seed, options.test),
+                config,
+                options,
+                device,
+                paper=kind.paper,
+            )
+            lines.append(runs.line)
+            if kind.transforms and rank() == 0:
+                picture(
+                    runs.model, mnist.test, f"MNIST addition, {name}", options.output / "mnist_addition.png"
+                )
+        if rank() == 0:
+            settings = {"test pairs": options.test}
+            where, data = (options.output, "mnist_addition"), mnist.train.source
+            title = "MNIST addition"
+            print(save_table(*where, title, "error, %", lines, config, PAPER, data, settings, device))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

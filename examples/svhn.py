@@ -1,0 +1,210 @@
+"""House numbers: ``python -m examples.svhn``, and what a step costs: ``python -m examples.svhn --step-time``.
+
+A CNN that reads up to five digits at once, with no transformer, with one before all, and with four, three of
+them on feature maps (Jaderberg et al., 2015, section 4.2). Data are the official files under ``--svhn``, or a
+stand-in made of MNIST over photographs, which results name as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.machine import facts
+from bench.timing import own_stream, time_device
+from examples.data import load_mnist
+from examples.models import count
+from examples.outputs import Panel, looks, save_picture, save_table
+from examples.runs import config_of, error, parser_of, run_seeds, sizes
+from examples.svhn_data import (
+    LENGTH,
+    NONE,
+    Sequences,
+    load_cropped_digits,
+    load_full_numbers,
+    make_stand_in,
+)
+from examples.svhn_models import KINDS, TorchTransformer, sequence_errors, sequence_loss, svhn_net
+from examples.training import Config, Task, processes, rank, write_json
+from stn_triton.nn import SpatialTransformer
+
+PAPER = Config(
+    steps=400_000, batch=128, lr=0.01, lr_every=80_000, weight_decay=5e-4, localisation_lr=0.1, snapshots=0
+)
+QUICK = Config(steps=600, batch=32, lr=1e-3, lr_every=450, optimiser="adam", localisation_lr=0.1, snapshots=0)
+QUICK_WIDTH, QUICK_DROPOUT = 0.125, 0.1
+PAPER_ERRORS = {
+    64: {"CNN": "4.0", "ST-CNN Single": "3.7", "ST-CNN Multi": "3.6"},
+    128: {"CNN": "5.6", "ST-CNN Single": "3.9", "ST-CNN Multi": "3.9"},
+}
+CLAIM = 6  # %: how much slower ST-CNN Multi is than the CNN, by the paper
+
+
+class Reading(Task):
+    def __init__(self, train: Sequences, test: Sequences, seed: int) -> None:
+        super().__init__(seed, train.images.device)
+        self.train, self.test = train, test
+
+    def batch(self, count: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        drawn = torch.randint(
+            len(self.train.labels), (count,), generator=self.generator, device=self.generator.device
+        )
+        return self.train.take(drawn[part]), self.train.labels[drawn[part]]
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return sequence_loss(output.float(), target)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """% of the test set's sequences that are not read right from end to end."""
+        parts = torch.arange(len(self.test.labels), device=self.generator.device).split(
+            sizes(len(self.test.labels), 500)
+        )
+        batches = ((self.test.take(part), self.test.labels[part]) for part in parts)
+        return {"error": error(model, batches, sequence_errors)}
+
+
+def load(options: argparse.Namespace, size: int, device: torch.device) -> tuple[Sequences, Sequences]:
+    """Training and test set. Of the full numbers train and extra are for training, as in the paper."""
+    if options.svhn is None:
+        mnist = load_mnist(options.data, device, stand_in=options.stand_in)
+        train = make_stand_in(mnist.train, options.scenes, size, seed=0)
+        return train, make_stand_in(mnist.test, max(options.scenes // 10, 1), size, seed=1)
+    loader = load_full_numbers if options.format == "full" else load_cropped_digits
+    halves = [loader(options.svhn, half, size) for half in ("train", "extra", "test")]
+    train = Sequences(
+        torch.cat([half.images for half in halves[:2]]),
+        torch.cat([half.labels for half in halves[:2]]),
+        f"{halves[0].source}, and extra",
+    )
+    return train.to(device), halves[2].to(device)
+
+
+# -------------------------------------------------------------------------------------------- step time
+def step_times(
+    size: int, batch: int, width: float, device: torch.device, budget: float = 1.0
+) -> dict[str, Any]:
+    """Milliseconds of one step, forward, backward and update, of the CNN and of ST-CNN Multi on PyTorch's
+    sampler and on ours; median and 20 % and 80 % quantiles."""
+    makers = {
+        "CNN": ("CNN", SpatialTransformer),
+        "ST-CNN Multi, PyTorch": ("ST-CNN Multi", TorchTransformer),
+        "ST-CNN Multi, stn_triton": ("ST-CNN Multi", SpatialTransformer),
+    }
+    images = torch.rand(batch, 3, size, size, device=device) - 0.5
+    labels = torch.randint(NONE + 1, (batch, LENGTH), device=device)
+    found: dict[str, Any] = {}
+    for name, (kind, transformer) in makers.items():
+        torch.manual_seed(0)
+        model = svhn_net(kind, size, width=width, transformer=transformer).to(device)
+        optimiser = torch.optim.SGD(model.parameters(), 1e-4)
+
+        def step() -> None:
+            sequence_loss(model(images), labels).backward()  # noqa: B023
+            optimiser.step()  # noqa: B023
+            optimiser.zero_grad(set_to_none=False)  # noqa: B023
+
+        with own_stream(device):
+            timing = time_device(step, device, budget, flush=False)
+        found[name] = {**timing._asdict(), "parameters": count(model)}
+    return found
+
+
+def step_table(found: dict[str, Any], device: torch.device, shape: str) -> str:
+    plain = found["CNN"]["median"]
+    rows = ["| model | step, ms | 20 % to 80 % | slower than the CNN |", "|---|---|---|---|"]
+    for name, timing in found.items():
+        rows.append(
+            f"| {name} | {timing['median']:.2f} | {timing['low']:.2f} to {timing['high']:.2f} | "
+            f"{100 * (timing['median'] / plain - 1):.1f} % |"
+        )
+    note = f"{shape}. The paper: ST-CNN Multi is {CLAIM} % slower than the CNN."
+    if device.type == "cpu":
+        note += " **Times of a CPU, where both samplers are PyTorch's: they show that it runs, and no more.**"
+    return "\n".join(rows) + f"\n\n{note}\n"
+
+
+def measure_steps(options: argparse.Namespace, config: Config, device: torch.device) -> None:
+    shape = f"Batches of {config.batch}, {options.size} px, width {options.width:g}"
+    found = step_times(options.size, config.batch, options.width, device)
+    table = step_table(found, device, shape)
+    options.output.mkdir(parents=True, exist_ok=True)
+    content = {"facts": facts(device), "size": options.size, "batch": config.batch, "width": options.width}
+    write_json(options.output / "svhn_step.json", content | {"steps": found})
+    (options.output / "svhn_step.md").write_text("# SVHN: the time of a step\n\n" + table)
+    print(table)
+
+
+# ------------------------------------------------------------------------------------------------- main
+def picture(model: nn.Module, test: Sequences, title: str, path: Path) -> None:
+    """Of eight images what each transformer saw, with its grid, and below what it gave. Feature maps are the
+    means of their channels."""
+    images = test.take(torch.arange(min(8, len(test.labels)), device=test.images.device))
+    found = looks(lambda: model(images), model)
+    panels = [
+        Panel(
+            look.input[n],
+            look.parameters[n],
+            [look.output[n]],
+            title=f"transformer {at + 1}" if n == 0 else "",
+        )
+        for at, look in enumerate(found)
+        for n in range(len(images))
+    ]
+    save_picture(path, panels, title, columns=8)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = parser_of("svhn", __doc__)
+    parser.add_argument("--svhn", type=Path, help="folder of the official files; default: the stand-in")
+    parser.add_argument(
+        "--format", choices=["full", "cropped"], default="full", help="full numbers or digits"
+    )
+    parser.add_argument("--size", type=int, choices=[64, 128], default=64, help="pixels of the crops")
+    parser.add_argument("--models", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--width", type=float, help="scales all layers; default: 1, the paper's")
+    parser.add_argument("--dropout", type=float, help="default: 0.5, the paper's")
+    parser.add_argument("--hidden", type=int, choices=[2, 3], default=2, help="layers of 3072")
+    parser.add_argument("--scenes", type=int, help="of the stand-in; default: 200,000, with --quick 4,000")
+    parser.add_argument("--step-time", action="store_true", help="only time the steps")
+    options = parser.parse_args(arguments)
+    config = config_of(options, PAPER, QUICK)
+    options.width = options.width or (QUICK_WIDTH if options.quick else 1.0)
+    options.scenes = options.scenes or (4000 if options.quick else 200_000)
+    if options.dropout is None:
+        options.dropout = QUICK_DROPOUT if options.quick else 0.5
+    with processes(options.device) as device:
+        if options.step_time:
+            measure_steps(options, config, device)
+            return 0
+        train, test = load(options, options.size, device)
+        model_options = {key: getattr(options, key) for key in ("width", "dropout", "hidden")}
+        lines = []
+        for kind in options.models:
+            runs = run_seeds(
+                kind,
+                lambda: svhn_net(kind, options.size, **model_options),  # noqa: B023
+                lambda seed: Reading(train, test, seed),
+                config,
+                options,
+                device,
+                paper=PAPER_ERRORS[options.size][kind],
+            )
+            lines.append(runs.line)
+            if kind != "CNN" and rank() == 0:
+                title = f"{kind} on {test.source}"
+                picture(runs.model, test, title, options.output / f"svhn_{kind.split()[-1].lower()}.png")
+        if rank() == 0:
+            title = f"House numbers, {options.size} px"
+            where = options.output, "svhn"
+            settings = model_options | {"scenes": len(train.labels)}
+            print(save_table(*where, title, "error, %", lines, config, PAPER, train.source, settings, device))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,225 @@
+"""Street View House Numbers: the official files, or a stand-in of real digits over real photographs.
+
+Convention: a sequence has up to five digits, read from the left; the class of a place without a digit is 10.
+Images are kept as uint8 on one device.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from examples.data import Digits
+from examples.scenes import backgrounds, load_photographs, paste, remembered, resized, stand_in_of
+
+LENGTH = 5
+NONE = 10
+MARGIN = {64: 1.3, 128: 2.6}
+"""Side of the crop over side of the box around a sequence's digits, by the crop's size: Goodfellow et al.,
+2014, enlarge the box by 30 % for 64 pixels; at 128 the digits are as large, with more around. (Not in the
+paper.)"""
+
+
+class Sequences(NamedTuple):
+    """House numbers, on one device."""
+
+    images: Tensor  # (M, 3, S, S), uint8
+    labels: Tensor  # (M, 5), int64
+    source: str
+
+    def take(self, index: Tensor) -> Tensor:
+        """(N,) -> (N, 3, S, S), float32, each image less its mean, values within -1 and 1."""
+        images = self.images[index].float() / 255
+        return images - images.mean((1, 2, 3), keepdim=True)
+
+    def to(self, device: torch.device | str) -> Sequences:
+        return Sequences(self.images.to(device), self.labels.to(device), self.source)
+
+
+# ---------------------------------------------------------------------------------------- full numbers
+class Number(NamedTuple):
+    """What digitStruct.mat says about one photograph."""
+
+    name: str
+    boxes: Tensor  # (n, 4), float32: left, top, width, height of each digit, in pixels
+    digits: list[int]
+
+
+def load_full_numbers(folder: Path | str, half: str, size: int) -> Sequences:
+    """``train``, ``test`` or ``extra`` in format 1 (whole photographs), cropped around the sequences.
+
+    Args:
+        folder: with ``{half}.tar.gz``, or what that unpacks to, ``{half}/``. The crops are kept there
+            afterwards, in ``{half}-{size}.pt``.
+        half: "train" (33,402 photographs), "test" (13,068) or "extra" (202,353).
+        size: of the crops in pixels, 64 or 128.
+
+    The one photograph with more than five digits is left out, as five places cannot name it.
+
+    Raises:
+        ImportError: h5py, which reads digitStruct.mat, or Pillow is not installed.
+        FileNotFoundError: neither archive nor folder is there.
+    """
+    folder = Path(folder)
+
+    def make() -> tuple[Tensor, Tensor]:
+        images, labels = [], []
+        for pixels, number in _photographs(folder, half):
+            if len(number.digits) <= LENGTH:
+                images.append(_crop(pixels, number.boxes, size))
+                labels.append(torch.tensor(number.digits + [NONE] * (LENGTH - len(number.digits))))
+        return torch.stack(images), torch.stack(labels)
+
+    return Sequences(*remembered(folder / f"{half}-{size}.pt", make), f"SVHN {half}, full numbers")
+
+
+def _photographs(folder: Path, half: str) -> Iterator[tuple[Tensor, Number]]:
+    """Each photograph, (3, H, W), uint8, in the order in which they are stored."""
+    unpacked, archive = folder / half, folder / f"{half}.tar.gz"
+    if (unpacked / "digitStruct.mat").exists():
+        for number in read_structure((unpacked / "digitStruct.mat").read_bytes()):
+            yield decode((unpacked / number.name).read_bytes()), number
+    elif archive.exists():
+        # Twice through the archive, which can be read from its start alone: the structure may come last.
+        with tarfile.open(archive, "r|gz") as files:
+            structure = next(_read(files, file) for file in files if file.name.endswith("digitStruct.mat"))
+        numbers = {number.name: number for number in read_structure(structure)}
+        with tarfile.open(archive, "r|gz") as files:
+            for file in files:
+                if file.name.endswith(".png"):
+                    yield decode(_read(files, file)), numbers[Path(file.name).name]
+    else:
+        raise FileNotFoundError(
+            f"{folder} has neither {half}.tar.gz nor {half}/digitStruct.mat: SVHN's format 1 is at "
+            "http://ufldl.stanford.edu/housenumbers"
+        )
+
+
+def _read(files: tarfile.TarFile, file: tarfile.TarInfo) -> bytes:
+    content = files.extractfile(file)
+    assert content is not None
+    return content.read()
+
+
+def read_structure(content: bytes) -> list[Number]:
+    """digitStruct.mat, which is HDF5: struct arrays of MATLAB, whose single values stand where of several
+    there are references to them, and whose texts are columns of character codes."""
+    try:
+        import h5py
+    except ModuleNotFoundError as error:
+        raise ImportError("digitStruct.mat needs h5py: pip install h5py") from error
+
+    with h5py.File(io.BytesIO(content)) as file:
+
+        def values(field: Any) -> list[float]:
+            column = field[()].ravel()
+            return [float(file[one][0, 0]) for one in column] if len(column) > 1 else [float(column[0])]
+
+        numbers = []
+        structure = file["digitStruct"]
+        for name, box in zip(structure["name"][()].ravel(), structure["bbox"][()].ravel()):
+            fields = {key: values(field) for key, field in file[box].items()}
+            sides = [fields[key] for key in ("left", "top", "width", "height")]
+            numbers.append(
+                Number(
+                    "".join(map(chr, file[name][()].ravel())),
+                    torch.tensor(sides).T,
+                    [int(label) % 10 for label in fields["label"]],  # 10 is a zero
+                )
+            )
+    return numbers
+
+
+def decode(content: bytes) -> Tensor:
+    """A picture file -> (3, H, W), uint8."""
+    try:
+        import numpy
+        from PIL import Image
+    except ModuleNotFoundError as error:
+        raise ImportError("pictures need Pillow and NumPy: pip install pillow numpy") from error
+    with Image.open(io.BytesIO(content)) as picture:
+        return torch.from_numpy(numpy.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+
+def _crop(pixels: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """(3, H, W) -> (3, size, size), uint8: what is around all digits, stretched to a square."""
+    low, high = boxes[:, :2].amin(0), (boxes[:, :2] + boxes[:, 2:]).amax(0)
+    sides = torch.tensor([pixels.shape[-1], pixels.shape[-2]])
+    centre, reach = (low + high) / sides - 1, MARGIN[size] * (high - low) / sides
+    theta = torch.cat([reach.diag(), centre.unsqueeze(-1)], -1)
+    return to_bytes(resized(pixels[None].float() / 255, theta[None], size)[0])
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+# -------------------------------------------------------------------------------------- cropped digits
+def load_cropped_digits(folder: Path | str, half: str, size: int) -> Sequences:
+    """Format 2, ``{half}_32x32.mat``: single digits, enlarged, as sequences of one.
+
+    Raises:
+        ImportError: SciPy, which reads the file, is not installed.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        from scipy import io as matlab
+    except ModuleNotFoundError as error:
+        raise ImportError("cropped digits need SciPy: pip install scipy") from error
+    file = Path(folder) / f"{half}_32x32.mat"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file} is not there: SVHN's format 2 is at http://ufldl.stanford.edu/housenumbers"
+        )
+    content = matlab.loadmat(file)
+    small = torch.from_numpy(content["X"]).permute(3, 2, 0, 1)
+    images = torch.cat(
+        [
+            to_bytes(torch.nn.functional.interpolate(part.float() / 255, (size, size), mode="bilinear"))
+            for part in small.split(4096)
+        ]
+    )
+    labels = torch.full((len(images), LENGTH), NONE)
+    labels[:, 0] = torch.from_numpy(content["y"]).flatten().long() % 10
+    return Sequences(images, labels, f"SVHN {half}, cropped digits")
+
+
+# -------------------------------------------------------------------------------------------- stand-in
+LENGTHS = (0.15, 0.5, 0.25, 0.08, 0.02)
+"""How often the stand-in's sequences have one to five digits; SVHN's have about these lengths."""
+
+
+def make_stand_in(digits: Digits, count: int, size: int, seed: int) -> Sequences:
+    """Sequences of real handwritten digits over windows of real photographs, off the middle by up to a tenth
+    of the image."""
+    device = digits.images.device
+    generator = torch.Generator(device).manual_seed(seed)
+    photographs = load_photographs(device=device)
+    images, labels = [], []
+    for start in range(0, count, 1024):
+        n = min(1024, count - start)
+        lengths = 1 + torch.multinomial(
+            torch.tensor(LENGTHS, device=device), n, replacement=True, generator=generator
+        )
+        places = torch.arange(LENGTH, device=device)
+        index = torch.randint(len(digits.labels), (n, LENGTH), generator=generator, device=device)
+        present = places < lengths.unsqueeze(1)
+        ink = digits.take(index.flatten()).view(n, LENGTH, 28, 28) * present[..., None, None]
+
+        tilt = 0.15 * (2 * torch.rand(n, 1, generator=generator, device=device) - 1)
+        middle = 0.2 * (2 * torch.rand(n, 1, 2, generator=generator, device=device) - 1)
+        half = 1 / MARGIN[size]  # of the sequence's box
+        across = ((2 * places + 1) / lengths.unsqueeze(1) - 1) * half
+        centre = middle + torch.stack([across, tilt * across], -1)
+        reach = torch.stack([half / lengths, torch.full_like(half / lengths, half)], -1).unsqueeze(1)
+        scenes = backgrounds(photographs, n, size, generator)
+        scenes = paste(scenes, ink, centre, reach.expand(n, LENGTH, 2), generator)
+        images.append(to_bytes(scenes))
+        labels.append(digits.labels[index].where(present, NONE))
+    return Sequences(torch.cat(images), torch.cat(labels), stand_in_of(digits))

@@ -1,0 +1,174 @@
+"""CUB's folder, the stand-in, trunks, and transformers that look at parts."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("skimage")
+numpy = pytest.importorskip("numpy")
+Image = pytest.importorskip("PIL.Image")
+
+from examples.birds_data import SPARE, load_cub, make_stand_in  # noqa: E402
+from examples.birds_models import REGIONS, BuiltInTrunk, PartsNet, make_trunk  # noqa: E402
+from examples.data import Digits  # noqa: E402
+from stn_triton import backend  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _torch():
+    """Whole photographs are too much for an interpreter."""
+    with backend.use("torch"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images = torch.zeros(40, 28, 28, dtype=torch.uint8)
+    images[:, 6:22, 8:20] = 255
+    return Digits(images, torch.arange(40) % 10, "synthetic")
+
+
+@pytest.fixture
+def cub(tmp_path):
+    """Four pictures of two species: red ones of 60 x 40 pixels, and green ones."""
+    names = ["001.A/a1.jpg", "001.A/a2.jpg", "002.B/b1.jpg", "002.B/b2.jpg"]
+    for index, name in enumerate(names):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = numpy.zeros((40, 60, 3), numpy.uint8)
+        pixels[..., index // 2] = 200 if index % 2 == 0 else 100  # brighter for training
+        pixels[:, :10] = pixels[:, 50:] = 255  # beside the middle square
+        Image.fromarray(pixels).save(path, quality=95)
+
+    def write(name, rows):
+        (tmp_path / name).write_text("".join(f"{key} {value}\n" for key, value in rows))
+
+    write("images.txt", enumerate(names, 1))
+    write("image_class_labels.txt", [(1, 1), (2, 1), (3, 2), (4, 2)])
+    write("classes.txt", [(1, "001.A"), (2, "002.B")])
+    write("train_test_split.txt", [(1, 1), (2, 0), (3, 1), (4, 0)])
+    return tmp_path
+
+
+def test_official_folder(cub):
+    birds = load_cub(cub, 28)
+    assert birds.train.classes == ["001.A", "002.B"]
+    for half, bright in zip(birds, (200, 100)):
+        assert half.source.startswith("CUB")
+        assert half.images.shape == (2, 3, 32, 32)  # room for crops of 28
+        assert half.labels.tolist() == [0, 1]
+        red, green = half.images.float()[:, :, :, 2:-2].mean((2, 3))
+        assert red.tolist() == pytest.approx([bright, 0, 0], abs=4)
+        assert green.tolist() == pytest.approx([0, bright, 0], abs=4)
+    (cub / "images" / "001.A" / "a1.jpg").unlink()
+    assert torch.equal(load_cub(cub, 28).train.images, birds.train.images)  # from what it kept
+
+
+def test_other_folder_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"not CUB-200-2011: it has no images\.txt"):
+        load_cub(tmp_path, 28)
+
+
+def test_stand_in(digits):
+    first, second = (make_stand_in(digits, 30, 56, kinds=3, seed=4) for _ in range(2))
+    assert "stand-in, synthetic digits" in first.source
+    assert torch.equal(first.images, second.images)
+    assert first.images.shape == (30, 3, round(SPARE * 56), round(SPARE * 56))
+    assert len(first.classes) == 9
+    assert first.labels.unique().numel() > 5
+    # One digit above and one below, wherever the scenes differ from those of the same seed without ink.
+    blank = digits._replace(images=torch.zeros_like(digits.images))
+    changed = (make_stand_in(blank, 30, 56, 3, 4).images.int() - first.images.int()).abs().amax(1) > 8
+    assert changed[:, :32].flatten(1).any(1).all()
+    assert changed[:, 32:].flatten(1).any(1).all()
+
+
+def test_windows_are_inside_and_mirrored(digits):
+    scenes = make_stand_in(digits, 4, 56, kinds=2, seed=0)
+    theta = scenes.windows(200, 56, torch.Generator().manual_seed(0))
+    corners = theta[:, :, :2].abs().sum(-1) + theta[:, :, 2].abs()
+    assert corners.max() <= 1 + 1e-6
+    mirrored = theta[:, 0, 0] < 0
+    assert 60 < mirrored.sum() < 140
+    assert (theta[:, 1, 1] > 0).all()
+    middle = scenes.take(torch.tensor([2]), 56)
+    assert torch.equal((middle[0] * 255).round().byte(), scenes.images[2, :, 4:-4, 4:-4])
+
+
+@pytest.mark.parametrize("transformers", [2, 4])
+def test_transformers_start_apart(transformers):
+    """Each at its region, half of the image's side; crops are pixel for pixel the image's."""
+    model = PartsNet(BuiltInTrunk(16), 5, transformers, size=64, crop=32)
+    images = torch.rand(2, 3, 64, 64)
+    theta, crops = model.look(images)
+    assert theta.shape == (2, transformers, 2, 3)
+    for index, (x0, y0, _, _) in enumerate(REGIONS[transformers]):
+        left, top = round(32 * (x0 + 1)), round(32 * (y0 + 1))
+        torch.testing.assert_close(crops[:, index], images[:, :, top : top + 32, left : left + 32])
+    assert model(images).shape == (2, 5)
+    assert model.transformer.regression.out_features == 2 * transformers  # 50 % is fixed
+
+
+def test_no_transformer_sees_all():
+    model = PartsNet(BuiltInTrunk(16), 5, 0, size=64, crop=32).eval()
+    images = torch.rand(2, 3, 64, 64)
+    normal = (images - model.mean) / model.deviation
+    torch.testing.assert_close(model(images), model.classifier(model.trunk(normal).mean((2, 3))))
+
+
+def test_trunk_is_shared_and_the_localisations_is_not():
+    model = PartsNet(BuiltInTrunk(16), 5, 2, size=64, crop=32)
+    looking = model.transformer.localisation[0]
+    assert isinstance(looking, BuiltInTrunk)
+    assert looking is not model.trunk
+    model(torch.rand(2, 3, 64, 64)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.trunk.parameters())
+    for parameter, copied in zip(model.trunk.parameters(), looking.parameters()):
+        assert torch.equal(parameter, copied)
+        assert parameter.data_ptr() != copied.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"transformers": 3}, "transformers must be 0, 2 or 4"),
+        ({"size": 100, "crop": 64}, "size must be a multiple"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PartsNet(nn.Identity(), 5, **arguments)
+
+
+@pytest.fixture
+def torchvision():
+    """Its models are Python, but at import it names operators that are compiled, for one build of PyTorch."""
+    try:
+        import torchvision.models
+    except ImportError:
+        pytest.skip("needs torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float threshold) -> Tensor")
+        import torchvision.models
+    return torchvision
+
+
+@pytest.mark.parametrize("name, features", [("googlenet", 1024), ("resnet18", 512), ("mobilenet_v2", 1280)])
+def test_torchvision_trunks(torchvision, name, features):
+    trunk = make_trunk(name).eval()
+    with torch.no_grad():
+        assert trunk(torch.rand(1, 3, 64, 64)).shape == (1, features, 2, 2)
+
+
+def test_unknown_trunk(torchvision):
+    with pytest.raises(ValueError, match="no classifier 'nothing'"):
+        make_trunk("nothing")
+
+
+def test_timm_trunk():
+    pytest.importorskip("timm")
+    with torch.no_grad():
+        assert make_trunk("timm:resnet18").eval()(torch.rand(1, 3, 64, 64)).shape == (1, 512, 2, 2)

@@ -1,0 +1,266 @@
+"""The paper's smaller experiments on drawn digits, and that every script runs and leaves what it shall."""
+
+import importlib
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from examples import colocalisation, extruded_digits, mnist_addition
+from examples.colocalisation import Boxes, overlap, triplet_hinge
+from examples.data import SIDE, load_mnist
+from examples.extruded_digits import Extruded, Flatten
+from examples.mnist_addition import KINDS
+from examples.models import count
+from examples.outputs import looks
+from stn_triton import backend
+from stn_triton.nn import SpatialTransformer
+from stn_triton.transforms import attention
+
+
+@pytest.fixture(autouse=True)
+def _torch():
+    """PyTorch's operators on one thread: quick, and sums in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with backend.use("torch"):
+        yield
+    torch.set_num_threads(threads)
+
+
+def write_idx(path, values):
+    header = bytes([0, 0, 8, values.dim()]) + b"".join(n.to_bytes(4, "big") for n in values.shape)
+    path.write_bytes(header + bytes(values.flatten().tolist()))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """IDX files of 200 and 50 images: for each label a bar at an angle of its own."""
+    path = tmp_path_factory.mktemp("digits")
+    y, x = torch.meshgrid(torch.arange(SIDE) - 13.5, torch.arange(SIDE) - 13.5, indexing="ij")
+    for half, number in (("train", 200), ("t10k", 50)):
+        labels = torch.arange(number) % 10
+        angle = (labels * math.pi / 10).view(-1, 1, 1)
+        across, along = x * angle.sin() - y * angle.cos(), x * angle.cos() + y * angle.sin()
+        bars = 255 * ((across.abs() < 2.5) & (along.abs() < 9) & (along > -5))
+        write_idx(path / f"{half}-images-idx3-ubyte", bars)
+        write_idx(path / f"{half}-labels-idx1-ubyte", labels)
+    return path
+
+
+@pytest.fixture
+def mnist(folder):
+    return load_mnist(folder, stand_in=True)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# -------------------------------------------------------------------------------------------- addition
+class TestAddition:
+    def test_labels_are_sums_and_channels_are_independent(self, mnist):
+        images, sums = mnist_addition.pairs(mnist.train, 300, generator())
+        assert images.shape == (300, 2, 42, 42)
+        assert sums.min() >= 0
+        assert sums.max() <= 18
+        assert sums.unique().numel() > 12
+        assert (images.amax((2, 3)) > 0.5).all()
+        assert not torch.equal(images[:, 0], images[:, 1])
+        half = mnist_addition.pairs(mnist.train, 300, generator(), slice(150, None))
+        torch.testing.assert_close(half[0], images[150:])
+        assert torch.equal(half[1], sums[150:])
+
+    @pytest.mark.parametrize("name", KINDS)
+    def test_models_are_of_equal_size(self, name):
+        model = mnist_addition.make_model(KINDS[name])
+        assert count(model) == pytest.approx(mnist_addition.PARAMETERS, rel=0.03)
+        assert model(torch.rand(3, 2, 42, 42)).shape == (3, 19)
+
+    def test_each_transformer_gets_and_transforms_both_channels(self):
+        model = mnist_addition.make_model(KINDS["2xST-FCN affine"])
+        first, second = model[0].transformers
+        with torch.no_grad():
+            second.regression.bias[0] = 1.0  # twice as wide a window
+        images = torch.rand(2, 2, 42, 42)
+        output = model[0](images)
+        assert output.shape == (2, 4, 42, 42)
+        torch.testing.assert_close(output[:, :2], images)
+        torch.testing.assert_close(output[:, 2:], second(images))
+        assert (output[:, 2:] - images).abs().max() > 0.1
+        assert first.localisation is not second.localisation
+
+
+# ------------------------------------------------------------------------------------- co-localisation
+class TestColocalisation:
+    @pytest.mark.parametrize("kind", ["T", "TC"])
+    def test_boxes_hold_the_digits(self, mnist, kind):
+        found = colocalisation.collect(mnist.train, 3, kind, generator(), 12)
+        assert found.images.shape == (12, 1, 84, 84)
+        torch.testing.assert_close(found.boxes.half, torch.full((12,), 28 / 84))
+        assert (found.boxes.centre.abs() <= 1 - 28 / 84 + 1e-5).all()
+        assert found.boxes.centre.std(0).min() > 0.1
+        # What an attention to the box reads is the digit itself, upright and in the middle.
+        theta = attention(found.boxes.half, found.boxes.centre)
+        crops = SpatialTransformer(nn.Flatten(), "attention", (28, 28), features=1).sample(
+            found.images, theta
+        )
+        digit = mnist.train.images[mnist.train.labels == 3][0] / 255
+        apart = (crops[:, 0] - digit).abs().mean((1, 2))
+        inked = (found.images > 0.5).float().mean((1, 2, 3))
+        if kind == "T":
+            assert apart.max() < 0.05
+            assert inked.max() < 1.5 * (digit > 0.5).float().sum() / 84**2
+        else:
+            assert apart.median() < 0.2
+            assert inked.mean() > 1.5 * (digit > 0.5).float().sum() / 84**2  # clutter
+
+    def test_overlap(self):
+        unit = Boxes(torch.zeros(4, 2), torch.ones(4))
+        other = Boxes(torch.tensor([[0.0, 0], [1, 0], [2, 0], [0, 0]]), torch.tensor([1.0, 1, 1, 2**-0.5]))
+        torch.testing.assert_close(overlap(unit, other), torch.tensor([1, 1 / 3, 0, 0.5]))
+
+    def test_hinge(self):
+        crops = torch.tensor([[0.0, 0], [0, 0], [2, 0]])
+        far = torch.tensor([[9.0, 0], [9, 0], [9, 9]])
+        assert triplet_hinge(crops, far) == 0
+        near = crops + torch.tensor([0.0, 0.5])
+        # (0, 1) and (1, 0) have 0 - 0.25 + 1, the other four 4 - 0.25 + 1; no image goes with itself.
+        assert triplet_hinge(crops, near) == pytest.approx((2 * 0.75 + 4 * 4.75) / 6)
+
+    @pytest.mark.parametrize("kind", ["classifier", "crop"])
+    def test_encodings_have_one_length_and_are_fixed(self, mnist, kind):
+        encode = colocalisation.make_encoder(kind, mnist.train, steps=5)
+        crops = mnist.train.take(torch.arange(6)).requires_grad_()
+        encoded = encode(crops)
+        torch.testing.assert_close(encoded.norm(dim=1), torch.full((6,), colocalisation.LENGTH))
+        assert not encode(crops.detach()).requires_grad  # nothing in it is trained
+        (gradient,) = torch.autograd.grad(encoded[0, 0] + encoded[:, 1].sum(), crops)
+        assert gradient.abs().sum() > 0
+
+    def test_paper_localisation_net(self):
+        model = colocalisation.make_transformer()
+        shapes = [tuple(p.shape) for name, p in model.named_parameters() if name.endswith("weight")]
+        assert shapes == [(8, 1, 9, 9), (8, 648), (8, 8), (3, 8)]
+        assert model(torch.rand(2, 1, 84, 84)).shape == (2, 1, 28, 28)
+
+    def test_task_learns(self, mnist):
+        """The loss of a small collection falls."""
+        encode = colocalisation.make_encoder("crop", mnist.train)
+        collection = colocalisation.collect(mnist.train, 3, "T", generator(), 16)
+        task = colocalisation.Finding(collection, encode, seed=0)
+        model = colocalisation.make_transformer(0.5)
+        optimiser = torch.optim.Adam(model.parameters(), 5e-3)
+        losses = []
+        for _ in range(80):
+            images, others = task.batch(16)
+            loss = task.loss(model(images), others)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+# ------------------------------------------------------------------------------------------------- 3-D
+class TestExtruded:
+    def test_upright_solid(self, mnist):
+        """With no turn the front is the digit, and each of the solid's slices is."""
+        distortion = Extruded(size=SIDE, degrees=0.0, depth=SIDE)
+        index = torch.arange(4)
+        volumes = distortion.apply(mnist.train, index, distortion.draw(4, generator()))
+        expected = mnist.train.take(index)
+        torch.testing.assert_close(Flatten()(volumes), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(volumes[:, :, 14], expected, atol=1e-4, rtol=0)
+
+    def test_solids_are_turned_moved_and_whole(self, mnist):
+        distortion = Extruded(size=40, scale=0.7)
+        volumes, labels = distortion.batch(mnist.train, 12, generator())
+        assert volumes.shape == (12, 1, 40, 40, 40)
+        mass = volumes.sum((1, 2, 3, 4))
+        ink = (mnist.train.images.float() / 255).sum((1, 2))[:10][labels]
+        expected = ink * 0.7**3 * distortion.depth
+        torch.testing.assert_close(mass, expected, rtol=0.15, atol=0)  # none is cut off
+        profile = volumes.sum((1, 3, 4))
+        centre = (profile * torch.arange(40)).sum(1) / profile.sum(1)
+        assert centre.std() > 2
+
+    def test_rotation(self):
+        matrix = extruded_digits.rotation(torch.randn(7, 3, generator=generator()))
+        torch.testing.assert_close(matrix @ matrix.mT, torch.eye(3).expand(7, 3, 3))
+        torch.testing.assert_close(torch.linalg.det(matrix), torch.ones(7))
+        quarter = extruded_digits.rotation(torch.tensor([[0.0, 0.0, math.pi / 2]]))
+        torch.testing.assert_close(quarter[0] @ torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 1, 0]))
+
+    def test_transformer_is_the_identity_at_first(self, mnist):
+        model = extruded_digits.make_model(30, True)
+        volumes = Extruded(size=30, scale=0.5).batch(mnist.train, 2, generator())[0]
+        (look,) = looks(lambda: model(volumes), model)
+        torch.testing.assert_close(look.output, volumes, atol=1e-4, rtol=0)
+        assert model(volumes).shape == (2, 10)
+
+    def test_faces(self):
+        """Where the front and the back of the box are read, seen from the front."""
+        theta = torch.tensor([[1.0, 0, 0.5, 0.1], [0, 1, 0, 0.2], [0, 0, 1, 0.3]])
+        front = extruded_digits.face(theta, -1.0)
+        torch.testing.assert_close(front, torch.tensor([[1, 0, -0.4], [0, 1, 0.2]]))
+
+
+# --------------------------------------------------------------------------------------------- scripts
+SCRIPTS = {
+    "mnist_addition": ["--test", "20", "--models", "CNN", "2xST-FCN TPS"],
+    "colocalisation": ["--digits", "3", "--kinds", "TC", "--encoder", "crop", "--seeds", "2"],
+    "extruded_digits": ["--test", "20", "--size", "28"],
+    "svhn": ["--scenes", "40", "--width", "0.05"],
+    "birds": ["--scenes", "30", "--size", "64", "--crop", "32", "--transformers", "0", "2"],
+}
+PICTURES = {
+    "mnist_addition": ["mnist_addition"],
+    "colocalisation": ["colocalisation_TC"],
+    "extruded_digits": ["extruded_digits"],
+    "svhn": ["svhn_single", "svhn_multi"],
+    "birds": ["birds_2"],
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_leaves_a_table_and_pictures(name, folder, tmp_path, capsys):
+    pytest.importorskip("skimage")
+    pytest.importorskip("matplotlib")
+    from matplotlib import image
+
+    script = importlib.import_module(f"examples.{name}")
+    arguments = ["--quick", "--data", str(folder), "--stand-in", "--output", str(tmp_path), "--device", "cpu"]
+    arguments += ["--steps", "2", "--batch", "6", *SCRIPTS[name]]
+    assert script.main(arguments) == 0
+    table = (tmp_path / f"{name}.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    assert "run short of the paper's schedule" in table
+    assert "a stand-in" in table.splitlines()[0]
+    assert "2 iterations of 6" in table
+    content = json.loads((tmp_path / f"{name}.json").read_text())
+    assert content["facts"]["torch"] == torch.__version__
+    assert "stand-in" in content["data"]
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == len(content["lines"]) >= 1
+    for picture in PICTURES[name]:
+        assert image.imread(tmp_path / f"{picture}.png")[..., :3].std() > 0.05
+    # Run again it is finished already: the same table from the checkpoints.
+    before = [line["values"] for line in content["lines"]]
+    assert script.main(arguments) == 0
+    again = json.loads((tmp_path / f"{name}.json").read_text())
+    assert [line["values"] for line in again["lines"]] == before
+
+
+def test_step_time(tmp_path, capsys):
+    from examples import svhn
+
+    arguments = ["--quick", "--step-time", "--width", "0.05", "--batch", "2", "--output", str(tmp_path)]
+    assert svhn.main([*arguments, "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "Times of a CPU" in printed
+    steps = json.loads((tmp_path / "svhn_step.json").read_text())["steps"]
+    assert list(steps) == ["CNN", "ST-CNN Multi, PyTorch", "ST-CNN Multi, stn_triton"]
+    assert steps["ST-CNN Multi, PyTorch"]["parameters"] == steps["ST-CNN Multi, stn_triton"]["parameters"]

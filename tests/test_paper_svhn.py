@@ -1,0 +1,246 @@
+"""SVHN: the official files' formats, the stand-in, and the three models."""
+
+import tarfile
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+pytest.importorskip("skimage")
+numpy = pytest.importorskip("numpy")
+Image = pytest.importorskip("PIL.Image")
+
+from examples.data import Digits  # noqa: E402
+from examples.outputs import looks  # noqa: E402
+from examples.svhn_data import (  # noqa: E402
+    MARGIN,
+    NONE,
+    load_cropped_digits,
+    load_full_numbers,
+    make_stand_in,
+    read_structure,
+)
+from examples.svhn_models import (  # noqa: E402
+    KINDS,
+    TorchTransformer,
+    sequence_errors,
+    sequence_loss,
+    svhn_net,
+)
+from stn_triton import backend  # noqa: E402
+from stn_triton.nn import SpatialTransformer  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _torch():
+    """Whole photographs are too much for an interpreter; the kernels have tests of their own."""
+    with backend.use("torch"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Blobs in place of digits; what they look like does not matter here."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.zeros(50, 28, 28, dtype=torch.uint8)
+    images[:, 6:22, 8:20] = torch.randint(64, 256, (50, 16, 12), generator=generator, dtype=torch.uint8)
+    return Digits(images, torch.arange(50) % 10, "synthetic")
+
+
+# ------------------------------------------------------------------------------------- full numbers
+PICTURES = {
+    "1.png": ([(20, 10, 12, 20), (34, 12, 12, 20)], [1, 10]),  # left, top, width, height; 10 is a zero
+    "2.png": ([(5, 5, 20, 30)], [7]),
+    "3.png": ([(4 + 6 * i, 8, 5, 9) for i in range(6)], [1, 2, 3, 4, 5, 6]),  # too long
+}
+
+
+def picture(name, boxes):
+    """Grey, with red digits."""
+    pixels = numpy.full((40, 60, 3), 90, numpy.uint8)
+    for left, top, width, height in boxes:
+        pixels[top : top + height, left : left + width] = 220, 10, 10
+    return Image.fromarray(pixels)
+
+
+def write_structure(path):
+    """As MATLAB writes it (-v7.3): columns; of several values references, a single one in its place."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        hidden = file.create_group("#refs#")
+        count = iter(range(10**6))
+
+        def reference(values):
+            data = numpy.asarray(values)
+            return hidden.create_dataset(f"a{next(count)}", data=data).ref
+
+        names, boxes = [], []
+        for name, (digits, labels) in PICTURES.items():
+            names.append(reference([[ord(letter)] for letter in name]))
+            group = hidden.create_group(f"a{next(count)}")
+            columns = dict(zip(("left", "top", "width", "height"), zip(*digits)), label=labels)
+            for key, values in columns.items():
+                if len(values) == 1:
+                    group.create_dataset(key, data=[[float(values[0])]])
+                else:
+                    column = [[reference([[float(value)]])] for value in values]
+                    group.create_dataset(key, data=numpy.array(column, dtype=h5py.ref_dtype))
+            boxes.append(group.ref)
+        structure = file.create_group("digitStruct")
+        for key, column in (("name", names), ("bbox", boxes)):
+            structure.create_dataset(key, data=numpy.array([[one] for one in column], dtype=h5py.ref_dtype))
+
+
+@pytest.fixture(params=["unpacked", "archive"])
+def official(request, tmp_path):
+    folder = tmp_path / "train"
+    folder.mkdir()
+    write_structure(folder / "digitStruct.mat")
+    for name, (boxes, _) in PICTURES.items():
+        picture(name, boxes).save(folder / name)
+    if request.param == "archive":
+        with tarfile.open(tmp_path / "train.tar.gz", "w:gz") as files:
+            files.add(folder, "train")
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    return tmp_path
+
+
+def test_structure_is_read(tmp_path):
+    write_structure(tmp_path / "digitStruct.mat")
+    found = read_structure((tmp_path / "digitStruct.mat").read_bytes())
+    assert [number.name for number in found] == list(PICTURES)
+    for number, (boxes, labels) in zip(found, PICTURES.values()):
+        assert number.boxes.tolist() == [list(map(float, box)) for box in boxes]
+        assert number.digits == [label % 10 for label in labels]
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_full_numbers_are_cropped_around_the_sequence(official, size):
+    found = load_full_numbers(official, "train", size)
+    assert "SVHN" in found.source
+    order = found.labels[:, 0].argsort()  # an archive has its own order
+    assert found.labels[order].tolist() == [[1, 0, NONE, NONE, NONE], [7, NONE, NONE, NONE, NONE]]
+    images = found.images[order]
+    assert images.shape == (2, 3, size, size)
+    # The box around all digits fills 1 / margin of the crop, in the middle.
+    red = (images[:, 0] > 150) & (images[:, 1] < 60)
+    for mask in red:
+        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+        for where in (rows, columns):
+            assert len(where) == pytest.approx(size / MARGIN[size], rel=0.08)
+            assert where.float().mean() == pytest.approx((size - 1) / 2, abs=2)
+    again = load_full_numbers(official, "train", size)  # from the file it left
+    assert torch.equal(again.images, found.images)
+    assert [path.name for path in official.glob("*.pt")] == [f"train-{size}.pt"]
+
+
+def test_killed_while_reading_leaves_nothing(official, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    before = sorted(path.name for path in official.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        load_full_numbers(official, "train", 64)
+    assert sorted(path.name for path in official.iterdir()) == before
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"test\.tar\.gz.*housenumbers"):
+        load_full_numbers(tmp_path, "test", 64)
+    with pytest.raises(FileNotFoundError, match=r"test_32x32\.mat.*housenumbers"):
+        load_cropped_digits(tmp_path, "test", 64)
+
+
+def test_cropped_digits(tmp_path):
+    matlab = pytest.importorskip("scipy.io")
+    pixels = numpy.zeros((32, 32, 3, 4), numpy.uint8)
+    for index in range(4):
+        pixels[..., index] = 40 * index
+    pixels[:16, :, 0] += 100  # the upper half, redder
+    matlab.savemat(tmp_path / "test_32x32.mat", {"X": pixels, "y": numpy.array([[10], [3], [5], [9]])})
+    found = load_cropped_digits(tmp_path, "test", 64)
+    assert found.labels.tolist() == [[digit] + [NONE] * 4 for digit in (0, 3, 5, 9)]
+    assert found.images.shape == (4, 3, 64, 64)
+    assert found.images[2, :, 50, 10].tolist() == [80, 80, 80]
+    assert found.images[2, :, 10, 50].tolist() == [180, 80, 80]
+
+
+# ------------------------------------------------------------------------------------------ stand-in
+def test_stand_in_is_labelled_and_repeatable(digits):
+    first, second, other = (make_stand_in(digits, 40, 64, seed) for seed in (1, 1, 2))
+    assert "stand-in" in first.source
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.labels, second.labels)
+    assert not torch.equal(first.images, other.images)
+    present = first.labels != NONE
+    assert present[:, 0].all()  # no empty sequence,
+    assert not (present[:, 1:] & ~present[:, :-1]).any()  # nor one with a hole
+    assert present.sum(1).unique().numel() >= 3
+    assert first.take(torch.arange(5)).mean((1, 2, 3)).abs().max() < 1e-5
+
+
+def test_stand_in_shows_its_digits(digits):
+    """Scenes of the same seed without ink differ where, and only where, the sequence is."""
+    blank = digits._replace(images=torch.zeros_like(digits.images))
+    with_ink, without = (make_stand_in(one, 40, 128, 3).images.int() for one in (digits, blank))
+    changed = ((with_ink - without).abs().amax(1) > 8).float()
+    assert changed.mean((1, 2)).min() > 0.01
+    assert changed[:, :16].sum() == 0
+    assert changed[:, -16:].sum() == 0
+
+
+# -------------------------------------------------------------------------------------------- models
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("kind, transformers", list(zip(KINDS, [0, 1, 4])))
+def test_models(kind, transformers, size):
+    model = svhn_net(kind, size, width=0.1)
+    images = torch.rand(2, 3, size, size)
+    found = looks(lambda: model(images), model)
+    assert len(found) == transformers
+    channels = [look.input.shape[1] for look in found]
+    assert channels == [3, 5, 6, 13][:transformers]  # three of four on feature maps
+    for _, seen, theta, output in found:  # at the start all look at everything
+        torch.testing.assert_close(theta, torch.eye(2, 3).expand_as(theta))
+        torch.testing.assert_close(output, seen, atol=1e-4, rtol=1e-4)
+    assert model(torch.rand(2, 3, size, size)).shape == (2, 5, 11)
+
+
+def test_paper_widths():
+    model = svhn_net("CNN", 64)
+    shapes = [tuple(layer.weight.shape[:2]) for layer in model if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    assert [shape[0] for shape in shapes] == [48, 64, 128, 160, 192, 192, 192, 192, 3072, 3072, 55]
+    assert shapes[8] == (3072, 192 * 4 * 4)
+    dropped = [type(model[i + 2]) for i in range(0, 4, 3) if isinstance(model[i], nn.Conv2d)]
+    assert nn.Dropout not in dropped[:1]  # none after the first convolution
+    assert sum(isinstance(layer, nn.Dropout) for layer in model) == 9
+
+
+def test_samplers_agree():
+    """Both train the same model: what differs is who samples."""
+    gradients = []
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([[1, 2, NONE, NONE, NONE]] * 3)
+    for transformer in (SpatialTransformer, TorchTransformer):
+        torch.manual_seed(0)
+        model = svhn_net("ST-CNN Multi", 64, width=0.1, dropout=0.0, transformer=transformer)
+        for layer in model:
+            if isinstance(layer, SpatialTransformer):
+                nn.init.normal_(layer.regression.weight, std=0.1)
+        sequence_loss(model(images), labels).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_a_sequence_is_wrong_if_a_place_is():
+    labels = torch.tensor([[1, 2, NONE, NONE, NONE], [3, NONE, NONE, NONE, NONE]])
+    logits = 20.0 * F.one_hot(labels, NONE + 1)
+    assert sequence_errors(logits, labels).tolist() == [False, False]
+    assert sequence_loss(logits, labels) < 1e-4
+    logits[1, 4] = logits[1, 4].roll(1)
+    assert sequence_errors(logits, labels).tolist() == [False, True]
+    assert sequence_loss(logits, labels) == pytest.approx(10, rel=1e-3)  # one place of one of two
