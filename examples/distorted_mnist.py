@@ -134,6 +134,7 @@ def build(job: Job, parameters: int, device: torch.device) -> nn.Module:
 def run(jobs: Sequence[Job], mnist: Mnist, config: Config, parameters: int, output: Path) -> None:
     """Trains one job, or several of the same shape at once, and writes each one's result."""
     device = mnist.train.images.device
+    origin = provenance(device)  # before training: the tree may change meanwhile
     nets = [build(job, parameters, device) for job in jobs]
     tasks: list[Task] = [Classify(mnist, DISTORTIONS[job.distortion], job.seed) for job in jobs]
     together = len(jobs) > 1
@@ -161,7 +162,7 @@ def run(jobs: Sequence[Job], mnist: Mnist, config: Config, parameters: int, outp
             "trained_together": len(jobs),
             "data": mnist.train.source,
             "config": asdict(config),
-            **provenance(device),
+            **origin,
         }
         write_json(own / "result.json", result)
 
