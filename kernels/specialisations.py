@@ -141,8 +141,9 @@ AXES: dict[str, dict[str, tuple]] = {
 SUBSET_AXES = {
     kernel: {**axes, "dtypes": COMMON_DTYPES} if "dtypes" in axes else axes for kernel, axes in AXES.items()
 }
-# Tiles and vectors are chosen as for "backward": half of the layouts meet all other axes, or fewer.
-SUBSET_AXES["gather"]["layout"] = LAYOUTS[1::2]
+# What a layout decides, vectors and even blocks, is alike in these: each meets half of the layouts.
+SUBSET_AXES["forward"]["layout"] = LAYOUTS[::2]
+SUBSET_AXES["backward"]["layout"] = SUBSET_AXES["gather"]["layout"] = LAYOUTS[1::2]
 # Made of the samplers' device functions, which the cases above compile at every width: here fewer of them.
 SUBSET_AXES["derivatives"] |= {
     "dtypes": ((F32, F32), (F64, F64), (BF16, BF16), (F16, F32), (F32, F64)),
