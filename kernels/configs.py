@@ -233,7 +233,8 @@ def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]
         pixels = 512 // width
         columns_tile = min(power_of_2(columns), pixels)
         tile = Tile(pixels // columns_tile, columns_tile, width, unroll, 1, 1, 1)
-        search = Gather(1, 8, 512)
+        # as many outputs as give every lane 16 bytes
+        search = Gather(1, max(8, 32 * (16 // problem.element_size) // width), 512)
     else:
         # Sixteen sums a lane, or four pixels.
         unroll = min(max(channels, 1), 8)

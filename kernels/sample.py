@@ -521,8 +521,11 @@ def sample_forward_kernel(
     outputs = sources.outputs_of(b, batch, transforms, GROUP)
     matrix = sources.matrix_for(source, outputs, SOURCE, DIMS, COMPUTE)
     column = column_tile * BLOCK_COLUMNS
+    if SOURCE == sources.TPS:
+        steps = 1  # known here, so that there is no loop out of which the group's addresses would be moved
     row = first_row(row_tile, steps * BLOCK_ROWS, DIMS, INDEX)
-    steps = steps_from(row, steps, out_size, BLOCK_ROWS, DIMS)
+    if SOURCE != sources.TPS:
+        steps = steps_from(row, steps, out_size, BLOCK_ROWS, DIMS)
     first, last = blocks_of(split, split_blocks, channels, BLOCK_CHANNELS * UNROLL, ONE_BLOCK)
     inside = False
     if tells_inside(SOURCE, INTERPOLATION, DIMS, COMPUTE):
@@ -887,8 +890,11 @@ def sample_backward_kernel(
     outputs = sources.outputs_of(b, batch, transforms, GROUP)
     matrix = sources.matrix_for(source, outputs, SOURCE, DIMS, COMPUTE)
     column = column_tile * BLOCK_COLUMNS
+    if SOURCE == sources.TPS:
+        steps = 1  # known here, so that there is no loop out of which the group's addresses would be moved
     row = first_row(row_tile, steps * BLOCK_ROWS, DIMS, INDEX)
-    steps = steps_from(row, steps, out_size, BLOCK_ROWS, DIMS)
+    if SOURCE != sources.TPS:
+        steps = steps_from(row, steps, out_size, BLOCK_ROWS, DIMS)
     first, last = blocks_of(split, split_blocks, channels, BLOCK_CHANNELS * UNROLL, ONE_BLOCK)
     tiles = column_tiles * row_tiles
     program = split * tiles + row_tile * column_tiles + column_tile
@@ -1055,8 +1061,8 @@ def _plan(
     blocks = triton.cdiv(channels, block)
     split_blocks = triton.cdiv(blocks, tile.splits)
     splits = triton.cdiv(blocks, split_blocks)
-    # a spline's partial sums are those of one block of pixels
-    steps = 1 if not stepped or (backward and source == Source.TPS) else tile.steps
+    # a spline's partial sums are those of one block of pixels, and its basis outweighs what steps share
+    steps = 1 if not stepped or source == Source.TPS else tile.steps
     column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows * steps)
     compute = compute_dtypes(gathered, params)[0]
     index = index_dtype(*tensors, params, rows=rows)
