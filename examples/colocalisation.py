@@ -190,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--start", type=float, default=1.0, help="share of the side that all crops start from"
     )
+    parser.set_defaults(seeds=4)
     options = parser.parse_args(arguments)
     config = config_of(options, PAPER_SCHEDULE, QUICK)
     with processes(options.device) as device:
