@@ -22,7 +22,7 @@ import stn_triton as stn
 from examples.data import SIDE, Cluttered, Digits, Similar, load_mnist
 from examples.outputs import Panel, looks, save_picture, save_table
 from examples.runs import config_of, parser_of, run_seeds
-from examples.training import Config, Task, processes, rank
+from examples.training import Config, Task, processes, rank, world_size
 from stn_triton.nn import SpatialTransformer
 from stn_triton.transforms import attention, invert
 
@@ -194,6 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     config = config_of(options, PAPER_SCHEDULE, QUICK)
     with processes(options.device) as device:
+        if world_size() > 1:
+            parser.error("the loss compares all images with each other, so it takes one process")
         mnist = load_mnist(options.data, device, stand_in=options.stand_in)
         encode = make_encoder(options.encoder, mnist.train)
         lines = []

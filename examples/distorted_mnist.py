@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bench.machine import facts
 from examples import models
-from examples.data import DISTORTIONS, Digits, Distortion, Mnist, load_mnist
+from examples.data import DISTORTIONS, Digits, Distortion, Mnist, Similar, load_mnist
 from examples.outputs import Panel, save_animation, save_picture
 from examples.training import (
     Config,
@@ -35,6 +35,7 @@ from examples.training import (
     write_json,
 )
 from stn_triton.nn import SpatialTransformer
+from stn_triton.transforms import compose, invert
 
 PAPER_STEPS = 150_000
 PAPER = {  # % error, the mean of three seeds
@@ -247,7 +248,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         values = sorted({str(result["facts"][key]) for result in found})
         notes.append(f"{said}: {', '.join(values)}.")
     seconds = sum(result["seconds"] / result["trained_together"] for result in found)
-    notes.append(f"Training took {seconds / 60:.1f} minutes in all.")
+    notes.append(f"Training took {seconds / 60:.1f} minutes in all, whatever else the machine did.")
     return "\n".join([*lines, "", *(f"* {note}" for note in notes), ""])
 
 
@@ -255,12 +256,18 @@ def write_results(output: Path, mnist: Mnist) -> None:
     """table.md and table.json; of the transformers of one distortion, the first there is, a picture and an
     animation."""
     found = results(output)
-    (output / "table.md").write_text(table(found))
-    write_json(output / "table.json", found)
     budgets = {Job(**result["job"]): result["budget"] for result in found}
     jobs = [job for job in budgets if job.model.startswith("ST")]
-    if not jobs:
-        return
+    notes = []
+    if jobs:
+        notes = draw_results(output, jobs, budgets, mnist)
+    (output / "table.md").write_text(table(found) + "".join(f"* {note}\n" for note in notes))
+    write_json(output / "table.json", found)
+
+
+def draw_results(output: Path, jobs: Sequence[Job], budgets: dict[Job, int], mnist: Mnist) -> list[str]:
+    """The picture and the animation; what there is to say about the transformers in them."""
+    notes = []
     name = next(name for name in DISTORTIONS if any(job.distortion == name for job in jobs))
     first = {job.model: job for job in reversed(jobs) if job.distortion == name}
     shown = [first[model] for model in models.NAMES if model in first]
@@ -277,6 +284,8 @@ def write_results(output: Path, mnist: Mnist) -> None:
         transformer, images = net.transformer, torch.cat([one, several])
         with torch.no_grad():
             panels += _panels(job.model, transformer, images, transformer.localise(images))
+            if isinstance(distortion, Similar) and transformer.transform == "affine":
+                notes.append(f"{job}, {alignment(transformer, mnist.test, distortion)}.")
             mean = transformer(averaged).mean(0)
             panels.append(Panel(averaged.mean(0), None, [mean], title=f"mean of {len(averaged)}"))
             for step, theta in kept["snapshots"]:
@@ -285,6 +294,26 @@ def write_results(output: Path, mnist: Mnist) -> None:
     save_picture(output / "picture.png", panels, title, len(one) + len(several) + 1)
     titled = [(f"{name}, step {step:,}", frames[step]) for step in sorted(frames)]
     save_animation(output / "training.gif", titled, len(several))
+    return notes
+
+
+def alignment(transformer: SpatialTransformer, digits: Digits, distortion: Similar) -> str:
+    """How much test digits differ in place, size and angle, before and after an affine transformer."""
+    (theta,) = distortion.draw(1000, torch.Generator(digits.images.device).manual_seed(TEST_SEED))
+    index = torch.arange(1000, device=digits.images.device) % len(digits.labels)
+    chosen = transformer.localise(distortion.apply(digits, index, (theta,)))
+    said = []
+    for maps in (theta, compose(theta, chosen)):  # from the canvas, or the output, to the digit
+        inverse = invert(maps)
+        place = inverse[:, :, 2].std(0).mean() * distortion.size / 2
+        scale = inverse[:, :, :2].det().abs().sqrt()
+        angle = torch.atan2(maps[:, 1, 0] - maps[:, 0, 1], maps[:, 0, 0] + maps[:, 1, 1]).rad2deg()
+        said.append((f"{place:.1f}", f"{100 * scale.std() / scale.mean():.0f}", f"{angle.std():.0f}"))
+    place, scale, angle = (f"{before} to {after}" for before, after in zip(*said))
+    return (
+        f"standard deviations over {len(index)} test digits, before to after: of the place {place} pixels, "
+        f"of the size {scale} %, of the angle {angle} degrees"
+    )
 
 
 def _panels(name: str, transformer: SpatialTransformer, images: Tensor, theta: Tensor) -> list[Panel]:

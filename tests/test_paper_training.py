@@ -5,6 +5,7 @@
 
 import csv
 import dataclasses
+import re
 import sys
 import types
 
@@ -13,13 +14,15 @@ import torch
 from torch import nn
 
 from examples import training
-from examples.data import Digits, Mnist, Similar
-from examples.distorted_mnist import Classify, Job, pending
+from examples.data import DISTORTIONS, Digits, Mnist, Similar
+from examples.distorted_mnist import TEST_SEED, Classify, Job, alignment, pending
 from examples.models import Transformed
 from examples.training import Config, Replicas, ReplicaTask, Task, train
 from stn_triton import backend
 from stn_triton.nn import SpatialTransformer, localisation_fcn
+from stn_triton.transforms import invert
 
+RTS = DISTORTIONS["RTS"]
 STEPS = 7
 SHORT = Config(
     steps=STEPS,
@@ -225,6 +228,23 @@ def test_dropout_is_on_in_training_alone(mnist, tmp_path):
     step, evaluation = (True, 8), (False, 40)
     assert modes == [step] * 4 + [evaluation] + [step] * 3 + [evaluation]
     assert not model.training
+
+
+def test_alignment_of_nothing_and_of_all(mnist):
+    """A transformer that leaves the digits as they are, and one that knows how each was distorted."""
+    (theta,) = RTS.draw(1000, torch.Generator().manual_seed(TEST_SEED))
+    idle, ideal = torch.eye(2, 3).expand(1000, 2, 3), invert(theta)
+    said = [
+        alignment(types.SimpleNamespace(localise=lambda images, its=its: its), mnist.test, RTS)
+        for its in (idle, ideal)
+    ]
+    before = re.findall(r"([0-9.]+) to ([0-9.]+)", said[0])
+    assert [float(value) for pair in before for value in pair] == pytest.approx(
+        [4.7, 4.7, 15, 15, 25, 25], abs=1
+    )
+    assert re.findall(r"([0-9.]+) to ([0-9.]+)", said[1]) == [
+        (value, zero) for (value, _), zero in zip(before, ("0.0", "0", "0"))
+    ]
 
 
 # ------------------------------------------------------------------------------------------- precision
