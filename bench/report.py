@@ -307,7 +307,7 @@ TRIPS: dict[tuple[str, str], Trips] = {
     ("tps_backward", "k0"): lambda arguments, case: -(-arguments["controls"] // 16),
     ("gather_backward_kernel", "t"): lambda arguments, case: arguments["transforms"],
     ("gather_backward_kernel", "i"): _always(1),
-    ("add_by_pixel", "i"): _always(1),
+    ("search", "i"): _always(1),
     **{("add_by_pixel", axis): _readers(number) for number, axis in enumerate("xyz")},
     ("add_by_output", "start"): _always(0),
     ("add_by_output", "_"): _always(0),
