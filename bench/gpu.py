@@ -296,7 +296,7 @@ def work(options: argparse.Namespace, out: Path, begun: float, stages: list[Stag
         run(stages, out, begun + CHECKS * options.seconds)
         print("\n".join(lines_of(out, stages)), flush=True)
     budget = max(end - rest - time.monotonic(), 1.0)
-    command = sweep("--out", str(out), "--budget-seconds", f"{0.9 * budget:.0f}", *chosen(options))
+    command = sweep("--out", str(out), "--anew", "--budget-seconds", f"{0.9 * budget:.0f}", *chosen(options))
     command += ["--cpu"] if options.cpu else []
     command += ["--commit", options.commit] if options.commit else []
     stages.append(Stage("sweep", command))

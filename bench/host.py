@@ -23,15 +23,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +42,8 @@ from triton.backends.compiler import GPUTarget
 import stn_triton as stn
 from stn_triton import backend
 from stn_triton.kernels import configs, launch
+
+from . import machine
 
 GPU = next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), None)
 DEVICE = torch.device("cpu" if GPU is None else GPU)
@@ -312,28 +311,14 @@ def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
 
 # ------------------------------------------------------------------------------------------ conditions
 def conditions() -> dict[str, Any]:
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    found = {
-        "device": "none" if GPU is None else torch.get_device_module(DEVICE).get_device_name(DEVICE),
-        "driver": "launches nothing, sm_90" if GPU is None else "real",
+    found = machine.facts(DEVICE)
+    if GPU is None:
+        found |= {"device": "none", "driver": "launches nothing, sm_90"}
+    return found | {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": metadata.version("triton"),
-        "stn_triton": stn.__version__,
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "clean": git("status", "--porcelain", "--untracked-files=no") == "",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "shape": SHAPE,
         "unit": "microseconds of host time per call",
     }
-    return found
 
 
 def _processor() -> str:

@@ -180,6 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, help="the folder for the pictures; where the results are by default"
     )
     options = parser.parse_args(arguments)
+    if not options.results.exists():
+        print(f"no {options.results}: make sweep writes it", file=sys.stderr)
+        return 2
     for path in draw(load(options.results), options.out or options.results.parent):
         print(path)
     return 0

@@ -147,6 +147,9 @@ def open_results(path: Path, device: torch.device, options: argparse.Namespace) 
     old = load(path)
     differing = [name for name in SAME if old.machine.get(name) != fresh.machine[name]]
     differing += [] if old.method == fresh.method else ["method"]
+    if differing and options.anew:
+        path.replace(path.with_name("older-results.json"))
+        return fresh
     if differing:
         raise ValueError(
             f"{path} is of another run (it differs in {', '.join(differing)}): name another --out"
@@ -261,6 +264,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--cpu", action="store_true", help="few pixels, on the CPU: to see that it works")
     parser.add_argument("--warm", metavar="I/N", help="time nothing: compile and check each N-th case")
+    parser.add_argument("--anew", action="store_true", help="set results of another run aside")
     parser.add_argument("--list", action="store_true", help="print the cases' ids, in their order")
     options = parser.parse_args(arguments)
     if options.seconds_each is None:

@@ -154,7 +154,9 @@ class Copy(NamedTuple):
 def copy_roof(device: torch.device) -> Copy:
     """The bandwidth of PyTorch's copy between two buffers well above L2: the roof."""
     size, budget = (COPY_BYTES, 0.5) if device.type != "cpu" else (1 << 24, 0.02)
-    source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
+    # A generator of its own: a capture that failed leaves the default one unusable.
+    generator = torch.Generator(device).manual_seed(0)
+    source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_(generator=generator)
     target = torch.empty_like(source)
     timing = time_device(lambda: target.copy_(source), device, budget)
     return Copy(2 * size / (timing.median * 1e-3), timing)

@@ -5,7 +5,6 @@ table has been tuned for the architecture (``tables``) what it says instead. Not
 ``tuning``'s, when asked for.
 """
 
-import itertools
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -109,9 +108,7 @@ class Sum(NamedTuple):
 
 # What fields are to be, of two the later one, and of which kernel: None is all.
 _forced: ContextVar[tuple[tuple[str | None, str, int], ...]] = ContextVar("forced", default=())
-# The number of the observer that is watching, whom nothing kept may escape, and its list.
-_seen: ContextVar[tuple[int, list[tuple[Problem, NamedTuple]]] | None] = ContextVar("seen", default=None)
-_observers = itertools.count()
+_seen: ContextVar[list[tuple[Problem, NamedTuple]] | None] = ContextVar("seen", default=None)
 
 WAVES = 8  # programs wanted for each processor, see _splits and _steps
 
@@ -131,7 +128,7 @@ def override(kernel: str | None = None, **fields: int) -> Iterator[None]:
 def observe() -> Iterator[list[tuple[Problem, NamedTuple]]]:
     """Inside, whatever is chosen is noted."""
     seen: list[tuple[Problem, NamedTuple]] = []
-    token = _seen.set((next(_observers), seen))
+    token = _seen.set(seen)
     try:
         yield seen
     finally:
@@ -139,9 +136,13 @@ def observe() -> Iterator[list[tuple[Problem, NamedTuple]]]:
 
 
 def state() -> Hashable:
-    """All that a choice depends on besides its arguments: what is kept of choices is kept by it."""
-    seen = _seen.get()
-    return _forced.get(), tables.generation, None if seen is None else seen[0]
+    """All that a choice depends on besides its arguments: what is kept of choices is kept by it.
+
+    None while ``observe`` watches, whom nothing that is kept may escape.
+    """
+    if _seen.get() is not None:
+        return None
+    return _forced.get(), tables.version if tables.live else -1
 
 
 def _overridden(kernel: str) -> dict[str, int]:
@@ -171,7 +172,7 @@ def _settled(device: torch.device, problem: Problem, rules: Any) -> tuple[Any, M
     chosen = rules._replace(**{name: value for name, value in fields.items() if name in rules._fields})
     seen = _seen.get()
     if seen is not None:
-        seen[1].append((problem, chosen))
+        seen.append((problem, chosen))
     return chosen, fields
 
 

@@ -194,11 +194,12 @@ class planned(Generic[Made]):
         _planned.append(self)
 
     def __call__(self, tensors: tuple[Any, ...], *numbers: Any) -> Made:
-        if runner is not run:  # whoever watches launches sees what is decided, too
+        state = configs.state()
+        if runner is not run or state is None:  # whoever watches launches or choices sees them all
             return self._make(*tensors, *numbers)
         key = (
             tensors[0].device,
-            configs.state(),
+            state,
             numbers,
             *[None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors],
         )

@@ -199,14 +199,15 @@ def reads_inside(
     """
     first_yz, last_yz = row_range(row, rows, out_size, DIMS)
     first = (column,) + first_yz
-    last = (tl.minimum(column + BLOCK_COLUMNS, out_size[0]) - 1,) + last_yz
+    columns = out_size[0] - column  # differences, as sums may pass 2^31
+    last = (column + tl.minimum(columns, BLOCK_COLUMNS) - 1,) + last_yz
     low = ()
     high = ()
     for axis in tl.static_range(DIMS):
         low += (sources.normalised(first[axis], out_size[axis], ALIGN_CORNERS, COMPUTE),)
         high += (sources.normalised(last[axis], out_size[axis], ALIGN_CORNERS, COMPUTE),)
     bounds = image_bounds(matrix, low, high, in_size, SOURCE, ALIGN_CORNERS, DIMS, COMPUTE)
-    inside = (column + BLOCK_COLUMNS <= out_size[0]) & (row + rows <= row_count(out_size, row, DIMS))
+    inside = (columns >= BLOCK_COLUMNS) & (row_count(out_size, row, DIMS) - row >= rows)
     below, above = tap_margins(INTERPOLATION)
     for axis in tl.static_range(DIMS):
         inside = inside & (bounds[axis][0] > below) & (bounds[axis][1] < in_size[axis].to(COMPUTE) - above)

@@ -39,7 +39,8 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def _architecture(device: torch.device) -> str:
-    return _target()
+    with torch.get_device_module(device).device(device.index):  # Triton tells the current device's
+        return _target()
 
 
 def _target() -> str:
@@ -162,7 +163,7 @@ def user_table(device: torch.device) -> UserTable:
 
 
 live = 0  # open blocks of autotune(): inside, the user's own table is in use
-generation = 0  # counts what changes a lookup
+version = 0  # counts what changes the user's tables, of which a lookup depends on while live
 _live_lock = threading.Lock()
 
 
@@ -171,14 +172,13 @@ def set_live(change: int) -> None:
     global live
     with _live_lock:
         live += change
-    changed()
 
 
 def changed() -> None:
     """Tells those who keep what they looked up that it may have changed."""
-    global generation
+    global version
     with _live_lock:
-        generation += 1
+        version += 1
 
 
 def lookup(device: torch.device, key: Callable[[], str]) -> Fields:

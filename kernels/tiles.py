@@ -103,7 +103,8 @@ def pixels_from(
 def row_range(row, rows, size, DIMS: tl.constexpr):
     """The first and last (y[, z]) of ``rows`` rows from ``row``; all y where they go on in the next slice."""
     if DIMS == 3:
-        last_row = tl.minimum(row + rows, size[1].to(row.dtype) * size[2]) - 1
+        # no sum beyond the last row: it may pass 2^31
+        last_row = row + tl.minimum(size[1].to(row.dtype) * size[2] - row, rows) - 1
         z = (row // size[1]).to(tl.int32)
         last_z = (last_row // size[1]).to(tl.int32)
         whole = last_z > z
@@ -112,7 +113,7 @@ def row_range(row, rows, size, DIMS: tl.constexpr):
         return (y, z), (last_y, last_z)
     else:
         first = row.to(tl.int32)
-        return (first,), (tl.minimum(first + rows, size[1]) - 1,)
+        return (first,), (first + tl.minimum(size[1] - first, rows) - 1,)
 
 
 @triton.jit

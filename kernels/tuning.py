@@ -33,6 +33,7 @@ Fields = Mapping[str, int]
 _log = logging.getLogger("stn_triton")
 
 MARGIN = 0.97  # what counts as faster
+MOST_CALLS = 4096  # kept of each launcher
 MOST_LANES = 16384  # elements of a block: beyond, no kernel of ours keeps them in registers
 
 
@@ -59,15 +60,28 @@ def autotune() -> Iterator[None]:
 def tunable(launcher: _Launcher) -> _Launcher:
     """Marks what can be run again on the same arguments, whose results are overwritten."""
 
+    tuned: set[tuple] = set()  # calls like these have nothing left to tune
+
     @functools.wraps(launcher)
     def launch(*args: Any) -> Any:
         if tables.live:
             device = next(argument.device for argument in args if isinstance(argument, torch.Tensor))
-            if _can_tune(device):
+            call = device, *map(_layout, args)
+            if (configs.state(), call) not in tuned and _can_tune(device):
                 _tune(functools.partial(launcher, *args), device)
+                if len(tuned) >= MOST_CALLS:
+                    tuned.clear()
+                tuned.add((configs.state(), call))
         return launcher(*args)
 
     return launch  # type: ignore[return-value]
+
+
+def _layout(argument: Any) -> Any:
+    """What a choice can depend on of an argument."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.shape, argument.stride()
+    return argument
 
 
 def _can_tune(device: torch.device) -> bool:
@@ -218,7 +232,13 @@ def _scaled(fields: Fields, name: str, low: int, high: int) -> Iterator[dict[str
 
 def device_time(run: Callable[[], Any], device: torch.device, repeats: int = 9) -> float:
     """Milliseconds of a run on the device: the median of ``repeats``."""
-    module = torch.get_device_module(device)
+    from .launch import on_device  # not before: it imports triton
+
+    with on_device(device):  # whose streams the events are recorded on
+        return _device_time(run, torch.get_device_module(device), device, repeats)
+
+
+def _device_time(run: Callable[[], Any], module: Any, device: torch.device, repeats: int) -> float:
     run()  # compiles
     module.synchronize(device)
     begin = time.perf_counter()

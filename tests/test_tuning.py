@@ -224,6 +224,7 @@ def pretend(tmp_path, monkeypatch):
         return 200.0 + sum(costs)
 
     monkeypatch.setattr(tables, "user_table", lambda device: table)
+    tables.changed()
     monkeypatch.setattr(tables, "about", lambda device: {"device": "pretended"})
     monkeypatch.setattr(tuning, "clock", device_time)
     can_tune = tuning._can_tune
@@ -269,6 +270,34 @@ def test_autotune_searches_once_and_changes_no_result(pretend):
     entry = next(e for key, e in tables.read(table.path)["entries"].items() if key.startswith("forward"))
     assert entry["fields"]["warps"] == 1
     assert entry["milliseconds"] < entry["milliseconds_by_the_rules"]
+
+
+def test_what_is_tuned_costs_nothing_more(pretend, monkeypatch):
+    """In the block a later call is one launch of a plan that is kept; after it the plan from before holds."""
+    from stn_triton.kernels import launch
+
+    launches, call = [], launch.Plan.__call__
+
+    def spy(plan, *tensors):
+        launches.append(plan)
+        call(plan, *tensors)
+
+    monkeypatch.setattr(launch.Plan, "__call__", spy)
+    image, theta = torch.randn(1, 2, 4, 5), torch.eye(2, 3)[None]
+
+    def run():
+        launches.clear()
+        stn.affine_grid_sample(image, theta)
+        return launches.copy()
+
+    before = run()
+    with stn.autotune():
+        assert len(run()) > 2
+        tuned = run()
+        assert len(tuned) == 1
+        assert tuned[0] is not before[0]
+        assert run() == tuned
+    assert run() == before
 
 
 def test_autotune_takes_the_faster_sum(pretend):
@@ -393,6 +422,24 @@ def test_make_tune_writes_what_is_faster_than_the_rules(pretend, monkeypatch, tm
     assert "gather search" in {key.split(" matrix")[0] for key in table.entries}
     assert "gather search" not in {key.split(" matrix")[0] for key in content["entries"]}, "not faster"
     assert "faster than by the rules" in capsys.readouterr().out
+
+
+def test_a_second_make_tune_loses_nothing(pretend, monkeypatch, tmp_path):
+    """What ships by then is no rule, and what is not searched again stays."""
+    table, _ = pretend
+    _, path = run_make_tune(monkeypatch, tmp_path)
+    first = tables.read(path)["entries"]
+    shipped = {key: entry["fields"] for key, entry in first.items()}
+    monkeypatch.setattr(tables, "shipped", lambda arch: shipped)
+    monkeypatch.setattr(
+        tables, "lookup", lambda device, key: table.entries.get(key()) or tables.shipped("").get(key(), {})
+    )
+    for more in ((), ("--budget-seconds", "-1")):
+        table.entries = {}
+        table.path.unlink()
+        tables.changed()
+        run_make_tune(monkeypatch, tmp_path, *more)
+        assert tables.read(path)["entries"].keys() == first.keys()
 
 
 def test_make_tune_writes_nothing_if_a_result_is_wrong(pretend, monkeypatch, tmp_path):
