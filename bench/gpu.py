@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -68,7 +69,8 @@ GRACE = 5.0  # seconds between asking to stop and killing
 class Stage:
     """A child process, or why there is none (``absent``).
 
-    ``ok``: exit codes that are no failure. ``may_stop``: nothing is lost if its time is up.
+    ``ok``: exit codes that are no failure. ``may_stop``: nothing is wrong if its time is up, unless pytest
+    has said by then that tests failed. ``refusal``: what it prints where the machine does not let it run.
     """
 
     name: str
@@ -77,6 +79,8 @@ class Stage:
     absent: str = ""
     ok: tuple[int, ...] = (0,)
     may_stop: bool = False
+    refusal: str = ""
+    log: Path | None = None
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     seconds: float = 0.0
@@ -85,13 +89,18 @@ class Stage:
 
     @property
     def failed(self) -> bool:
-        return self.outcome not in ("ok", "absent") and not (self.stopped and self.may_stop)
+        if self.stopped and self.may_stop:
+            return re.search(r"^(FAILED|ERROR) ", self._said(), re.MULTILINE) is not None
+        return self.outcome not in ("ok", "absent")
+
+    def _said(self) -> str:
+        return self.log.read_text(errors="replace") if self.log is not None and self.log.exists() else ""
 
     def start(self, log: Path) -> None:
         if self.absent:
             self.outcome = "absent"
             return
-        self.started = time.monotonic()
+        self.started, self.log = time.monotonic(), log
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 self.command,
@@ -113,6 +122,8 @@ class Stage:
             return False
         self.seconds = time.monotonic() - self.started
         self.outcome = "ok" if code in self.ok else f"failed, exit status {code}"
+        if code not in self.ok and self.refusal and self.refusal in self._said():
+            self.outcome, self.absent = "absent", f"not on this machine: {self.refusal}"
         if self.stopped:
             self.outcome = f"stopped after {self.seconds:.0f} s"
         self._signal(signal.SIGKILL)  # whatever it left behind
@@ -195,7 +206,7 @@ def checks(options: argparse.Namespace) -> list[Stage]:
     found = [
         Stage("tests-gpu", pytest("-m", "gpu", *processes(TESTING_MARKED), "tests")),
         Stage("tests-large", pytest("tests/test_large.py")),
-        Stage("tests", pytest("-m", "not gpu", *processes(TESTING), *files)),
+        Stage("tests", pytest("-m", "not gpu", *processes(TESTING), *files), may_stop=True),
         memcheck(),
     ]
     threads = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -211,7 +222,8 @@ def memcheck() -> Stage:
     command = [tool or "", "--tool", "memcheck", "--error-exitcode", "66", *pytest("-x")]
     command += ["tests/test_guard_bands.py", "-k", MEMCHECK]
     absent = "" if tool else "compute-sanitizer is not installed"
-    return Stage("memcheck", command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, absent)
+    without_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Stage("memcheck", command, without_cache, absent, refusal="Device not supported")
 
 
 def sweep(*arguments: str) -> list[str]:
@@ -281,11 +293,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work(options, out, begun, stages)
     except KeyboardInterrupt:
         print("interrupted: what there is follows", flush=True)
-    said = lines_of(out, stages)
+    said, failed = lines_of(out, stages), any(stage.failed for stage in stages)
     collect(out, stages)
     print(table_of(out))
     print("\n".join(said))
-    return 1 if any(stage.failed for stage in stages) else 0
+    return 1 if failed else 0
 
 
 def work(options: argparse.Namespace, out: Path, begun: float, stages: list[Stage]) -> None:

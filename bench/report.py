@@ -15,9 +15,10 @@ launch, and 32 (64) lanes each,
     set-up                 = the same without what is inside the loop over blocks of channels
     per pixel and channel  = (per pixel - set-up) / channels
 
-so that idle lanes count. **Bounds** (H200, from sm_90's code): the bytes that must move over the bandwidth of
-a copy, and the instructions issued over the rate at which schedulers issue. No run can be faster than the
-larger; none has been timed here.
+so that idle lanes count. Where one block holds all channels there is no such loop, and no set-up is told: per
+pixel and channel is then per pixel / channels. **Bounds** (H200, from sm_90's code): the bytes that must move
+over the bandwidth of a copy, and the instructions issued over the rate at which schedulers issue. No run can
+be faster than the larger; none has been timed here.
 
 ``budget.json`` holds what was counted, by Triton's version, for ``--check``: rules (no spills, no fences, no
 compare-and-swap, 16 bytes a lane in channels-last cases), and none of ``GROWING`` more than a tenth larger.
@@ -58,8 +59,9 @@ from stn_triton.kernels.specialisations import TARGETS, Launch
 BUDGET = Path(__file__).with_name("budget.json")
 KERNELS = Path(sample.__file__).parent
 
-# An H200 (SXM). The data sheet's 4.8 TB/s are never seen: a large copy moves about 4.3 (reads plus writes).
-# 132 processors of four schedulers, one instruction of 32 lanes each a clock; 1.755 GHz under load.
+# An H200 (SXM), as assumed: of the data sheet's 4.8 TB/s a copy is taken to reach 4.3 (`make sweep` measures
+# it), of 132 processors with four schedulers, one instruction of 32 lanes a clock each, the clock to be 1.755
+# GHz.
 BYTES_PER_SECOND = 4.3e12
 WARP_INSTRUCTIONS_PER_SECOND = 132 * 4 * 1.755e9
 
@@ -511,8 +513,8 @@ def measure(launch: Launch, case: Case, target: str) -> dict[str, Any]:
         "code": len(instructions),
         "issued": round(issued, 1),
         "per_pixel": round(issued * by_pixel, 2),
-        "set_up": round(fixed * by_pixel, 2),
-        "per_channel": round((issued - fixed) * by_pixel / case.channels, 3),
+        "set_up": round(fixed * by_pixel, 2) if fixed < issued else None,
+        "per_channel": round((issued - fixed if fixed < issued else issued) * by_pixel / case.channels, 3),
         "loops": [
             f"{' / '.join(names)} x {count:g}: {len(code.inside(loop))}"
             for loop, (count, names) in ((loop, trips[id(loop)]) for loop in code.loops)
@@ -683,7 +685,8 @@ def markdown(results: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
             cells = [name, row["registers"], spills, row["shared"]]
             cells += [_counts(row[key]) for key in ("loads", "stores", "adds")]
             cells += [row["fences"], row["swaps"], row["logarithms"], row["code"], f"{row['issued']:g}"]
-            cells += [f"{row[key]:.1f}" for key in ("per_pixel", "set_up", "per_channel")]
+            numbers = [row[key] for key in ("per_pixel", "set_up", "per_channel")]
+            cells += ["-" if number is None else f"{number:.1f}" for number in numbers]
             if bound:
                 cells += [row["bytes_us"], row["issue_us"]]
                 cells.append("bytes" if row["bytes_us"] >= row["issue_us"] else "issue")

@@ -510,6 +510,26 @@ def python(name, code, **options):
     return gpu.Stage(name, [sys.executable, "-u", "-c", code], **options)
 
 
+def test_stopped_tests_are_a_failure_only_if_some_failed(tmp_path):
+    for said, failed in (("... [ 40%]", False), ("FAILED tests/test_x.py::test_y - wrong", True)):
+        stage = python(
+            f"tests-{failed}", f"import time; print({said!r}, flush=True); time.sleep(60)", may_stop=True
+        )
+        gpu.run([stage], tmp_path, time.monotonic() + 3)
+        assert stage.stopped
+        assert stage.failed == failed
+
+
+def test_a_tool_that_the_machine_refuses_is_absent(tmp_path):
+    code = "import sys; print('Error: Device not supported.'); sys.exit(1)"
+    refused = python("refused", code, refusal="Device not supported")
+    failing = python("failing", "import sys; print('4 errors'); sys.exit(1)", refusal="Device not supported")
+    gpu.run([refused, failing], tmp_path, time.monotonic() + 30)
+    assert refused.outcome == "absent"
+    assert not refused.failed
+    assert failing.failed
+
+
 def test_stages_run_at_once_and_are_stopped_with_their_children(tmp_path):
     """A hanging one, deaf to being asked, and its child are killed; what they printed is kept."""
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
@@ -605,7 +625,9 @@ def test_checks_of_a_gpu_are_told_apart(tmp_path):
     names = [stage.name for stage in stages]
     assert len(set(names)) == len(names)
     assert {"tests", "tests-gpu", "tests-large", "memcheck"} < set(names)
-    parts = [stage.command[stage.command.index("--warm") + 1] for stage in stages if stage.may_stop]
+    parts = [
+        stage.command[stage.command.index("--warm") + 1] for stage in stages if "--warm" in stage.command
+    ]
     assert parts == [f"{part}/{gpu.WARMING}" for part in range(gpu.WARMING)]
 
 

@@ -264,3 +264,34 @@ def test_volumes(device, mode, steps):
     with checked_addresses(), configs.override(rows=2, columns=4, channels=1, unroll=2, steps=steps):
         sample.sample_forward(input, theta, None, output, Source.AFFINE, *modes)
     assert_close(output, witness(input, grid, mode, "zeros", False))
+
+
+@triton.jit
+def ask_kernel(out_ptr, matrix_ptr, column, row, rows, in_width, width, height, COLUMNS: tl.constexpr):
+    m = ()
+    for i in tl.static_range(2):
+        m += (
+            (tl.load(matrix_ptr + 3 * i), tl.load(matrix_ptr + 3 * i + 1), tl.load(matrix_ptr + 3 * i + 2)),
+        )
+    inside = sample.reads_inside(
+        m, column, row, rows, (in_width, in_width, 0), (width, height, 0), 1, 0, 0, 2, tl.float32, COLUMNS
+    )
+    tl.store(out_ptr, inside.to(tl.int32))
+
+
+@pytest.mark.parametrize(
+    "width, height, column, row",
+    [
+        (1, 2**31 - 5, 0, 2**31 - 512),
+        (1, 2**31 - 600, 0, 2**31 - 1024),
+        (2**31 - 3, 512, 2**31 - 32, 0),
+        (2**31 - 1, 2**31 - 1, 2**31 - 32, 2**31 - 512),
+    ],
+)
+def test_blocks_that_pass_the_last_pixel_near_2_to_the_31(width, height, column, row):
+    """Their ends are past the largest int32: a block of 512 rows x 32 columns is no smaller for that."""
+    found = torch.zeros(1, dtype=torch.int32)
+    matrix = torch.tensor([[0.1, 0.0, 0.0], [0.0, 0.1, 0.0]])
+    with quick_interpreter(overflow_checks=False):
+        ask_kernel[(1,)](found, matrix, column, row, 512, 100, width, height, 32)
+    assert not found.item()
