@@ -200,12 +200,13 @@ def compiled(case: Case, inputs: Inputs) -> Sampler:
     from torch._functorch import config
 
     # A backward pass that is timed alone runs many times on the same buffers: they cannot be given away.
-    config.donated_buffer = case.work in ("forward", "step")
+    donated = case.work in ("forward", "step")
     torch._dynamo.reset()  # one case's graphs are no limit for the next
     fused = torch.compile(function, fullgraph=True, dynamic=False)
 
     def sampler(image: Tensor, params: Tensor) -> Tensor:
-        with torch.backends.cudnn.flags(enabled=False):  # whose sampler Inductor has no way to fuse
+        # cuDNN's sampler is one that Inductor has no way to fuse
+        with torch.backends.cudnn.flags(enabled=False), config.patch(donated_buffer=donated):
             return fused(image, params)
 
     return sampler
