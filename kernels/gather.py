@@ -3,8 +3,8 @@
     d input[n, c, q] = sum over transforms t and outputs o of  weight_q(p(o)) g[n, t, c, o]
 
 A program owns a tile of input pixels q. For each transform it bounds the outputs that can read them, visits
-these in a fixed order, weighs each with the forward's coordinates (its own, or steps from it where weights
-are linear), and writes every pixel once, in its final type: no atomics, no scratch, the same bits each time.
+these in a fixed order, weighs each with the forward's own coordinates, and writes every pixel once, in its
+final type: no atomics, no scratch, the same bits each time.
 There are two ways to visit:
 
 * *by pixel*: every lane has a pixel, and goes through the few outputs in its preimage (``preimage``);
@@ -34,7 +34,6 @@ from .coordinates import (
 )
 from .interpolation import at_pixel, axis_tap_count, axis_taps, cubic_far, cubic_near
 from .launch import Plan, channel_dim, compute_dtypes, index_dtype, planned, vector_width
-from .modes import Interpolation, Padding, Source
 from .preimage import INFINITY, image_bounds, preimage
 from .sample import CHANNEL_STRIDES, UNSPECIALIZED, channel_block
 from .tiles import axes, output_pixels, pixel_offset, rounded, row_range, strides
@@ -118,27 +117,6 @@ def input_coordinates(
     for axis in tl.static_range(DIMS):
         p += (unnormalise(place[axis], in_size[axis], ALIGN_CORNERS, COMPUTE),)
     return p
-
-
-@triton.jit
-def pixel_steps(
-    rows,
-    in_size,
-    out_size,
-    ALIGN_CORNERS: tl.constexpr,
-    DIMS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """For each axis by how many pixels an affine map moves on from an output to the next in x, y[, z]."""
-    steps = ()
-    for axis in tl.static_range(DIMS):
-        scale = (in_size[axis] - ALIGN_CORNERS).to(COMPUTE)
-        step = ()
-        for j in tl.static_range(DIMS):
-            extent = tl.maximum(out_size[j] - ALIGN_CORNERS, 1).to(COMPUTE)
-            step += (rows[axis][j] * sources.whole_quotient(scale, extent, COMPUTE),)
-        steps += (step,)
-    return steps
 
 
 # --------------------------------------------------------------------------------------- reflection
@@ -264,7 +242,7 @@ def search(
     """The matrix of transform t, what is known of the outputs that can read the tile, and their number.
 
     Known is, under reflection, (bounds, folds); else ``candidates``. The number, a float, is that of the
-    outputs that a lane would go through; infinite where there is no bound, or where steps would go too far.
+    outputs that a lane would go through; infinite where there is no bound.
     """
     rows = sources.matrix_of(source, n, t, SOURCE, DIMS, COMPUTE)
     low = ()
@@ -313,14 +291,6 @@ def search(
             COMPUTE,
         )
         visits = product(most, DIMS, COMPUTE)
-        if by_steps(SOURCE, INTERPOLATION, PADDING):
-            steps = pixel_steps(rows, in_size, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
-            for axis in tl.static_range(DIMS):
-                way = 0.0
-                for j in tl.static_range(DIMS):
-                    way += (most[j] - 1).to(COMPUTE) * tl.abs(steps[axis][j])
-                # NaN must not pass
-                visits = tl.where(way <= (in_size[axis] + 8).to(COMPUTE), visits, INFINITY)
         return rows, (first, most), visits
 
 
@@ -360,50 +330,6 @@ def add_candidate(
     return new
 
 
-@triton.constexpr_function
-def by_steps(source, interpolation, padding):
-    """Whether candidates' coordinates are stepped to from the first one's, which saves half of their work.
-
-    They differ from the forward's in the last bits: weights must be continuous in them (at a mirror an output
-    changes folds), and no steeper than lines for the error to stay below PyTorch's in images of a few pixels.
-    """
-    return (
-        source == Source.AFFINE and interpolation == Interpolation.BILINEAR and padding != Padding.REFLECTION
-    )
-
-
-@triton.jit
-def differences(p, q, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
-    result = ()
-    for axis in tl.static_range(DIMS):
-        result += (p[axis] - q[axis].to(COMPUTE),)
-    return result
-
-
-@triton.jit
-def limited(distances, q, size, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
-    """Distances from pixel ``q`` of coordinates that are limited to the image."""
-    result = ()
-    for axis in tl.static_range(DIMS):
-        low = -q[axis].to(COMPUTE)
-        high = (size[axis] - 1 - q[axis]).to(COMPUTE)
-        result += (tl.minimum(tl.maximum(distances[axis], low), high),)
-    return result
-
-
-@triton.jit
-def moved(p, steps, numbers, DIMS: tl.constexpr, COMPUTE: tl.constexpr):
-    """``p`` plus so many steps along x, y[, z]."""
-    result = ()
-    for axis in tl.static_range(DIMS):
-        there = p[axis]
-        if DIMS == 3:
-            there += tl.cast(numbers[2], COMPUTE) * steps[axis][2]
-        there += tl.cast(numbers[1], COMPUTE) * steps[axis][1]
-        result += (there + tl.cast(numbers[0], COMPUTE) * steps[axis][0],)
-    return result
-
-
 @triton.jit
 def add_by_pixel(
     acc,
@@ -432,8 +358,6 @@ def add_by_pixel(
     UNROLL: tl.constexpr,
 ):
     """``acc`` plus what each pixel ``q`` gets from its ``most`` outputs from ``first`` on."""
-    STEPS: tl.constexpr = by_steps(SOURCE, INTERPOLATION, PADDING)
-    WEIGHTS: tl.constexpr = ZEROS if STEPS else PADDING
     offset = tl.multiple_of(pixel_offset(first, stride_out, DIMS, INDEX), (VECTOR, VECTOR))
     stride_x = tl.cast(stride_out[0], INDEX)
     stride_y = tl.cast(stride_out[1], INDEX)
@@ -441,29 +365,18 @@ def add_by_pixel(
     depth = 1
     if DIMS == 3:
         depth = most[2]
-    pixel = q
-    if STEPS:  # distances from the pixel, which is where weights are zeros padding's
-        pixel = (0, 0, 0)
-        steps = pixel_steps(rows, in_size, out_size, ALIGN_CORNERS, DIMS, COMPUTE)
-        start = input_coordinates(rows, first, out_size, in_size, SOURCE, ALIGN_CORNERS, DIMS, COMPUTE)
-        start = differences(start, q, DIMS, COMPUTE)
     for z in range(depth):
         for y in range(most[1]):
             line = z * stride_z + y * stride_y
             for x in range(most[0]):
-                if STEPS:
-                    p = moved(start, steps, (x, y, z), DIMS, COMPUTE)
-                    if PADDING == BORDER:
-                        p = limited(p, q, in_size, DIMS, COMPUTE)
-                else:
-                    out = (first[0] + x, first[1] + y)
-                    if DIMS == 3:
-                        out += (first[2] + z,)
-                    p = input_coordinates(rows, out, out_size, in_size, SOURCE, ALIGN_CORNERS, DIMS, COMPUTE)
+                out = (first[0] + x, first[1] + y)
+                if DIMS == 3:
+                    out += (first[2] + z,)
+                p = input_coordinates(rows, out, out_size, in_size, SOURCE, ALIGN_CORNERS, DIMS, COMPUTE)
                 acc = add_candidate(
                     acc,
                     p,
-                    pixel,
+                    q,
                     fold,
                     tl.multiple_of(offset + (line + x * stride_x), (VECTOR, VECTOR)),
                     pointer,
@@ -472,7 +385,7 @@ def add_by_pixel(
                     stride_c,
                     in_size,
                     INTERPOLATION,
-                    WEIGHTS,
+                    PADDING,
                     ALIGN_CORNERS,
                     DIMS,
                     COMPUTE,

@@ -248,8 +248,8 @@ def test_single_pixels(device, padding, align_corners, way):
 
 
 @pytest.mark.parametrize("padding", [Padding.ZEROS, Padding.BORDER], ids=["zeros", "border"])
-def test_steps_are_not_taken_from_afar(device, padding):
-    """Outputs many images apart: stepping from one to the next would lose the digits within the image."""
+def test_outputs_far_apart(device, padding):
+    """Outputs many images apart."""
     theta = torch.tensor([[[1e5, 3e4, 0.2], [-3e4, 1e5, -0.3]]], device=device)
     grad_output = torch.randn(1, 1, 9, 11, device=device)
     modes = Interpolation.BILINEAR, padding, False
@@ -258,7 +258,7 @@ def test_steps_are_not_taken_from_afar(device, padding):
 
 
 @pytest.mark.parametrize("padding", [Padding.ZEROS, Padding.BORDER], ids=["zeros", "border"])
-def test_accuracy_of_steps(device, padding):
+def test_accuracy_of_turned_maps(device, padding):
     """Of turned maps, nine candidates to a pixel, the error is below PyTorch's, in small images too."""
     generator = torch.Generator().manual_seed(3)
     batch, size = 256, (5, 6)
