@@ -59,7 +59,6 @@ def autotune() -> Iterator[None]:
 
 def tunable(launcher: _Launcher) -> _Launcher:
     """Marks what can be run again on the same arguments, whose results are overwritten."""
-
     tuned: set[tuple] = set()  # calls like these have nothing left to tune
 
     @functools.wraps(launcher)
