@@ -188,12 +188,14 @@ class Distortion:
 
     Drawing is apart from applying, so that several processes can draw the same batch and make a part each.
     Neither waits for the device, and both can be captured in a CUDA graph.
+
+    ``strength``, from 0 to 1, a tensor or not, is how far from the upright digit in the middle draws go.
     """
 
     size: int = SIDE
     halved: bool = False  # the paper averages over 2 x 2 pixels before the classifier
 
-    def draw(self, count: int, generator: Generator) -> Drawn:
+    def draw(self, count: int, generator: Generator, strength: Tensor | float = 1.0) -> Drawn:
         raise NotImplementedError
 
     def apply(self, digits: Digits, index: Tensor, drawn: Drawn) -> Tensor:
@@ -201,11 +203,16 @@ class Distortion:
         raise NotImplementedError
 
     def batch(
-        self, digits: Digits, count: int, generator: Generator, part: slice = slice(None)
+        self,
+        digits: Digits,
+        count: int,
+        generator: Generator,
+        part: slice = slice(None),
+        strength: Tensor | float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Of ``count`` digits picked at random, with replacement, a part: canvases and labels."""
         index = torch.randint(len(digits.labels), (count,), generator=generator, device=generator.device)
-        drawn = self.draw(count, generator)
+        drawn = self.draw(count, generator, strength)
         index = index[part]
         return self.apply(digits, index, tuple(one[part] for one in drawn)), digits.labels[index]
 
@@ -218,11 +225,12 @@ class Similar(Distortion):
     degrees: float = 0.0
     scale: tuple[float, float] = (1.0, 1.0)
 
-    def draw(self, count: int, generator: Generator) -> Drawn:
-        angle = _uniform(-math.radians(self.degrees), math.radians(self.degrees), (count,), generator)
-        scale = _uniform(*self.scale, (count,), generator)
+    def draw(self, count: int, generator: Generator, strength: Tensor | float = 1.0) -> Drawn:
+        most = math.radians(self.degrees)
+        angle = strength * _uniform(-most, most, (count,), generator)
+        scale = _scale(self.scale, (count,), generator, strength)
         room = (1 - SIDE * scale / self.size).unsqueeze(-1)
-        place = room * _uniform(-1, 1, (count, 2), generator)
+        place = strength * room * _uniform(-1, 1, (count, 2), generator)
         turn = similarity(self.size / SIDE / scale, angle, torch.zeros_like(place))
         return (compose(turn, attention(1.0, -place)),)
 
@@ -233,12 +241,12 @@ class Similar(Distortion):
 
 @dataclass(frozen=True)
 class Cluttered(Similar):
-    """Beside the digit, pieces of other digits."""
+    """Beside the digit, pieces of other digits, at any strength."""
 
     patches: int = 6
     patch: int = 6  # pixels a side
 
-    def draw(self, count: int, generator: Generator) -> Drawn:
+    def draw(self, count: int, generator: Generator, strength: Tensor | float = 1.0) -> Drawn:
         many = count, self.patches
         source = _uniform(0, 1, many, generator)
         within = (INK - self.patch) / SIDE
@@ -246,7 +254,7 @@ class Cluttered(Similar):
         room = 1 - self.patch / self.size
         place = _uniform(-room, room, (*many, 2), generator)
         paste = attention(self.size / self.patch, -self.size / self.patch * place)
-        return *super().draw(count, generator), source, cut, paste
+        return *super().draw(count, generator, strength), source, cut, paste
 
     def apply(self, digits: Digits, index: Tensor, drawn: Drawn) -> Tensor:
         theta, source, cut, paste = drawn
@@ -268,14 +276,13 @@ class Projective(Distortion):
     scale: tuple[float, float] = (0.75, 1.0)
     noise: float = 5.0
 
-    def draw(self, count: int, generator: Generator) -> Drawn:
-        scale = _uniform(*self.scale, (count, 1, 1, 1), generator) * (SIDE / self.size)
+    def draw(self, count: int, generator: Generator, strength: Tensor | float = 1.0) -> Drawn:
+        scale = _scale(self.scale, (count, 1, 1, 1), generator, strength) * (SIDE / self.size)
         upright = control_lattice(2, device=generator.device)
         corners = scale * torch.stack([upright[0], upright[1], upright[3], upright[2]])  # clockwise
         noise = torch.randn(count, 8, 4, 2, generator=generator, device=generator.device)
-        tries = torch.cat(
-            [corners + self.noise * 2 / self.size * noise, corners], 1
-        )  # the last one is convex
+        moved = corners + strength * self.noise * 2 / self.size * noise
+        tries = torch.cat([moved, corners], 1)  # the last one is convex
         first = _is_convex(tries).byte().argmax(1)
         quadrilateral = tries.gather(1, first.view(-1, 1, 1, 1).expand(-1, 1, 4, 2)).squeeze(1)
         return (invert(_square_to(quadrilateral)),)
@@ -293,10 +300,11 @@ class Elastic(Distortion):
     scale: tuple[float, float] = (0.75, 1.0)
     noise: float = 1.5
 
-    def draw(self, count: int, generator: Generator) -> Drawn:
-        scale = _uniform(*self.scale, (count, 1, 1), generator) * (SIDE / self.size)
+    def draw(self, count: int, generator: Generator, strength: Tensor | float = 1.0) -> Drawn:
+        scale = _scale(self.scale, (count, 1, 1), generator, strength) * (SIDE / self.size)
         noise = torch.randn(count, 16, 2, generator=generator, device=generator.device)
-        return (control_lattice(4, device=generator.device) / scale + self.noise * 2 / SIDE * noise,)
+        lattice = control_lattice(4, device=generator.device)
+        return (lattice / scale + strength * self.noise * 2 / SIDE * noise,)
 
     def apply(self, digits: Digits, index: Tensor, drawn: Drawn) -> Tensor:
         (points,) = drawn
@@ -317,6 +325,13 @@ translated; translated and cluttered."""
 
 def _uniform(low: float, high: float, shape: tuple[int, ...], generator: Generator) -> Tensor:
     return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
+
+
+def _scale(
+    limits: tuple[float, float], shape: tuple[int, ...], generator: Generator, strength: Tensor | float
+) -> Tensor:
+    """Between the limits at strength 1, and 1 at strength 0."""
+    return 1 + strength * (_uniform(*limits, shape, generator) - 1)
 
 
 def _is_convex(corners: Tensor) -> Tensor:

@@ -49,12 +49,11 @@ PAPER = {  # % error, the mean of three seeds
     "ST-CNN-TPS": {"R": 0.7, "RTS": 0.5, "P": 0.8, "E": 1.1},
 }
 QUICK = Config(
-    steps=5_000,
+    steps=6_000,
     batch=64,
     optimiser="adam",
     lr=3e-3,
     schedule="cosine",
-    localisation_lr=0.2,
     log_every=50,
     evaluate_every=1_000,
     checkpoint_every=100,
@@ -92,7 +91,7 @@ class Classify(Task):
         self.mnist, self.distortion = mnist, distortion
 
     def batch(self, count: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        return self.distortion.batch(self.mnist.train, count, self.generator, part)
+        return self.distortion.batch(self.mnist.train, count, self.generator, part, self.strength)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         wrong = 0

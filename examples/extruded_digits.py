@@ -43,15 +43,15 @@ class Extruded(Distortion):
     scale: float = 1.0  # of the digit's 28 pixels, in voxels
     depth: int = 14  # of the solid, in the digit's pixels
 
-    def draw(self, count: int, generator: Generator) -> Drawn:
+    def draw(self, count: int, generator: Generator, strength: Tensor | float = 1.0) -> Drawn:
         angles, place = (
             2 * torch.rand(count, 3, generator=generator, device=generator.device) - 1 for _ in range(2)
         )
-        turn = rotation(math.radians(self.degrees) * angles)
+        turn = rotation(strength * math.radians(self.degrees) * angles)
         reach = self.scale * SIDE / self.size  # of the digit's box, normalised
         sides = turn.new_tensor([reach, reach, reach * self.depth / SIDE])
         to_solid = torch.cat([turn / sides.unsqueeze(-1), torch.zeros_like(place).unsqueeze(-1)], -1)
-        return (compose(to_solid, attention(1.0, -(1 - sides) * place)),)
+        return (compose(to_solid, attention(1.0, -strength * (1 - sides) * place)),)
 
     def apply(self, digits: Digits, index: Tensor, drawn: Drawn) -> Tensor:
         """(N,) -> (N, 1, size, size, size). A solid is one image, ``depth`` times: no copy is made of it."""
@@ -113,7 +113,7 @@ class Solids(Task):
         self.mnist, self.distortion, self.test = mnist, distortion, test
 
     def batch(self, count: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        return self.distortion.batch(self.mnist.train, count, self.generator, part)
+        return self.distortion.batch(self.mnist.train, count, self.generator, part, self.strength)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """On the same volumes each time."""

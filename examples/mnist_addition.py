@@ -71,10 +71,14 @@ def make_model(kind: Kind) -> nn.Sequential:
 
 
 def pairs(
-    digits: Digits, count: int, generator: Generator, part: slice = slice(None)
+    digits: Digits,
+    count: int,
+    generator: Generator,
+    part: slice = slice(None),
+    strength: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Images, (count, 2, 42, 42), and the sums."""
-    first, second = (DISTORTIONS["RTS"].batch(digits, count, generator, part) for _ in range(2))
+    first, second = (DISTORTIONS["RTS"].batch(digits, count, generator, part, strength) for _ in range(2))
     return torch.cat([first[0], second[0]], 1), first[1] + second[1]
 
 
@@ -84,7 +88,7 @@ class Addition(Task):
         self.mnist, self.test = mnist, test
 
     def batch(self, count: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        return pairs(self.mnist.train, count, self.generator, part)
+        return pairs(self.mnist.train, count, self.generator, part, self.strength)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """On the same pairs each time."""

@@ -50,6 +50,7 @@ class Config:
     lr_every: int = 50_000
     lr_divisor: float = 10.0
     localisation_lr: float = 1.0  # the transformers' learning rate, as a multiple of the others'
+    warm_up: float = 0.0  # the share of the steps over which a task's distortions grow from none
     precision: Precision = "float32"
     compile: bool = False
     cuda_graph: bool = False  # the whole step, captured
@@ -64,11 +65,17 @@ class Config:
         for name in ("steps", "batch", "lr_every", "log_every", "evaluate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 <= self.warm_up <= 1:
+            raise ValueError(f"warm_up must be from 0 to 1, got {self.warm_up}")
 
     def lr_at(self, step: int) -> float:
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.lr / self.lr_divisor ** (step // self.lr_every)
+
+    def strength_at(self, step: int) -> float:
+        """Of the distortions, from 0 to 1."""
+        return min(1.0, step / (self.warm_up * self.steps)) if self.warm_up else 1.0
 
     def snapshot_steps(self) -> set[int]:
         """From 0 to the end, at the squares of even steps."""
@@ -100,10 +107,12 @@ def configure(config: Config, options: argparse.Namespace) -> Config:
 
 # ------------------------------------------------------------------------------------------------- tasks
 class Task:
-    """What is to be learned. Whatever is drawn at random for training comes from :attr:`generator`."""
+    """What is to be learned. Whatever is drawn at random for training comes from :attr:`generator`, distorted
+    as far as :attr:`strength` says, which the loop raises from 0 to 1 during ``Config.warm_up``."""
 
     def __init__(self, seed: int, device: torch.device | str) -> None:
         self.generator = Generator(device).manual_seed(seed)
+        self.strength = torch.ones((), device=device)  # a tensor, so that a CUDA graph reads its value
 
     @property
     def generators(self) -> list[Generator]:
@@ -170,6 +179,9 @@ class ReplicaTask(Task):
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = list(tasks)
+        self.strength = self.tasks[0].strength
+        for task in self.tasks:
+            task.strength = self.strength
 
     @property
     def generators(self) -> list[Generator]:
@@ -329,6 +341,7 @@ class _Run:
             lr = config.lr_at(self.step)
             for group in self.optimiser.param_groups:
                 group["lr"] = lr * group["factor"]
+            self.task.strength.fill_(config.strength_at(self.step))
             self.running += advance()
             self.step += 1
             ended = self.step == config.steps

@@ -199,6 +199,27 @@ class TestDistortions:
         assert 1.4 < noise < 1.6
         torch.testing.assert_close(points.mean(0), lattice * math.log(4 / 3) / 0.25, atol=0.02, rtol=0)
 
+    @pytest.mark.parametrize("name", DISTORTIONS)
+    def test_strength(self, mnist, name):
+        """Of none the digit is upright in the middle; a tensor's value is what counts; draws are the same."""
+        distortion, index = DISTORTIONS[name], torch.arange(8)
+
+        def drawn(strength):
+            return distortion.draw(8, torch.Generator().manual_seed(3), strength)
+
+        plain = distortion.apply(mnist.train, index, drawn(torch.tensor(0.0)))
+        side = (distortion.size - 28) // 2
+        digits = torch.nn.functional.pad(mnist.train.take(index), (side,) * 4)
+        middle = (..., slice(side, side + 28), slice(side, side + 28)) if name == "TC" else ...
+        torch.testing.assert_close(plain[middle].maximum(digits[middle]), plain[middle], atol=1e-3, rtol=0)
+        if name != "TC":
+            torch.testing.assert_close(plain, digits, atol=1e-3, rtol=0)
+        for one, half, whole in zip(*map(drawn, (1.0, torch.tensor(0.5), torch.tensor(1.0)))):
+            torch.testing.assert_close(one, whole, rtol=1e-6, atol=1e-6)
+            if one.shape == (8, 2, 3):  # theta
+                angle, halved = (torch.atan2(its[:, 1, 0], its[:, 0, 0]) for its in (one, half))
+                torch.testing.assert_close(halved, angle / 2, atol=1e-5, rtol=0)
+
     def test_clutter_only_adds(self, mnist):
         with_clutter, without = (
             DISTORTIONS[name].apply(mnist.train, torch.arange(12), its)
@@ -235,7 +256,8 @@ class Toy(Task):
         self.mnist, self.name = mnist, name
 
     def batch(self, count, part=slice(None)):
-        return DISTORTIONS[self.name].batch(self.mnist.train, count, self.generator, part)
+        distortion = DISTORTIONS[self.name]
+        return distortion.batch(self.mnist.train, count, self.generator, part, self.strength)
 
     def evaluate(self, model):
         images, labels = DISTORTIONS[self.name].batch(self.mnist.test, 20, torch.Generator().manual_seed(9))

@@ -247,12 +247,35 @@ def test_alignment_of_nothing_and_of_all(mnist):
     ]
 
 
+def test_warm_up_raises_the_strength_of_distortions(mnist, tmp_path):
+    """Step by step to 1, for replicas too, and as if in one go after a stop."""
+    seen = []
+
+    class Warming(Doomed):
+        def batch(self, count, part=slice(None)):
+            seen.append(round(self.strength.item(), 6))
+            return super().batch(count, part)
+
+    config = dataclasses.replace(SHORT, warm_up=4 / 7)
+    expected = [0, 0.25, 0.5, 0.75, 1, 1, 1]
+    for stop in (3, None):
+        train(make_model(), Warming(mnist), config, tmp_path / "one", progress=False, stop_after=stop)
+    assert seen == expected
+    seen.clear()
+    both = ReplicaTask([Warming(mnist), Warming(mnist)])
+    train(Replicas([make_model(), make_model()]), both, config, tmp_path / "two", progress=False)
+    assert seen == [value for value in expected for _ in range(2)]
+    with pytest.raises(ValueError, match="warm_up must be from 0 to 1, got 1.5"):
+        Config(warm_up=1.5)
+
+
 # ------------------------------------------------------------------------------------------- precision
 class Silent(Task):
     """A task without its evaluation, which is in float32."""
 
     def __init__(self, task):
-        self.generator, self.batch, self.loss = task.generator, task.batch, task.loss
+        self.generator, self.strength = task.generator, task.strength
+        self.batch, self.loss = task.batch, task.loss
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
