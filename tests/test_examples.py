@@ -442,9 +442,11 @@ class TestDistortedMnist:
         assert "Run: 3 iterations of 8; seeds 0, 1" in printed
         assert "Run short of the paper's schedule" in printed
         assert "stand-in, not MNIST" in printed
+        assert "grow from none over the first 20 % of the run for ST-CNN-Aff.\n" in printed
         assert "(0.7)" in printed
         assert "±" in printed
-        for name in ("picture.png", "training.gif", "table.md", "table.json"):
+        drawn = [name for of in ("R", "P") for name in (f"picture-{of}.png", f"training-{of}.gif")]
+        for name in (*drawn, "table.md", "table.json"):
             assert (tmp_path / name).stat().st_size > 100, name
         assert len(list(tmp_path.glob("runs/*/result.json"))) == 8
         before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*")}

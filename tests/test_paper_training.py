@@ -15,7 +15,7 @@ from torch import nn
 
 from examples import training
 from examples.data import DISTORTIONS, Digits, Mnist, Similar
-from examples.distorted_mnist import TEST_SEED, Classify, Job, alignment, pending
+from examples.distorted_mnist import TEST_SEED, Classify, Job, Settings, alignment, pending
 from examples.models import Transformed
 from examples.training import Config, Replicas, ReplicaTask, Task, train
 from stn_triton import backend
@@ -163,7 +163,8 @@ def test_results_of_other_settings_are_not_taken_for_these(tmp_path):
     training.write_json(path, result)
 
     def left(config=config, budget=1000, data="MNIST"):
-        return pending([job, new], config, budget, data, tmp_path, together=True)
+        its = Settings(config, budget)
+        return pending([job, new], lambda model: its, data, tmp_path, together=True)
 
     assert left() == [[new]]
     for other in ({"config": Config(steps=6)}, {"budget": 2000}, {"data": "stand-in"}):
@@ -245,6 +246,8 @@ def test_alignment_of_nothing_and_of_all(mnist):
     assert re.findall(r"([0-9.]+) to ([0-9.]+)", said[1]) == [
         (value, zero) for (value, _), zero in zip(before, ("0.0", "0", "0"))
     ]
+    cluttered = alignment(types.SimpleNamespace(localise=lambda images: idle), mnist.test, DISTORTIONS["TC"])
+    assert re.findall(r"place ([0-9.]+) to ([0-9.]+) .* angle 0 to 0", cluttered) == [("9.2", "9.2")]
 
 
 def test_warm_up_raises_the_strength_of_distortions(mnist, tmp_path):
