@@ -35,19 +35,19 @@ CANVAS, CROP, PIECES = 84, 28, 16
 CLASSES = 10
 MARGIN = 1.0
 # The paper leaves the following open.
-CONTRAST = 2.0
+CONTRAST = 1.5
 """Of encodings: the mean squared distance between a digit in its frame and a crop that is not, in margins."""
-FRAMED = 0.6
+FRAMED = 0.7
 """The intersection over union from which on the encoder's training set calls a crop a digit."""
 SHIFT, ZOOM = 0.5, 0.3
 """Of crops that are tried, at first: standard deviations of the centre and of the logarithm of the side."""
 NEAREST = 0.2
 """The share of the other images, the most alike ones, that a crop is compared with at first."""
 PAPER_SCHEDULE = Config(
-    steps=1000, batch=100, lr=1e-2, schedule="cosine", optimiser="adam", warm_up=0.75, snapshots=20
+    steps=1000, batch=100, lr=5e-3, schedule="cosine", optimiser="adam", warm_up=0.75, snapshots=20
 )
 """Every batch is the whole collection. (The paper does not give a schedule.)"""
-QUICK = Config(steps=300, batch=100, lr=1e-2, schedule="cosine", optimiser="adam", warm_up=0.75, snapshots=20)
+QUICK = Config(steps=400, batch=100, lr=5e-3, schedule="cosine", optimiser="adam", warm_up=0.75, snapshots=20)
 DISTORTIONS = {"T": Similar(size=CANVAS), "TC": Cluttered(size=CANVAS, patches=PIECES)}
 PAPER = {"T": "100", "TC": "75-93"}  # % of the images found, over the digits
 SHOWN = 10  # images in the picture
@@ -177,7 +177,7 @@ class Locator(nn.Module):
         return self.transformer.localise(images)
 
 
-def make_model(start: float = 0.5) -> Locator:
+def make_model(start: float = 0.4) -> Locator:
     """The paper's: 8 filters of 9 x 9, stride 4, pooling, 8-8-3; crops of 28 x 28.
 
     ``start``: half the side of the box in the middle from which all crops start; 1 is the whole image.
@@ -328,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tries", type=int, default=8, help="crops of each image in each step; default: %(default)s"
     )
     parser.add_argument(
-        "--start", type=float, default=0.5, help="share of the side that all crops start from; default: 0.5"
+        "--start", type=float, default=0.4, help="share of the side that all crops start from; default: 0.4"
     )
     parser.set_defaults(seeds=2)
     options = parser.parse_args(arguments)
