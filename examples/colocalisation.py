@@ -35,7 +35,7 @@ CANVAS, CROP, PIECES = 84, 28, 16
 CLASSES = 10
 MARGIN = 1.0
 # The paper leaves the following open.
-CONTRAST = 1.5
+CONTRAST = 2.0
 """Of encodings: the mean squared distance between a digit in its frame and a crop that is not, in margins."""
 FRAMED = 0.7
 """The intersection over union from which on the encoder's training set calls a crop a digit."""
@@ -44,10 +44,10 @@ SHIFT, ZOOM = 0.5, 0.3
 NEAREST = 0.2
 """The share of the other images, the most alike ones, that a crop is compared with at first."""
 PAPER_SCHEDULE = Config(
-    steps=1000, batch=100, lr=5e-3, schedule="cosine", optimiser="adam", warm_up=0.75, snapshots=20
+    steps=1000, batch=100, lr=3e-3, schedule="cosine", optimiser="adam", warm_up=0.75, snapshots=20
 )
 """Every batch is the whole collection. (The paper does not give a schedule.)"""
-QUICK = Config(steps=400, batch=100, lr=5e-3, schedule="cosine", optimiser="adam", warm_up=0.75, snapshots=20)
+QUICK = Config(steps=400, batch=100, lr=3e-3, schedule="cosine", optimiser="adam", warm_up=0.75, snapshots=20)
 DISTORTIONS = {"T": Similar(size=CANVAS), "TC": Cluttered(size=CANVAS, patches=PIECES)}
 PAPER = {"T": "100", "TC": "75-93"}  # % of the images found, over the digits
 SHOWN = 10  # images in the picture
@@ -103,10 +103,9 @@ def make_encoder(digits: Digits, steps: int = 1000, seed: int = 0) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         features = nn.Sequential(
-            nn.AvgPool2d(2),  # a third of the time, for hundreds of crops a step
-            *(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(16, 32, 3), nn.ReLU()),
-            *(nn.Flatten(), nn.Linear(32 * 4 * 4, 64), nn.ReLU()),
+            *(nn.Conv2d(1, 12, 5), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(12, 24, 5), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(24 * 4 * 4, 64), nn.ReLU()),
         ).to(device)
         head = nn.Linear(64, CLASSES + 1).to(device)
     index = torch.randint(len(digits.labels), (3 * steps,), generator=generator, device=device)
@@ -177,7 +176,7 @@ class Locator(nn.Module):
         return self.transformer.localise(images)
 
 
-def make_model(start: float = 0.4) -> Locator:
+def make_model(start: float = 0.5) -> Locator:
     """The paper's: 8 filters of 9 x 9, stride 4, pooling, 8-8-3; crops of 28 x 28.
 
     ``start``: half the side of the box in the middle from which all crops start; 1 is the whole image.
@@ -328,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tries", type=int, default=8, help="crops of each image in each step; default: %(default)s"
     )
     parser.add_argument(
-        "--start", type=float, default=0.4, help="share of the side that all crops start from; default: 0.4"
+        "--start", type=float, default=0.5, help="share of the side that all crops start from; default: 0.5"
     )
     parser.set_defaults(seeds=2)
     options = parser.parse_args(arguments)

@@ -151,7 +151,7 @@ def test_paper_localisation_net():
     shapes = [tuple(p.shape) for name, p in model.named_parameters() if name.endswith("weight")]
     assert shapes == [(8, 1, 9, 9), (8, 648), (8, 8), (3, 8)]
     theta = model(torch.rand(2, 1, 84, 84))
-    torch.testing.assert_close(theta, torch.tensor([[0.4, 0, 0], [0, 0.4, 0]]).expand(2, 2, 3))
+    torch.testing.assert_close(theta, torch.tensor([[0.5, 0, 0], [0, 0.5, 0]]).expand(2, 2, 3))
 
 
 def test_several_processes_are_refused(monkeypatch, capsys):
