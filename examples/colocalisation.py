@@ -3,16 +3,21 @@
 A hundred images of one digit, each somewhere on 84 x 84 pixels, translated (T) or translated among clutter
 (TC: 16 pieces of 6 x 6 pixels of other digits). An attention transformer learns that its crops of two images
 shall be more alike than its crop of one and a random crop of the same image, by a margin of 1 (Jaderberg et
-al., 2015, section A.2).
+al., 2015, section A.2). Alike is what a fixed network says that was trained to classify digits.
+
+That loss alone does not find digits: while few crops show one, those few are unlike the others, and the loss
+is lower when none does. So the net learns from one of several crops around the one it proposes, the one most
+like crops of other images, at first of the nearest alone. Both die out, and the paper's loss is left.
 
 Convention: a box is its centre and half its side, normalised: an attention's translation and scale.
 """
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,55 +25,158 @@ from torch import Generator, Tensor, nn
 
 import stn_triton as stn
 from examples.data import SIDE, Cluttered, Digits, Similar, load_mnist
-from examples.outputs import Panel, looks, save_picture, save_table
+from examples.outputs import Panel, save_animation, save_picture, save_table
 from examples.runs import config_of, parser_of, run_seeds
 from examples.training import Config, Task, processes, rank, world_size
 from stn_triton.nn import SpatialTransformer
 from stn_triton.transforms import attention, invert
 
 CANVAS, CROP, PIECES = 84, 28, 16
+CLASSES = 10
 MARGIN = 1.0
-LENGTH = 0.7
-"""Of encodings. Two are at most 1 apart, squared, so that the hinge is never quite satisfied; at length 1 it
-is by crops that are too large. (Not in the paper.)"""
-PAPER_SCHEDULE = Config(steps=4000, batch=100, lr=3e-3, lr_every=3000, optimiser="adam", snapshots=0)
+# The paper leaves the following open.
+CONTRAST = 2.0
+"""Of encodings: the mean squared distance between a digit in its frame and a crop that is not, in margins."""
+FRAMED = 0.7
+"""The intersection over union from which on the encoder's training set calls a crop a digit."""
+SHIFT, ZOOM = 0.5, 0.3
+"""Of crops that are tried, at first: standard deviations of the centre and of the logarithm of the side."""
+NEAREST = 0.2
+"""The share of the other images, the most alike ones, that a crop is compared with at first."""
+PAPER_SCHEDULE = Config(
+    steps=1000, batch=100, lr=3e-3, schedule="cosine", optimiser="adam", warm_up=0.75, snapshots=20
+)
 """Every batch is the whole collection. (The paper does not give a schedule.)"""
-QUICK = Config(steps=500, batch=100, lr=3e-3, lr_every=400, optimiser="adam", snapshots=0)
+QUICK = Config(steps=400, batch=100, lr=3e-3, schedule="cosine", optimiser="adam", warm_up=0.75, snapshots=20)
 DISTORTIONS = {"T": Similar(size=CANVAS), "TC": Cluttered(size=CANVAS, patches=PIECES)}
 PAPER = {"T": "100", "TC": "75-93"}  # % of the images found, over the digits
+SHOWN = 10  # images in the picture
 
-Encoding = Literal["classifier", "crop"]
 Encoder = Callable[[Tensor], Tensor]
 
 
 class Boxes(NamedTuple):
-    """Squares: (N, 2) and (N,)."""
+    """Squares: (..., 2) and (...,)."""
 
     centre: Tensor
     half: Tensor
 
+    def theta(self) -> Tensor:
+        return attention(self.half, self.centre)
+
 
 class Collection(NamedTuple):
-    """Images of one digit, and where it is, which is for the score alone."""
+    """Images and where the digits are, which is for the score alone, and for the encoder's training set."""
 
     images: Tensor  # (M, 1, 84, 84), from 0 to 1
     boxes: Boxes
 
 
-def collect(digits: Digits, label: int, kind: str, generator: Generator, count: int = 100) -> Collection:
-    """Different digits of one class, each at a random place; the box is its 28 x 28 pixels.
-
-    The pieces of clutter are of any class.
-    """
+def place(digits: Digits, index: Tensor, kind: str, generator: Generator) -> Collection:
+    """Each digit at a random place; the box is its 28 x 28 pixels. The pieces of clutter are of any class."""
     distortion = DISTORTIONS[kind]
+    images, to_canvas = [], []
+    for part in index.split(250):  # a canvas for every piece of clutter takes memory
+        drawn = distortion.draw(len(part), generator)
+        images.append(distortion.apply(digits, part, drawn))
+        to_canvas.append(invert(drawn[0]))
+    return Collection(torch.cat(images), boxes_of(torch.cat(to_canvas)))
+
+
+def collect(digits: Digits, label: int, kind: str, generator: Generator, count: int = 100) -> Collection:
+    """Different digits of one class."""
     (which,) = (digits.labels == label).nonzero(as_tuple=True)
     index = which[torch.randperm(len(which), generator=generator, device=generator.device)[:count]]
-    drawn = distortion.draw(len(index), generator)
-    to_canvas = invert(drawn[0])
-    return Collection(distortion.apply(digits, index, drawn), Boxes(to_canvas[:, :, 2], to_canvas[:, 0, 0]))
+    return place(digits, index, kind, generator)
 
 
-def make_transformer(start: float = 1.0) -> SpatialTransformer:
+# ------------------------------------------------------------------------------------------- the encoder
+def make_encoder(digits: Digits, steps: int = 1000, seed: int = 0) -> Encoder:
+    """What crops are compared by, (N, 1, 28, 28) -> (N, 64): the features of a network that was trained on
+    crops of all sizes to tell which digit is in the frame, or that none is. It stays as it is.
+
+    Without the class for no digit, features of empty and of badly framed crops are anywhere, and so is the
+    loss's minimum. The boxes that this takes are of the encoder's own scenes.
+    """
+    device, batch = digits.images.device, 128
+    generator = Generator(device).manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        features = nn.Sequential(
+            *(nn.Conv2d(1, 12, 5), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(12, 24, 5), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(24 * 4 * 4, 64), nn.ReLU()),
+        ).to(device)
+        head = nn.Linear(64, CLASSES + 1).to(device)
+    index = torch.randint(len(digits.labels), (3 * steps,), generator=generator, device=device)
+    plain, cluttered = (
+        place(digits, half, kind, generator) for half, kind in zip(index.chunk(2), DISTORTIONS)
+    )
+    images = torch.cat([plain.images, cluttered.images])
+    truth = Boxes(*(torch.cat(pair) for pair in zip(plain.boxes, cluttered.boxes)))
+    optimiser = torch.optim.Adam([*features.parameters(), *head.parameters()], 2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+
+    def examples(count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Crops, whether they are digits in their frame, and of which class."""
+        at = torch.randint(len(images), (count,), generator=generator, device=device)
+        boxes = Boxes(*(one[at] for one in truth))
+        tried = any_boxes(boxes, generator)
+        crops = stn.affine_grid_sample(images[at], tried.theta(), (CROP, CROP))
+        return crops, overlap(tried, boxes) > FRAMED, digits.labels[index[at]]
+
+    for _ in range(steps):
+        crops, framed, labels = examples(batch)
+        loss = F.cross_entropy(head(features(crops)), labels.where(framed, CLASSES))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    features.requires_grad_(False)
+    crops, framed, _ = examples(1024)
+    found = features(crops)
+    apart = torch.cdist(found[framed], found[~framed]).square().mean()
+    length = (CONTRAST * MARGIN / apart).sqrt()
+    return lambda crops: length * features(crops)
+
+
+def any_boxes(truth: Boxes, generator: Generator) -> Boxes:
+    """A third about right; a third near, from 3/5 to 18/5 times the size; a third anywhere, of any size."""
+    count, device = len(truth.half), generator.device
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, generator=generator, device=device)
+
+    kind = torch.randint(3, (count,), generator=generator, device=device)
+    half = torch.where(
+        kind == 0,
+        truth.half * uniform(-0.25, 0.25).exp(),
+        torch.where(
+            kind == 1,
+            truth.half * uniform(math.log(0.6), math.log(3.6)).exp(),
+            uniform(math.log(0.04), math.log(3.0)).exp(),
+        ),
+    )
+    noise = torch.randn(count, 2, generator=generator, device=device)
+    near = truth.centre + noise * torch.where(kind == 0, 0.03, 0.75 * half).unsqueeze(-1)
+    inside = (1 - half).abs().unsqueeze(-1)
+    anywhere = inside * torch.stack([uniform(-1, 1), uniform(-1, 1)], -1)
+    return Boxes(torch.where((kind < 2).unsqueeze(-1), near, anywhere), half)
+
+
+# -------------------------------------------------------------------------------------------- the model
+class Locator(nn.Module):
+    """(N, 1, 84, 84) -> (N, 2, 3): where the transformer would crop. The task crops, as it tries several."""
+
+    def __init__(self, transformer: SpatialTransformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.transformer.localise(images)
+
+
+def make_model(start: float = 0.5) -> Locator:
     """The paper's: 8 filters of 9 x 9, stride 4, pooling, 8-8-3; crops of 28 x 28.
 
     ``start``: half the side of the box in the middle from which all crops start; 1 is the whole image.
@@ -85,35 +193,10 @@ def make_transformer(start: float = 1.0) -> SpatialTransformer:
         nn.ReLU(),
     )
     region = (-start, -start, start, start)
-    return SpatialTransformer(localisation, "attention", (CROP, CROP), features=8, regions=region)
+    return Locator(SpatialTransformer(localisation, "attention", (CROP, CROP), features=8, regions=region))
 
 
-def make_encoder(kind: Encoding, digits: Digits, steps: int = 400, seed: int = 0) -> Encoder:
-    """What crops are compared by: "classifier", the features of a network that was trained on upright digits
-    and stays as it is; or "crop", the pixels. Of one length, so that no distance is won by contrast."""
-    if kind == "crop":
-        return lambda crops: LENGTH * F.normalize(crops.flatten(1), dim=1)
-    device = digits.images.device
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        features = nn.Sequential(
-            *(nn.Conv2d(1, 12, 5), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(12, 24, 5), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Flatten(), nn.Linear(24 * 4 * 4, 64), nn.ReLU()),
-        ).to(device)
-        head = nn.Linear(64, 10).to(device)
-    generator = torch.Generator(device).manual_seed(seed)
-    optimiser = torch.optim.Adam([*features.parameters(), *head.parameters()], 1e-3)
-    for _ in range(steps):
-        index = torch.randint(len(digits.labels), (128,), generator=generator, device=device)
-        loss = F.cross_entropy(head(features(digits.take(index))), digits.labels[index])
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    features.requires_grad_(False)
-    return lambda crops: LENGTH * F.normalize(features(crops), dim=1)
-
-
+# --------------------------------------------------------------------------------------------- the loss
 def random_crops(images: Tensor, generator: Generator) -> Tensor:
     """(N, 1, 28, 28): of each image 28 x 28 of its pixels, anywhere."""
     scale = SIDE / CANVAS
@@ -121,13 +204,39 @@ def random_crops(images: Tensor, generator: Generator) -> Tensor:
     return stn.affine_grid_sample(images, attention(scale, (1 - scale) * place), (CROP, CROP))
 
 
-def triplet_hinge(crops: Tensor, others: Tensor) -> Tensor:
+def triplet_hinge(crops: Tensor, others: Tensor, share: Tensor | float = 1.0) -> Tensor:
     """Of encoded crops c and random ones o, (N, F), the mean over all pairs n, m of
-    ``max(0, |c_n - c_m|^2 - |c_n - o_n|^2 + margin)``."""
+    ``max(0, |c_n - c_m|^2 - |c_n - o_n|^2 + margin)``; over those m alone that are nearest to n with a
+    ``share``, at least one."""
     between = (crops.unsqueeze(1) - crops).square().sum(-1)
     to_other = (crops - others).square().sum(-1, keepdim=True)
-    hinge = F.relu(between - to_other + MARGIN)
-    return (hinge.sum() - hinge.diagonal().sum()) / (len(crops) * (len(crops) - 1))
+    counted = nearest(between.detach(), share)
+    return (F.relu(between - to_other + MARGIN) * counted).sum() / counted.sum()
+
+
+def nearest(between: Tensor, share: Tensor | float) -> Tensor:
+    """Squared distances from images, or from several crops of each, to all images, (N, ..., N) -> of each the
+    share that is nearest and at least one, and never itself: bool."""
+    count = len(between)
+    itself = torch.eye(count, dtype=torch.bool, device=between.device)
+    itself = itself.view(count, *[1] * (between.dim() - 2), count)
+    order = between.masked_fill(itself, math.inf).argsort(-1).argsort(-1)
+    return (order < share * (count - 1)) | (order == 0)
+
+
+@torch.no_grad()
+def most_alike(tried: Tensor, others: Tensor, share: Tensor | float) -> Tensor:
+    """Of J encoded crops of each image, (N, J, F), and random ones, (N, F), which has the least hinge, (N,).
+
+    Another image is as far as the nearest of its J.
+    """
+    count, tries, _ = tried.shape
+    crops = tried.flatten(0, 1)
+    between = torch.cdist(crops, crops).square().view(count, tries, count, tries).amin(-1)
+    to_other = (tried - others.unsqueeze(1)).square().sum(-1, keepdim=True)
+    counted = nearest(between, share)
+    hinge = (F.relu(between - to_other + MARGIN) * counted).sum(-1) / counted.sum(-1)
+    return hinge.argmin(1)
 
 
 def overlap(a: Boxes, b: Boxes) -> Tensor:
@@ -139,78 +248,110 @@ def overlap(a: Boxes, b: Boxes) -> Tensor:
 
 
 def boxes_of(theta: Tensor) -> Boxes:
-    return Boxes(theta[:, :, 2], theta[:, 0, 0])
+    return Boxes(theta[..., 2], theta[..., 0, 0])
 
 
 class Finding(Task):
-    """The target is the images: the model is the transformer, and its output the crops."""
+    """The target is the images and random crops of them; the model's output where it would crop."""
 
-    def __init__(self, collection: Collection, encode: Encoder, seed: int) -> None:
+    def __init__(self, collection: Collection, encode: Encoder, seed: int, tries: int = 8) -> None:
         super().__init__(seed, collection.images.device)
-        self.collection, self.encode = collection, encode
+        self.collection, self.encode, self.tries = collection, encode, tries
 
-    def batch(self, count: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def batch(self, count: int, part: slice = slice(None)) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         images = self.collection.images[:count][part]
-        return images, random_crops(images, self.generator)
+        return images, (images, random_crops(images, self.generator))
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return triplet_hinge(self.encode(output.float()), self.encode(target))
+    def loss(self, output: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
+        """The hinge of the most alike of some crops around the model's, which narrow down to it."""
+        images, others = target
+        others = self.encode(others)
+        share = NEAREST + (1 - NEAREST) * self.strength
+        around = self.around(boxes_of(output))
+        rows = torch.arange(len(images), device=images.device)
+        crops = self.crop(images.repeat_interleave(self.tries, 0), around.theta().detach().flatten(0, 1))
+        best = most_alike(crops.unflatten(0, (-1, self.tries)), others, share)
+        chosen = Boxes(around.centre[rows, best], around.half[rows, best])
+        return triplet_hinge(self.crop(images, chosen.theta()), others, share)
+
+    def around(self, boxes: Boxes) -> Boxes:
+        """(N, J): moved and resized at random, the less the further the training is."""
+        shape, device = (len(boxes.half), self.tries), self.generator.device
+        left = 1 - self.strength
+        shift = SHIFT * left * torch.randn(*shape, 2, generator=self.generator, device=device)
+        zoom = (ZOOM * left * torch.randn(shape, generator=self.generator, device=device)).exp()
+        return Boxes(boxes.centre.unsqueeze(1) + shift, boxes.half.unsqueeze(1) * zoom)
+
+    def crop(self, images: Tensor, theta: Tensor) -> Tensor:
+        """Encoded."""
+        return self.encode(stn.affine_grid_sample(images, theta, (CROP, CROP)))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """% of the images whose intersection over union is above a half, its mean, and the loss with the same
-        random crops each time, by which runs can be compared without knowing the boxes."""
-        assert isinstance(model, SpatialTransformer)
+        """% of the images whose intersection over union is above a half, its mean, and the paper's loss with
+        the same random crops each time, by which runs can be compared without knowing the boxes."""
         images, boxes = self.collection
-        ratio = overlap(boxes_of(model.localise(images)), boxes)
+        theta = model(images)
+        ratio = overlap(boxes_of(theta), boxes)
         others = random_crops(images, Generator(images.device).manual_seed(0))
         return {
             "found": 100 * (ratio > 0.5).double().mean().item(),
             "IoU": ratio.mean().item(),
-            "hinge": self.loss(model(images), others).item(),
+            "hinge": triplet_hinge(self.crop(images, theta), self.encode(others)).item(),
         }
 
+    def snapshot(self, model: nn.Module) -> Tensor:
+        """Where it crops the images that are shown."""
+        return model(self.collection.images[:SHOWN]).cpu()
 
-def picture(transformer: nn.Module, collection: Collection, title: str, path: Path) -> None:
-    """Of ten images what is cropped and, in a second colour, the box that was to be found."""
-    images = collection.images[:10]
-    (look,) = looks(lambda: transformer(images), transformer)
-    truth = attention(collection.boxes.half[:10], collection.boxes.centre[:10])
-    panels = [
-        Panel(image, torch.stack([theta, box]), [output], outlines=True)
-        for image, theta, box, output in zip(images, look.parameters, truth, look.output)
+
+# ------------------------------------------------------------------------------------------- the script
+def panels_of(collection: Collection, theta: Tensor, title: str) -> list[Panel]:
+    """Of the first images what is cropped, (K, 2, 3), and in a second colour the box that was to be found."""
+    images, truth = collection.images[: len(theta)], collection.boxes.theta()
+    theta = theta.to(images.device)
+    crops = stn.affine_grid_sample(images, theta, (CROP, CROP))
+    return [
+        Panel(image, torch.stack([cropped, box]), [crop], title=title, outlines=True)
+        for image, cropped, box, crop in zip(images, theta, truth, crops)
     ]
-    save_picture(path, panels, title)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("colocalisation", __doc__)
     parser.add_argument("--kinds", nargs="+", choices=list(DISTORTIONS), default=list(DISTORTIONS))
-    parser.add_argument("--digits", nargs="+", type=int, default=list(range(10)))
-    parser.add_argument("--encoder", choices=get_args(Encoding), default="classifier")
+    parser.add_argument("--digits", nargs="+", type=int, default=list(range(CLASSES)))
     parser.add_argument(
-        "--start", type=float, default=1.0, help="share of the side that all crops start from"
+        "--encoder-steps", type=int, default=1000, help="of the classifier's training; default: %(default)s"
     )
-    parser.set_defaults(seeds=4)
+    parser.add_argument(
+        "--tries", type=int, default=8, help="crops of each image in each step; default: %(default)s"
+    )
+    parser.add_argument(
+        "--start", type=float, default=0.5, help="share of the side that all crops start from; default: 0.5"
+    )
+    parser.set_defaults(seeds=2)
     options = parser.parse_args(arguments)
     config = config_of(options, PAPER_SCHEDULE, QUICK)
     with processes(options.device) as device:
         if world_size() > 1:
             parser.error("the loss compares all images with each other, so it takes one process")
         mnist = load_mnist(options.data, device, stand_in=options.stand_in)
-        encode = make_encoder(options.encoder, mnist.train)
+        encode = make_encoder(mnist.train, options.encoder_steps)
         lines = []
         for kind in options.kinds:
+            panels: list[Panel] = []
+            frames: dict[int, list[Panel]] = defaultdict(list)
             for label in options.digits:
                 chance = Generator(device).manual_seed(label)
                 collection = collect(mnist.train, label, kind, chance, config.batch)
 
                 def make_task(seed: int) -> Finding:
-                    return Finding(collection, encode, seed)  # noqa: B023
+                    return Finding(collection, encode, seed, options.tries)  # noqa: B023
 
                 name = f"{kind}, digit {label}"
                 runs = run_seeds(
                     name,
-                    lambda: make_transformer(options.start),
+                    lambda: make_model(options.start),
                     make_task,
                     config,
                     options,
@@ -222,14 +363,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 figures = runs.line.figures[best]
                 named = f"{name}, mean IoU {figures['IoU']:.2f}"
                 lines.append(runs.line._replace(name=named, values=[figures["found"]]))
-                if rank() == 0:
-                    path = options.output / f"colocalisation_{kind}.png"
-                    title = f"{name}: blue is cropped, orange was to be found"
-                    picture(runs.models[best], collection, title, path)
+                shown = -(-SHOWN // len(options.digits))
+                with torch.no_grad():
+                    panels += panels_of(collection, runs.models[best](collection.images[:shown]), "")
+                for step, theta in runs.snapshots[best]:
+                    frames[step] += panels_of(collection, theta[:shown], "")
+            if rank() == 0:
+                said = "blue is cropped, orange was to be found"
+                save_picture(options.output / f"colocalisation_{kind}.png", panels, f"{kind}: {said}")
+                titled = [(f"{kind}, step {step:,}: {said}", frames[step]) for step in sorted(frames)]
+                if titled:
+                    save_animation(options.output / f"colocalisation_{kind}.gif", titled)
         if rank() == 0:
             settings = {
                 "starts, of which the one with the least loss counts,": options.seeds,
-                "encoder": options.encoder,
+                "steps of the encoder's training": options.encoder_steps,
+                "crops tried": options.tries,
                 "start": options.start,
             }
             title = "Co-localisation, images with IoU > 0.5"

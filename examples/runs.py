@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ class Runs(NamedTuple):
 
     line: Line
     models: list[nn.Module]  # in evaluation mode
+    snapshots: list[list[tuple[int, Any]]]  # of each: steps, and what the task kept
 
     @property
     def model(self) -> nn.Module:
@@ -77,7 +78,7 @@ def run_seeds(
     values = [trained.figures[figure] for trained in found]
     seconds = sum(trained.seconds for trained in found) / len(found)
     line = Line(name, values, paper, count(model), seconds, [trained.figures for trained in found])
-    return Runs(line, [trained.model for trained in found])
+    return Runs(line, [trained.model for trained in found], [trained.snapshots for trained in found])
 
 
 def wrong_class(logits: Tensor, labels: Tensor) -> Tensor:

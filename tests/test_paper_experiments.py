@@ -6,18 +6,14 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-from examples import colocalisation, extruded_digits, mnist_addition
-from examples.colocalisation import Boxes, overlap, triplet_hinge
+from examples import extruded_digits, mnist_addition
 from examples.data import SIDE, load_mnist
 from examples.extruded_digits import Extruded, Flatten
 from examples.mnist_addition import KINDS
 from examples.models import count
 from examples.outputs import looks
 from stn_triton import backend
-from stn_triton.nn import SpatialTransformer
-from stn_triton.transforms import attention
 
 
 @pytest.fixture(autouse=True)
@@ -93,77 +89,6 @@ class TestAddition:
         assert first.localisation is not second.localisation
 
 
-# ------------------------------------------------------------------------------------- co-localisation
-class TestColocalisation:
-    @pytest.mark.parametrize("kind", ["T", "TC"])
-    def test_boxes_hold_the_digits(self, mnist, kind):
-        found = colocalisation.collect(mnist.train, 3, kind, generator(), 12)
-        assert found.images.shape == (12, 1, 84, 84)
-        torch.testing.assert_close(found.boxes.half, torch.full((12,), 28 / 84))
-        assert (found.boxes.centre.abs() <= 1 - 28 / 84 + 1e-5).all()
-        assert found.boxes.centre.std(0).min() > 0.1
-        # What an attention to the box reads is the digit itself, upright and in the middle.
-        theta = attention(found.boxes.half, found.boxes.centre)
-        crops = SpatialTransformer(nn.Flatten(), "attention", (28, 28), features=1).sample(
-            found.images, theta
-        )
-        digit = mnist.train.images[mnist.train.labels == 3][0] / 255
-        apart = (crops[:, 0] - digit).abs().mean((1, 2))
-        inked = (found.images > 0.5).float().mean((1, 2, 3))
-        if kind == "T":
-            assert apart.max() < 0.05
-            assert inked.max() < 1.5 * (digit > 0.5).float().sum() / 84**2
-        else:
-            assert apart.median() < 0.2
-            assert inked.mean() > 1.5 * (digit > 0.5).float().sum() / 84**2  # clutter
-
-    def test_overlap(self):
-        unit = Boxes(torch.zeros(4, 2), torch.ones(4))
-        other = Boxes(torch.tensor([[0.0, 0], [1, 0], [2, 0], [0, 0]]), torch.tensor([1.0, 1, 1, 2**-0.5]))
-        torch.testing.assert_close(overlap(unit, other), torch.tensor([1, 1 / 3, 0, 0.5]))
-
-    def test_hinge(self):
-        crops = torch.tensor([[0.0, 0], [0, 0], [2, 0]])
-        far = torch.tensor([[9.0, 0], [9, 0], [9, 9]])
-        assert triplet_hinge(crops, far) == 0
-        near = crops + torch.tensor([0.0, 0.5])
-        # (0, 1) and (1, 0) have 0 - 0.25 + 1, the other four 4 - 0.25 + 1; no image goes with itself.
-        assert triplet_hinge(crops, near) == pytest.approx((2 * 0.75 + 4 * 4.75) / 6)
-
-    @pytest.mark.parametrize("kind", ["classifier", "crop"])
-    def test_encodings_have_one_length_and_are_fixed(self, mnist, kind):
-        encode = colocalisation.make_encoder(kind, mnist.train, steps=5)
-        crops = mnist.train.take(torch.arange(6)).requires_grad_()
-        encoded = encode(crops)
-        torch.testing.assert_close(encoded.norm(dim=1), torch.full((6,), colocalisation.LENGTH))
-        assert not encode(crops.detach()).requires_grad  # nothing in it is trained
-        (gradient,) = torch.autograd.grad(encoded[0, 0] + encoded[:, 1].sum(), crops)
-        assert gradient.abs().sum() > 0
-
-    def test_paper_localisation_net(self):
-        model = colocalisation.make_transformer()
-        shapes = [tuple(p.shape) for name, p in model.named_parameters() if name.endswith("weight")]
-        assert shapes == [(8, 1, 9, 9), (8, 648), (8, 8), (3, 8)]
-        assert model(torch.rand(2, 1, 84, 84)).shape == (2, 1, 28, 28)
-
-    def test_task_learns(self, mnist):
-        """The loss of a small collection falls."""
-        encode = colocalisation.make_encoder("crop", mnist.train)
-        collection = colocalisation.collect(mnist.train, 3, "T", generator(), 16)
-        task = colocalisation.Finding(collection, encode, seed=0)
-        model = colocalisation.make_transformer(0.5)
-        optimiser = torch.optim.Adam(model.parameters(), 5e-3)
-        losses = []
-        for _ in range(80):
-            images, others = task.batch(16)
-            loss = task.loss(model(images), others)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            losses.append(loss.item())
-        assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
-
-
 # ------------------------------------------------------------------------------------------------- 3-D
 class TestExtruded:
     def test_upright_solid(self, mnist):
@@ -211,7 +136,7 @@ class TestExtruded:
 # --------------------------------------------------------------------------------------------- scripts
 SCRIPTS = {
     "mnist_addition": ["--test", "20", "--models", "CNN", "2xST-FCN TPS"],
-    "colocalisation": ["--digits", "3", "--kinds", "TC", "--encoder", "crop", "--seeds", "2"],
+    "colocalisation": ["--digits", "3", "--kinds", "TC", "--encoder-steps", "5", "--seeds", "2"],
     "extruded_digits": ["--test", "20", "--size", "28"],
     "svhn": ["--scenes", "40", "--width", "0.05"],
     "birds": ["--scenes", "30", "--size", "64", "--crop", "32", "--transformers", "0", "2"],
