@@ -1,4 +1,4 @@
-"""House numbers: ``python -m examples.svhn``, and what a step costs: ``python -m examples.svhn --step-time``.
+"""House numbers: ``python -m examples.svhn``; with ``--step-time`` or ``--counts`` what a step costs.
 
 A CNN that reads up to five digits at once, with no transformer, with one before all, and with four, three of
 them on feature maps (Jaderberg et al., 2015, section 4.2). Data are the official files under ``--svhn``, or a
@@ -24,6 +24,7 @@ from examples.data import load_mnist
 from examples.models import count
 from examples.outputs import Panel, looks, parameters_of, save_picture, save_table, save_training
 from examples.runs import config_of, error, parser_of, plain, run_seeds, sizes
+from examples.svhn_cost import cost_table
 from examples.svhn_data import (
     LENGTH,
     MARGIN,
@@ -224,11 +225,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="how far from the middle the stand-in's are, over half the side; default: 0.2, with --quick 0.4",
     )
     parser.add_argument("--step-time", action="store_true", help="only time the steps")
+    parser.add_argument("--counts", action="store_true", help="only count what a step comes to, from shapes")
     options = parser.parse_args(arguments)
     config = config_of(options, PAPER, QUICK)
     for name, value in (QUICK_OPTIONS if options.quick else OPTIONS).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if options.counts:
+        print(cost_table(options.size, config.batch, options.width))
+        return 0
     with processes(options.device) as device:
         if options.step_time:
             measure_steps(options, config, device)

@@ -6,6 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("skimage")
 numpy = pytest.importorskip("numpy")
@@ -13,6 +16,7 @@ Image = pytest.importorskip("PIL.Image")
 
 from examples.data import Digits  # noqa: E402
 from examples.outputs import looks  # noqa: E402
+from examples.svhn_cost import cost_table, layer_cost, sampling_cost, step_costs, summed  # noqa: E402
 from examples.svhn_data import (  # noqa: E402
     MARGIN,
     NONE,
@@ -244,3 +248,68 @@ def test_a_sequence_is_wrong_if_a_place_is():
     logits[1, 4] = logits[1, 4].roll(1)
     assert sequence_errors(logits, labels).tolist() == [False, True]
     assert sequence_loss(logits, labels) == pytest.approx(10, rel=1e-3)  # one place of one of two
+
+
+# ------------------------------------------------------------------------------------------ what a step costs
+class Absent(SpatialTransformer):
+    """Samples nothing, but its gradients go the same ways."""
+
+    def sample(self, input, theta):
+        return input + 0 * theta.sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arithmetic_is_what_pytorch_counts(kind):
+    """Forward and backward; images need no gradient, but what a transformer before a layer gives does."""
+    net = svhn_net(kind, 32, width=0.1, transformer=Absent)
+    with FlopCounterMode(display=False) as counter:
+        net(torch.rand(2, 3, 32, 32)).sum().backward()
+    costs = step_costs(net, 32, 2)
+    assert summed(costs.layers + costs.localisation).flops == counter.get_total_flops()
+    assert len(costs.sampling) == [0, 1, 4][KINDS.index(kind)]
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of all tensors that operators read and write, views aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        output = function(*arguments, **(options or {}))
+        if not function.is_view:
+            tensors = (one for one in tree_leaves((arguments, output)) if isinstance(one, torch.Tensor))
+            self.bytes += sum(one.nbytes for one in tensors)
+        return output
+
+
+@pytest.mark.parametrize("module", [nn.ReLU(), nn.MaxPool2d(2)], ids=["relu", "pool"])
+def test_traffic_is_what_operators_read_and_write(module):
+    """Of the map it pooled, the backward pass takes the shape alone."""
+    map = torch.rand(2, 3, 8, 8, requires_grad=True)
+    gradient = torch.ones_like(module(map))
+    with Traffic() as traffic:
+        torch.autograd.grad(module(map), map, gradient)
+    unread = map.nbytes if isinstance(module, nn.MaxPool2d) else 0
+    assert layer_cost(module, map.numel(), gradient.numel(), True).bytes == traffic.bytes - unread
+
+
+def test_traffic_of_products_and_samplers():
+    convolution = nn.Conv2d(3, 5, 3)  # 135 weights
+    assert layer_cost(convolution, 100, 70, False).bytes == 4 * 2 * (100 + 135 + 70)
+    assert layer_cost(convolution, 100, 70, True).bytes == 4 * 3 * (100 + 135 + 70)
+    # Of ten pixels of three channels: maps of 120 bytes, grids of 80.
+    assert sampling_cost(10, 3, False, True).bytes == 4 * 120
+    assert sampling_cost(10, 3, True, True).bytes == 6 * 120
+    assert sampling_cost(10, 3, True, False).bytes == 7 * 120 + 5 * 80
+
+
+def test_cost_table():
+    lines = cost_table(32, 4, 0.1).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| CNN",
+        *(f"| {kind}, {sampler}" for kind in KINDS[1:] for sampler in ("PyTorch", "stn_triton")),
+    ]
+    theirs, ours = (float(line.split(" | ")[2]) for line in lines[-2:])
+    assert ours <= theirs
