@@ -208,7 +208,14 @@ LENGTHS = (0.15, 0.5, 0.25, 0.08, 0.02)
 
 
 def make_stand_in(
-    digits: Digits, count: int, size: int, seed: int, *, longest: int = LENGTH, spread: float = 0.2
+    digits: Digits,
+    count: int,
+    size: int,
+    seed: int,
+    *,
+    longest: int = LENGTH,
+    spread: float = 0.2,
+    contrast: float = 1.0,
 ) -> Sequences:
     """Sequences of real handwritten digits over windows of real photographs.
 
@@ -220,6 +227,7 @@ def make_stand_in(
         longest: the most digits in a sequence; shorter ones are as frequent among each other as they are.
         spread: how far from the middle they are at most, across and down, normalised: 0.2 is a tenth of the
             image.
+        contrast: of the photographs, which are faded to their mean colours below 1.
     """
     device = digits.images.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -242,6 +250,7 @@ def make_stand_in(
         centre = middle + torch.stack([across, tilt * across], -1)
         reach = torch.stack([half / lengths, torch.full_like(half / lengths, half)], -1).unsqueeze(1)
         scenes = backgrounds(photographs, n, size, generator)
+        scenes = scenes.mean((2, 3), keepdim=True).lerp(scenes, contrast)
         scenes = paste(scenes, ink, centre, reach.expand(n, longest, 2), generator)
         images.append(to_bytes(scenes))
         found = digits.labels[index].where(present, NONE)

@@ -8,7 +8,7 @@ pytest.importorskip("skimage")
 numpy = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 
-from examples.birds_data import SPARE, load_cub, make_stand_in  # noqa: E402
+from examples.birds_data import SPARE, load_cub, make_single, make_stand_in  # noqa: E402
 from examples.birds_models import REGIONS, BuiltInTrunk, PartsNet, make_trunk  # noqa: E402
 from examples.data import Digits  # noqa: E402
 from stn_triton import backend  # noqa: E402
@@ -81,6 +81,18 @@ def test_stand_in(digits):
     changed = (make_stand_in(blank, 30, 56, 3, 4).images.int() - first.images.int()).abs().amax(1) > 8
     assert changed[:, :32].flatten(1).any(1).all()
     assert changed[:, 32:].flatten(1).any(1).all()
+
+
+def test_single_digits(digits):
+    """As large as in windows of half the stand-in: twice as large in the image."""
+    found = make_single(digits, 30, 56, kinds=3, seed=4)
+    assert found.classes == ["0", "1", "2"]
+    assert set(found.labels.tolist()) == {0, 1, 2}
+    blank = digits._replace(images=torch.zeros_like(digits.images))
+    changed = (make_single(blank, 30, 56, 3, 4).images.int() - found.images.int()).abs().amax(1) > 8
+    pairs = make_stand_in(blank, 30, 56, 3, 4).images.int() - make_stand_in(digits, 30, 56, 3, 4).images.int()
+    both = (pairs.abs().amax(1) > 8).float().mean()
+    assert changed.float().mean() == pytest.approx(2 * both.item(), rel=0.25)  # one of four times the area
 
 
 def test_windows_are_inside_and_mirrored(digits):

@@ -14,12 +14,15 @@ pytest.importorskip("skimage")
 numpy = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 
+import stn_triton as stn  # noqa: E402
 from examples.data import Digits  # noqa: E402
 from examples.outputs import looks  # noqa: E402
+from examples.svhn import frame  # noqa: E402
 from examples.svhn_cost import cost_table, layer_cost, sampling_cost, step_costs, summed  # noqa: E402
 from examples.svhn_data import (  # noqa: E402
     MARGIN,
     NONE,
+    Sequences,
     load_cropped_digits,
     load_full_numbers,
     make_stand_in,
@@ -187,6 +190,32 @@ def test_stand_in_is_labelled_and_repeatable(digits):
     assert first.take(torch.arange(5)).mean((1, 2, 3)).abs().max() < 1e-5
 
 
+def test_stand_in_is_as_asked(digits):
+    found = make_stand_in(digits, 200, 32, 4, longest=2, spread=0.4)
+    assert set((found.labels != NONE).sum(1).tolist()) == {1, 2}
+    assert found.labels.shape == (200, 5)
+    assert 0.38 < found.places.abs().amax() <= 0.4
+    blank = digits._replace(images=torch.zeros_like(digits.images))
+    plain, faded = (make_stand_in(blank, 20, 32, 4, contrast=value).images.float() for value in (1.0, 0.25))
+    torch.testing.assert_close(faded.std((2, 3)), 0.25 * plain.std((2, 3)), atol=0.5, rtol=0)
+
+
+def test_strength_moves_sequences_off_the_middle():
+    """Of 0 they are in it, of 1 where the scene has them, of a half halfway."""
+    images = torch.full((2, 3, 32, 32), 20, dtype=torch.uint8)
+    images[0, :, 4:8, 20:24], images[1, :, 22:26, 8:12] = 220, 220
+    places = torch.tensor([[0.375, -0.625], [-0.375, 0.5]])  # of the squares' middles
+    labels = torch.zeros(2, 5, dtype=torch.long)
+    scenes, index = Sequences(images, labels, "squares", places), torch.arange(2)
+    pixels = (2 * torch.arange(32) + 1) / 32 - 1
+    for strength in (0.0, torch.tensor(0.5), 1.0):
+        light = scenes.take(index, strength).mean(1)
+        light = light - light.amin((1, 2), keepdim=True)
+        across, down = (light.sum(dim) @ pixels / light.sum((1, 2)) for dim in (1, 2))
+        torch.testing.assert_close(torch.stack([across, down], -1), strength * places)
+    assert scenes._replace(places=None).take(index, 0.0).equal(scenes._replace(places=None).take(index))
+
+
 def test_stand_in_shows_its_digits(digits):
     """Scenes of the same seed without ink differ where, and only where, the sequence is."""
     blank = digits._replace(images=torch.zeros_like(digits.images))
@@ -211,6 +240,17 @@ def test_models(kind, transformers, size):
         torch.testing.assert_close(theta, torch.eye(2, 3).expand_as(theta))
         torch.testing.assert_close(output, seen, atol=1e-4, rtol=1e-4)
     assert model(torch.rand(2, 3, size, size)).shape == (2, 5, 11)
+
+
+def test_frame_shows_where_the_last_output_comes_from():
+    """Transformers in a row read what the product of their matrices reads."""
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    half = torch.tensor([[0.5, 0, 0.25], [0, 0.5, -0.25]]).expand(2, 2, 3)
+    panel = frame(images, [half, half])[0]
+    torch.testing.assert_close(panel.parameters[0], half[0])
+    torch.testing.assert_close(panel.parameters[1], torch.tensor([[0.25, 0, 0.375], [0, 0.25, -0.375]]))
+    expected = stn.affine_grid_sample(images[:1], panel.parameters[1:], (16, 16))[0]
+    torch.testing.assert_close(panel.outputs[0], expected)
 
 
 def test_paper_widths():
