@@ -22,7 +22,15 @@ from bench.machine import facts
 from bench.timing import own_stream, time_device
 from examples.data import load_mnist
 from examples.models import count
-from examples.outputs import Panel, looks, parameters_of, save_picture, save_table, save_training
+from examples.outputs import (
+    Panel,
+    looks,
+    parameters_of,
+    save_picture,
+    save_table,
+    save_training,
+    transformers_of,
+)
 from examples.runs import config_of, error, parser_of, run_seeds, sizes
 from examples.svhn_cost import cost_table
 from examples.svhn_data import (
@@ -209,6 +217,27 @@ def read_places(parameters: Sequence[Tensor]) -> list[Tensor]:
     return list(itertools.accumulate(parameters, compose))
 
 
+@torch.no_grad()
+def following(model: nn.Module, test: Sequences) -> dict[str, float]:
+    """Where the transformers together look, over the first test images of a stand-in: its correlation with
+    where the numbers are, and the standard deviations of both, across (x) and down (y); and the error, in %,
+    with all transformers put to the identity."""
+    assert test.places is not None
+    index = torch.arange(min(1000, len(test.labels)), device=test.images.device)
+    images, places = test.take(index), test.places[index]
+    seen = read_places(parameters_of(lambda: model(images), model))[-1][:, :, 2].to(places)
+    found = {}
+    for axis, name in enumerate("xy"):
+        both = torch.stack([seen[:, axis], places[:, axis]])
+        found[f"correlation_{name}"] = both.corrcoef()[0, 1].item()
+        found[f"seen_{name}"], found[f"places_{name}"] = both.std(1).tolist()
+    hooks = [one.register_forward_hook(lambda _, given, out: given[0]) for one in transformers_of(model)]
+    found["error_at_identity"] = error(model, [(images, test.labels[index])], sequence_errors)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 def frame(images: Tensor, parameters: Sequence[Tensor]) -> list[Panel]:
     """Images with the borders of what each transformer reads, and below what the last one would, of the
     image."""
@@ -272,7 +301,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 device,
                 paper=PAPER_ERRORS.get(options.size, {}).get(kind, "-"),
             )
-            lines.append(runs.line)
+            line = runs.line
+            if kind != "CNN" and test.places is not None:
+                figures = [own | following(net, test) for own, net in zip(line.figures, runs.models)]
+                line = line._replace(figures=figures)
+            lines.append(line)
             if kind != "CNN" and rank() == 0:
                 title, images = f"{kind} on {test.source}", shown(test)
                 path = options.output / f"svhn_{kind.split()[-1].lower()}.png"

@@ -17,7 +17,7 @@ Image = pytest.importorskip("PIL.Image")
 import stn_triton as stn  # noqa: E402
 from examples.data import Digits  # noqa: E402
 from examples.outputs import looks  # noqa: E402
-from examples.svhn import frame  # noqa: E402
+from examples.svhn import Reading, frame  # noqa: E402
 from examples.svhn_cost import cost_table, layer_cost, sampling_cost, step_costs, summed  # noqa: E402
 from examples.svhn_data import (  # noqa: E402
     MARGIN,
@@ -214,6 +214,21 @@ def test_strength_moves_sequences_off_the_middle():
         across, down = (light.sum(dim) @ pixels / light.sum((1, 2)) for dim in (1, 2))
         torch.testing.assert_close(torch.stack([across, down], -1), strength * places)
     assert scenes._replace(places=None).take(index, 0.0).equal(scenes._replace(places=None).take(index))
+
+
+def test_numbers_move_by_the_cube_in_training_alone(digits):
+    scenes = make_stand_in(digits, 20, 32, 0)
+    task = Reading(scenes, scenes, seed=3)
+    task.strength.fill_(0.5)
+    images, labels = task.batch(6, slice(2, 5))
+    index = torch.randint(20, (6,), generator=torch.Generator().manual_seed(3))[2:5]
+    torch.testing.assert_close(images, scenes.take(index, 0.125))
+    assert torch.equal(labels, scenes.labels[index])
+    seen = []
+    net = nn.Conv2d(3, 1, 1)
+    net.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    task.snapshot(net)
+    torch.testing.assert_close(seen[0], scenes.take(torch.arange(8)))
 
 
 def test_stand_in_shows_its_digits(digits):
