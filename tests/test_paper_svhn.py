@@ -17,7 +17,7 @@ Image = pytest.importorskip("PIL.Image")
 import stn_triton as stn  # noqa: E402
 from examples.data import Digits  # noqa: E402
 from examples.outputs import looks  # noqa: E402
-from examples.svhn import Reading, frame  # noqa: E402
+from examples.svhn import Reading, following, frame  # noqa: E402
 from examples.svhn_cost import cost_table, layer_cost, sampling_cost, step_costs, summed  # noqa: E402
 from examples.svhn_data import (  # noqa: E402
     MARGIN,
@@ -37,6 +37,7 @@ from examples.svhn_models import (  # noqa: E402
 )
 from stn_triton import backend  # noqa: E402
 from stn_triton.nn import SpatialTransformer  # noqa: E402
+from stn_triton.transforms import attention  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -266,6 +267,26 @@ def test_frame_shows_where_the_last_output_comes_from():
     torch.testing.assert_close(panel.parameters[1], torch.tensor([[0.25, 0, 0.375], [0, 0.25, -0.375]]))
     expected = stn.affine_grid_sample(images[:1], panel.parameters[1:], (16, 16))[0]
     torch.testing.assert_close(panel.outputs[0], expected)
+
+
+def test_following(digits):
+    """A transformer that reads where the number is follows it; put to the identity it has the plain error."""
+
+    class Knows(SpatialTransformer):
+        def localise(self, input):
+            return attention(1.0, 0.5 * scenes.places[: len(input)])
+
+    scenes = make_stand_in(digits, 30, 32, 0)
+    net = svhn_net("ST-CNN Multi", 32, width=0.1, transformer=Knows).eval()
+    found = following(net, scenes)
+    for axis in "xy":
+        assert found[f"correlation_{axis}"] == pytest.approx(1)
+        assert found[f"seen_{axis}"] == pytest.approx(4 * 0.5 * found[f"places_{axis}"])
+    plain = nn.Sequential(*(layer for layer in net if not isinstance(layer, Knows)))
+    with torch.no_grad():
+        wrong = sequence_errors(plain(scenes.take(torch.arange(30))), scenes.labels)
+    assert found["error_at_identity"] == pytest.approx(100 * wrong.float().mean().item())
+    assert not net[0]._forward_hooks
 
 
 def test_paper_widths():
