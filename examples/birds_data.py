@@ -112,23 +112,47 @@ def load_cub(folder: Path | str, size: int) -> Birds:
 def make_stand_in(digits: Digits, count: int, size: int, kinds: int, seed: int) -> Photographs:
     """Photographs with a digit in the upper left and one in the lower right, each a seventh of the image
     wide. Digits are below ``kinds``; the class is the pair, so neither part alone tells it."""
+    middles = torch.tensor([[-0.3, -0.3], [0.3, 0.3]])
+    images, values = _scenes(digits, count, size, kinds, seed, middles, spread=0.25, reach=0.13)
+    classes = [f"{first} and {second}" for first in range(kinds) for second in range(kinds)]
+    return Photographs(images, values[:, 0] * kinds + values[:, 1], classes, stand_in_of(digits))
+
+
+def make_single(digits: Digits, count: int, size: int, kinds: int, seed: int) -> Photographs:
+    """Photographs with one digit, as large as in a window of half the stand-in: what a trunk is trained on
+    before, as it is on ImageNet before it sees birds."""
+    images, values = _scenes(digits, count, size, kinds, seed, torch.zeros(1, 2), spread=0.6, reach=0.26)
+    return Photographs(images, values[:, 0], [str(kind) for kind in range(kinds)], stand_in_of(digits))
+
+
+def _scenes(
+    digits: Digits,
+    count: int,
+    size: int,
+    kinds: int,
+    seed: int,
+    middles: Tensor,
+    *,
+    spread: float,
+    reach: float,
+) -> tuple[Tensor, Tensor]:
+    """Images, and (count, K), their digits, each below ``kinds``, up to ``spread`` from one of K ``middles``;
+    half the side of a digit is ``reach``, and up to 30 % more."""
     device = digits.images.device
     generator = torch.Generator(device).manual_seed(seed)
     photographs = load_photographs(device=device)
-    side = round(SPARE * size)
     (usable,) = (digits.labels < kinds).nonzero(as_tuple=True)
-    images, labels = [], []
+    k, side = len(middles), round(SPARE * size)
+    images, values = [], []
     for start in range(0, count, 256):
         n = min(256, count - start)
-        index = torch.randint(len(usable), (n, 2), generator=generator, device=device)
+        index = torch.randint(len(usable), (n, k), generator=generator, device=device)
         index = usable[index]
-        place = 0.5 * torch.rand(n, 2, 2, generator=generator, device=device) - 0.25
-        centre = place + torch.tensor([[-0.3, -0.3], [0.3, 0.3]], device=device)
-        reach = 0.13 + 0.04 * torch.rand(n, 2, 1, generator=generator, device=device).expand(n, 2, 2)
+        place = spread * (2 * torch.rand(n, k, 2, generator=generator, device=device) - 1)
+        half = reach * (1 + 0.3 * torch.rand(n, k, 1, generator=generator, device=device))
         scenes = backgrounds(photographs, n, side, generator)
-        ink = digits.take(index.flatten()).view(n, 2, 28, 28)
-        images.append(to_bytes(paste(scenes, ink, centre, reach, generator)))
-        values = digits.labels[index]
-        labels.append(values[:, 0] * kinds + values[:, 1])
-    classes = [f"{first} and {second}" for first in range(kinds) for second in range(kinds)]
-    return Photographs(torch.cat(images), torch.cat(labels), classes, stand_in_of(digits))
+        ink = digits.take(index.flatten()).view(n, k, 28, 28)
+        scenes = paste(scenes, ink, place + middles.to(device), half.expand(n, k, 2), generator)
+        images.append(to_bytes(scenes))
+        values.append(digits.labels[index])
+    return torch.cat(images), torch.cat(values)

@@ -98,7 +98,8 @@ class PartsNet(nn.Module):
     Args:
         trunk: images (N, 3, S, S) to features (N, F, S', S').
         classes: how many.
-        transformers: 2 or 4; 0 is the plain CNN, whose trunk sees the whole image.
+        transformers: 2 or 4; 0 is the plain CNN, whose trunk sees the whole image, averaged to the size of a
+            crop: the trunk's input has as many pixels with transformers and without.
         size: of the images, a multiple of ``crop``.
         crop: of the crops, and of the image that the localisation net sees.
         dropout: before the classifier.
@@ -153,7 +154,7 @@ class PartsNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, size, size) from 0 to 1 -> (N, classes)."""
         images = (images - self.mean) / self.deviation
-        crops = images.unsqueeze(1) if self.transformer is None else self._look(images)[1]
+        crops = self._overview(images).unsqueeze(1) if self.transformer is None else self._look(images)[1]
         features = self.trunk(crops.flatten(0, 1)).mean((2, 3)).unflatten(0, crops.shape[:2])
         return self.classifier(self.dropout(features.flatten(1)))
 
@@ -164,7 +165,11 @@ class PartsNet(nn.Module):
         return theta, self.transformer.sample(images, theta)
 
     def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Of normalised images; the localisation net sees large ones averaged to the size of a crop."""
+        """Of normalised images."""
         assert self.transformer is not None
-        theta = self.transformer.localise(F.avg_pool2d(images, self.halvings))
+        theta = self.transformer.localise(self._overview(images))
         return theta, self.transformer.sample(images, theta)
+
+    def _overview(self, images: Tensor) -> Tensor:
+        """Averaged to the size of a crop."""
+        return F.avg_pool2d(images, self.halvings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,12 +22,21 @@ class Runs(NamedTuple):
 
     line: Line
     models: list[nn.Module]  # in evaluation mode
+<<<<<<< HEAD
     snapshots: list[list[tuple[int, Any]]]  # of each: steps, and what the task kept
+=======
+    kept: list[list[tuple[int, Any]]]  # steps and snapshots
+>>>>>>> w-sv
 
     @property
     def model(self) -> nn.Module:
         """The last one."""
         return self.models[-1]
+
+    @property
+    def snapshots(self) -> list[tuple[int, Any]]:
+        """The last one's."""
+        return self.kept[-1]
 
 
 def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -45,6 +55,11 @@ def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
 
 def config_of(options: argparse.Namespace, paper: Config, quick: Config) -> Config:
     return configure(quick if options.quick else paper, options)
+
+
+def plain(config: Config) -> Config:
+    """For nets without transformers, which do better with all of the distortions from the first step."""
+    return dataclasses.replace(config, warm_up=0.0)
 
 
 def run_seeds(
@@ -77,7 +92,12 @@ def run_seeds(
         found.append(train(model, make_task(seed), config, folder, seed=seed))
     values = [trained.figures[figure] for trained in found]
     seconds = sum(trained.seconds for trained in found) / len(found)
+<<<<<<< HEAD
     line = Line(name, values, paper, count(model), seconds, [trained.figures for trained in found])
+=======
+    figures = [trained.figures for trained in found]
+    line = Line(name, values, paper, count(model), seconds, figures, config.warm_up)
+>>>>>>> w-sv
     return Runs(line, [trained.model for trained in found], [trained.snapshots for trained in found])
 
 

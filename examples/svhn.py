@@ -1,4 +1,4 @@
-"""House numbers: ``python -m examples.svhn``, and what a step costs: ``python -m examples.svhn --step-time``.
+"""House numbers: ``python -m examples.svhn``; with ``--step-time`` or ``--counts`` what a step costs.
 
 A CNN that reads up to five digits at once, with no transformer, with one before all, and with four, three of
 them on feature maps (Jaderberg et al., 2015, section 4.2). Data are the official files under ``--svhn``, or a
@@ -8,21 +8,34 @@ stand-in made of MNIST over photographs, which results name as such.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import stn_triton as stn
 from bench.machine import facts
 from bench.timing import own_stream, time_device
 from examples.data import load_mnist
 from examples.models import count
-from examples.outputs import Panel, looks, save_picture, save_table
+from examples.outputs import (
+    Panel,
+    looks,
+    parameters_of,
+    save_picture,
+    save_table,
+    save_training,
+    transformers_of,
+)
 from examples.runs import config_of, error, parser_of, run_seeds, sizes
+from examples.svhn_cost import cost_table
 from examples.svhn_data import (
     LENGTH,
+    MARGIN,
     NONE,
     Sequences,
     load_cropped_digits,
@@ -32,16 +45,48 @@ from examples.svhn_data import (
 from examples.svhn_models import KINDS, TorchTransformer, sequence_errors, sequence_loss, svhn_net
 from examples.training import Config, Task, processes, rank, write_json
 from stn_triton.nn import SpatialTransformer
+from stn_triton.transforms import compose
 
 PAPER = Config(
-    steps=400_000, batch=128, lr=0.01, lr_every=80_000, weight_decay=5e-4, localisation_lr=0.1, snapshots=0
+    steps=400_000, batch=128, lr=0.01, lr_every=80_000, weight_decay=5e-4, localisation_lr=0.1, snapshots=20
 )
-QUICK = Config(steps=600, batch=32, lr=1e-3, lr_every=450, optimiser="adam", localisation_lr=0.1, snapshots=0)
-QUICK_WIDTH, QUICK_DROPOUT = 0.125, 0.1
+QUICK = Config(
+    steps=1600,
+    batch=32,
+    optimiser="adam",
+    lr=2e-3,
+    schedule="cosine",
+    localisation_lr=0.2,
+    warm_up=0.7,
+    log_every=50,
+    evaluate_every=400,
+    checkpoint_every=100,
+    snapshots=20,
+)
+OPTIONS = {
+    "size": 64,
+    "width": 1.0,
+    "dropout": 0.5,
+    "scenes": 200_000,
+    "longest": 5,
+    "spread": 0.2,
+    "contrast": 1.0,
+}
+QUICK_OPTIONS = {
+    "size": 32,
+    "width": 0.25,
+    "dropout": 0.0,
+    "scenes": 12_000,
+    "longest": 2,
+    "spread": 0.4,
+    "contrast": 0.3,
+}
+STAND_IN = "longest", "spread", "contrast"  # how it is made
 PAPER_ERRORS = {
     64: {"CNN": "4.0", "ST-CNN Single": "3.7", "ST-CNN Multi": "3.6"},
     128: {"CNN": "5.6", "ST-CNN Single": "3.9", "ST-CNN Multi": "3.9"},
 }
+SHOWN = 8  # images in the pictures
 CLAIM = 6  # %: how much slower ST-CNN Multi is than the CNN, by the paper
 
 
@@ -54,7 +99,8 @@ class Reading(Task):
         drawn = torch.randint(
             len(self.train.labels), (count,), generator=self.generator, device=self.generator.device
         )
-        return self.train.take(drawn[part]), self.train.labels[drawn[part]]
+        strength = self.strength**3  # digits are to be known before they move
+        return self.train.take(drawn[part], strength), self.train.labels[drawn[part]]
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         return sequence_loss(output.float(), target)
@@ -67,15 +113,19 @@ class Reading(Task):
         batches = ((self.test.take(part), self.test.labels[part]) for part in parts)
         return {"error": error(model, batches, sequence_errors)}
 
+    def snapshot(self, model: nn.Module) -> list[Tensor]:
+        return parameters_of(lambda: model(shown(self.test)), model)
 
-def load(options: argparse.Namespace, size: int, device: torch.device) -> tuple[Sequences, Sequences]:
+
+def load(options: argparse.Namespace, device: torch.device) -> tuple[Sequences, Sequences]:
     """Training and test set. Of the full numbers train and extra are for training, as in the paper."""
     if options.svhn is None:
         mnist = load_mnist(options.data, device, stand_in=options.stand_in)
-        train = make_stand_in(mnist.train, options.scenes, size, seed=0)
-        return train, make_stand_in(mnist.test, max(options.scenes // 10, 1), size, seed=1)
+        count, made = options.scenes, {key: getattr(options, key) for key in STAND_IN}
+        train = make_stand_in(mnist.train, count, options.size, seed=0, **made)
+        return train, make_stand_in(mnist.test, max(count // 10, 1), options.size, seed=1, **made)
     loader = load_full_numbers if options.format == "full" else load_cropped_digits
-    halves = [loader(options.svhn, half, size) for half in ("train", "extra", "test")]
+    halves = [loader(options.svhn, half, options.size) for half in ("train", "extra", "test")]
     train = Sequences(
         torch.cat([half.images for half in halves[:2]]),
         torch.cat([half.labels for half in halves[:2]]),
@@ -140,11 +190,14 @@ def measure_steps(options: argparse.Namespace, config: Config, device: torch.dev
 
 
 # ------------------------------------------------------------------------------------------------- main
-def picture(model: nn.Module, test: Sequences, title: str, path: Path) -> None:
-    """Of eight images what each transformer saw, with its grid, and below what it gave. Feature maps are the
-    means of their channels."""
-    images = test.take(torch.arange(min(8, len(test.labels)), device=test.images.device))
-    found = looks(lambda: model(images), model)
+def shown(sequences: Sequences) -> Tensor:
+    """The images in the picture and the animation."""
+    return sequences.take(torch.arange(min(SHOWN, len(sequences.labels)), device=sequences.images.device))
+
+
+def picture(model: nn.Module, images: Tensor, title: str, path: Path) -> None:
+    """What each transformer saw, with its grid, and below what it gave. Feature maps are the means of their
+    channels."""
     panels = [
         Panel(
             look.input[n],
@@ -152,10 +205,48 @@ def picture(model: nn.Module, test: Sequences, title: str, path: Path) -> None:
             [look.output[n]],
             title=f"transformer {at + 1}" if n == 0 else "",
         )
-        for at, look in enumerate(found)
+        for at, look in enumerate(looks(lambda: model(images), model))
         for n in range(len(images))
     ]
-    save_picture(path, panels, title, columns=8)
+    save_picture(path, panels, title, columns=SHOWN)
+
+
+def read_places(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """(N, 2, 3) of transformers in a row -> of each, where in the image its output comes from: convolutions
+    and pooling leave normalised coordinates as they are."""
+    return list(itertools.accumulate(parameters, compose))
+
+
+@torch.no_grad()
+def following(model: nn.Module, test: Sequences) -> dict[str, float]:
+    """Where the transformers together look, over the first test images of a stand-in: its correlation with
+    where the numbers are, and the standard deviations of both, across (x) and down (y); and the error, in %,
+    with all transformers put to the identity."""
+    assert test.places is not None
+    index = torch.arange(min(1000, len(test.labels)), device=test.images.device)
+    images, places = test.take(index), test.places[index]
+    seen = read_places(parameters_of(lambda: model(images), model))[-1][:, :, 2].to(places)
+    found = {}
+    for axis, name in enumerate("xy"):
+        both = torch.stack([seen[:, axis], places[:, axis]])
+        found[f"correlation_{name}"] = both.corrcoef()[0, 1].item()
+        found[f"seen_{name}"], found[f"places_{name}"] = both.std(1).tolist()
+    hooks = [one.register_forward_hook(lambda _, given, out: given[0]) for one in transformers_of(model)]
+    found["error_at_identity"] = error(model, [(images, test.labels[index])], sequence_errors)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def frame(images: Tensor, parameters: Sequence[Tensor]) -> list[Panel]:
+    """Images with the borders of what each transformer reads, and below what the last one would, of the
+    image."""
+    places = read_places([theta.to(images) for theta in parameters])
+    outputs = stn.affine_grid_sample(images, places[-1], images.shape[2:])
+    return [
+        Panel(images[n], torch.stack([place[n] for place in places]), [outputs[n]], outlines=True)
+        for n in range(len(images))
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -164,24 +255,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--format", choices=["full", "cropped"], default="full", help="full numbers or digits"
     )
-    parser.add_argument("--size", type=int, choices=[64, 128], default=64, help="pixels of the crops")
+    parser.add_argument(
+        "--size", type=int, choices=sorted(MARGIN), help="pixels; default: 64, with --quick 32"
+    )
     parser.add_argument("--models", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--width", type=float, help="scales all layers; default: 1, the paper's")
-    parser.add_argument("--dropout", type=float, help="default: 0.5, the paper's")
+    parser.add_argument("--width", type=float, help="scales all layers; default: 1, with --quick 0.25")
+    parser.add_argument("--dropout", type=float, help="default: 0.5, with --quick 0")
     parser.add_argument("--hidden", type=int, choices=[2, 3], default=2, help="layers of 3072")
-    parser.add_argument("--scenes", type=int, help="of the stand-in; default: 200,000, with --quick 4,000")
+    parser.add_argument("--scenes", type=int, help="of the stand-in; default: 200,000, with --quick 12,000")
+    parser.add_argument(
+        "--longest", type=int, choices=range(1, LENGTH + 1), help="the stand-in's; default: 5, with --quick 2"
+    )
+    parser.add_argument(
+        "--spread",
+        type=float,
+        help="how far from the middle the stand-in's are, over half the side; default: 0.2, with --quick 0.4",
+    )
+    parser.add_argument(
+        "--contrast", type=float, help="of the stand-in's photographs; default: 1, with --quick 0.3"
+    )
     parser.add_argument("--step-time", action="store_true", help="only time the steps")
+    parser.add_argument("--counts", action="store_true", help="only count what a step comes to, from shapes")
     options = parser.parse_args(arguments)
     config = config_of(options, PAPER, QUICK)
-    options.width = options.width or (QUICK_WIDTH if options.quick else 1.0)
-    options.scenes = options.scenes or (4000 if options.quick else 200_000)
-    if options.dropout is None:
-        options.dropout = QUICK_DROPOUT if options.quick else 0.5
+    for name, value in (QUICK_OPTIONS if options.quick else OPTIONS).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.counts:
+        print(cost_table(options.size, config.batch, options.width))
+        return 0
     with processes(options.device) as device:
         if options.step_time:
             measure_steps(options, config, device)
             return 0
-        train, test = load(options, options.size, device)
+        train, test = load(options, device)
         model_options = {key: getattr(options, key) for key in ("width", "dropout", "hidden")}
         lines = []
         for kind in options.models:
@@ -189,19 +296,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 kind,
                 lambda: svhn_net(kind, options.size, **model_options),  # noqa: B023
                 lambda seed: Reading(train, test, seed),
-                config,
+                config,  # the plain net does better too when numbers move off the middle bit by bit
                 options,
                 device,
-                paper=PAPER_ERRORS[options.size][kind],
+                paper=PAPER_ERRORS.get(options.size, {}).get(kind, "-"),
             )
-            lines.append(runs.line)
+            line = runs.line
+            if kind != "CNN" and test.places is not None:
+                figures = [own | following(net, test) for own, net in zip(line.figures, runs.models)]
+                line = line._replace(figures=figures)
+            lines.append(line)
             if kind != "CNN" and rank() == 0:
-                title = f"{kind} on {test.source}"
-                picture(runs.model, test, title, options.output / f"svhn_{kind.split()[-1].lower()}.png")
+                title, images = f"{kind} on {test.source}", shown(test)
+                path = options.output / f"svhn_{kind.split()[-1].lower()}.png"
+                picture(runs.model, images, title, path)
+                draw = partial(frame, images)
+                save_training(path.with_suffix(".gif"), runs.snapshots, draw, title, columns=SHOWN)
         if rank() == 0:
             title = f"House numbers, {options.size} px"
             where = options.output, "svhn"
             settings = model_options | {"scenes": len(train.labels)}
+            if options.svhn is None:
+                settings |= {key: getattr(options, key) for key in STAND_IN}
             print(save_table(*where, title, "error, %", lines, config, PAPER, train.source, settings, device))
     return 0
 

@@ -15,15 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import stn_triton as stn
 from examples.data import Digits
 from examples.scenes import backgrounds, load_photographs, paste, remembered, resized, stand_in_of
+from stn_triton.transforms import attention
 
 LENGTH = 5
 NONE = 10
-MARGIN = {64: 1.3, 128: 2.6}
+MARGIN = {32: 1.8, 64: 1.3, 128: 2.6}
 """Side of the crop over side of the box around a sequence's digits, by the crop's size: Goodfellow et al.,
 2014, enlarge the box by 30 % for 64 pixels; at 128 the digits are as large, with more around. (Not in the
-paper.)"""
+paper, which has no crops of 32 either.)"""
 
 
 class Sequences(NamedTuple):
@@ -32,14 +34,24 @@ class Sequences(NamedTuple):
     images: Tensor  # (M, 3, S, S), uint8
     labels: Tensor  # (M, 5), int64
     source: str
+    places: Tensor | None = None  # (M, 2), of the sequences' middles, normalised; None where all are at 0
 
-    def take(self, index: Tensor) -> Tensor:
-        """(N,) -> (N, 3, S, S), float32, each image less its mean, values within -1 and 1."""
+    def take(self, index: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        """(N,) -> (N, 3, S, S), float32, each image less its mean, values within -1 and 1.
+
+        Args:
+            strength: how far from the middle sequences are, as a multiple of how far they are: with 0 images
+                are moved so that they are in the middle, and their borders continued.
+        """
         images = self.images[index].float() / 255
+        if self.places is not None:
+            theta = attention(1.0, (1 - strength) * self.places[index])
+            images = stn.affine_grid_sample(images, theta, images.shape[2:], padding_mode="border")
         return images - images.mean((1, 2, 3), keepdim=True)
 
     def to(self, device: torch.device | str) -> Sequences:
-        return Sequences(self.images.to(device), self.labels.to(device), self.source)
+        places = None if self.places is None else self.places.to(device)
+        return Sequences(self.images.to(device), self.labels.to(device), self.source, places)
 
 
 # ---------------------------------------------------------------------------------------- full numbers
@@ -195,31 +207,53 @@ LENGTHS = (0.15, 0.5, 0.25, 0.08, 0.02)
 """How often the stand-in's sequences have one to five digits; SVHN's have about these lengths."""
 
 
-def make_stand_in(digits: Digits, count: int, size: int, seed: int) -> Sequences:
-    """Sequences of real handwritten digits over windows of real photographs, off the middle by up to a tenth
-    of the image."""
+def make_stand_in(
+    digits: Digits,
+    count: int,
+    size: int,
+    seed: int,
+    *,
+    longest: int = LENGTH,
+    spread: float = 0.2,
+    contrast: float = 1.0,
+) -> Sequences:
+    """Sequences of real handwritten digits over windows of real photographs.
+
+    Args:
+        digits: to choose from.
+        count: how many.
+        size: of the images; a key of :data:`MARGIN`.
+        seed: of all that is drawn.
+        longest: the most digits in a sequence; shorter ones are as frequent among each other as they are.
+        spread: how far from the middle they are at most, across and down, normalised: 0.2 is a tenth of the
+            image.
+        contrast: of the photographs, which are faded to their mean colours below 1.
+    """
     device = digits.images.device
     generator = torch.Generator(device).manual_seed(seed)
     photographs = load_photographs(device=device)
-    images, labels = [], []
+    images, labels, at = [], [], []
     for start in range(0, count, 1024):
         n = min(1024, count - start)
         lengths = 1 + torch.multinomial(
-            torch.tensor(LENGTHS, device=device), n, replacement=True, generator=generator
+            torch.tensor(LENGTHS[:longest], device=device), n, replacement=True, generator=generator
         )
-        places = torch.arange(LENGTH, device=device)
-        index = torch.randint(len(digits.labels), (n, LENGTH), generator=generator, device=device)
+        places = torch.arange(longest, device=device)
+        index = torch.randint(len(digits.labels), (n, longest), generator=generator, device=device)
         present = places < lengths.unsqueeze(1)
-        ink = digits.take(index.flatten()).view(n, LENGTH, 28, 28) * present[..., None, None]
+        ink = digits.take(index.flatten()).view(n, longest, 28, 28) * present[..., None, None]
 
         tilt = 0.15 * (2 * torch.rand(n, 1, generator=generator, device=device) - 1)
-        middle = 0.2 * (2 * torch.rand(n, 1, 2, generator=generator, device=device) - 1)
+        middle = spread * (2 * torch.rand(n, 1, 2, generator=generator, device=device) - 1)
         half = 1 / MARGIN[size]  # of the sequence's box
         across = ((2 * places + 1) / lengths.unsqueeze(1) - 1) * half
         centre = middle + torch.stack([across, tilt * across], -1)
         reach = torch.stack([half / lengths, torch.full_like(half / lengths, half)], -1).unsqueeze(1)
         scenes = backgrounds(photographs, n, size, generator)
-        scenes = paste(scenes, ink, centre, reach.expand(n, LENGTH, 2), generator)
+        scenes = scenes.mean((2, 3), keepdim=True).lerp(scenes, contrast)
+        scenes = paste(scenes, ink, centre, reach.expand(n, longest, 2), generator)
         images.append(to_bytes(scenes))
-        labels.append(digits.labels[index].where(present, NONE))
-    return Sequences(torch.cat(images), torch.cat(labels), stand_in_of(digits))
+        found = digits.labels[index].where(present, NONE)
+        labels.append(torch.nn.functional.pad(found, (0, LENGTH - longest), value=NONE))
+        at.append(middle.squeeze(1))
+    return Sequences(torch.cat(images), torch.cat(labels), stand_in_of(digits), torch.cat(at))

@@ -43,7 +43,8 @@ def svhn_net(
         kind: "CNN"; "ST-CNN Single", with one transformer before all; or "ST-CNN Multi", with one before each
             of the first four convolutions, three of them on feature maps. Affine, bilinear.
         size: of the images, a multiple of 16.
-        width: scales the channels and the hidden layers; 1 is the paper's.
+        width: scales the channels, of localisation nets to 8 at least, and the hidden layers, but not
+            localisation nets'; 1 is the paper's.
         hidden: layers between the convolutions and the softmaxes. (Two or three: not known for sure.)
         dropout: after every layer but the first convolution and those of localisation nets.
         transformer: what makes the transformers.
@@ -53,7 +54,10 @@ def svhn_net(
     for index, full in enumerate(CHANNELS):
         localisation = None
         if kind == "ST-CNN Single" and index == 0:
-            localisation = localisation_cnn((32, 32), (32, 32), padding=2, downsample=1, input_shape=shape)
+            filters = max(8, round(width * 32))
+            localisation = localisation_cnn(
+                (filters, filters), (32, 32), padding=2, downsample=1, input_shape=shape
+            )
         elif kind == "ST-CNN Multi" and index < 4:
             localisation = localisation_fcn((32, 32), input_shape=shape)
         if localisation is not None:
@@ -74,9 +78,7 @@ def svhn_net(
         features = round(width * HIDDEN)
     layers += [nn.Linear(features, LENGTH * (NONE + 1)), nn.Unflatten(1, (LENGTH, NONE + 1))]
     for layer in layers:
-        if isinstance(
-            layer, (nn.Conv2d, nn.Linear)
-        ):  # the classifier's: ten layers deep, without it none learns
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):  # the classifier's: ten deep, without it none learns
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)

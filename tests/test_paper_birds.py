@@ -8,7 +8,7 @@ pytest.importorskip("skimage")
 numpy = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 
-from examples.birds_data import SPARE, load_cub, make_stand_in  # noqa: E402
+from examples.birds_data import SPARE, load_cub, make_single, make_stand_in  # noqa: E402
 from examples.birds_models import REGIONS, BuiltInTrunk, PartsNet, make_trunk  # noqa: E402
 from examples.data import Digits  # noqa: E402
 from stn_triton import backend  # noqa: E402
@@ -83,6 +83,18 @@ def test_stand_in(digits):
     assert changed[:, 32:].flatten(1).any(1).all()
 
 
+def test_single_digits(digits):
+    """As large as in windows of half the stand-in: twice as large in the image."""
+    found = make_single(digits, 30, 56, kinds=3, seed=4)
+    assert found.classes == ["0", "1", "2"]
+    assert set(found.labels.tolist()) == {0, 1, 2}
+    blank = digits._replace(images=torch.zeros_like(digits.images))
+    changed = (make_single(blank, 30, 56, 3, 4).images.int() - found.images.int()).abs().amax(1) > 8
+    pairs = make_stand_in(blank, 30, 56, 3, 4).images.int() - make_stand_in(digits, 30, 56, 3, 4).images.int()
+    both = (pairs.abs().amax(1) > 8).float().mean()
+    assert changed.float().mean() == pytest.approx(2 * both.item(), rel=0.25)  # one of four times the area
+
+
 def test_windows_are_inside_and_mirrored(digits):
     scenes = make_stand_in(digits, 4, 56, kinds=2, seed=0)
     theta = scenes.windows(200, 56, torch.Generator().manual_seed(0))
@@ -109,10 +121,11 @@ def test_transformers_start_apart(transformers):
     assert model.transformer.regression.out_features == 2 * transformers  # 50 % is fixed
 
 
-def test_no_transformer_sees_all():
+def test_no_transformer_sees_all_in_as_many_pixels():
     model = PartsNet(BuiltInTrunk(16), 5, 0, size=64, crop=32).eval()
     images = torch.rand(2, 3, 64, 64)
-    normal = (images - model.mean) / model.deviation
+    averaged = images.unflatten(3, (32, 2)).unflatten(2, (32, 2)).mean((3, 5))
+    normal = (averaged - model.mean) / model.deviation
     torch.testing.assert_close(model(images), model.classifier(model.trunk(normal).mean((2, 3))))
 
 

@@ -139,7 +139,19 @@ SCRIPTS = {
     "colocalisation": ["--digits", "3", "--kinds", "TC", "--encoder-steps", "5", "--seeds", "2"],
     "extruded_digits": ["--test", "20", "--size", "28"],
     "svhn": ["--scenes", "40", "--width", "0.05"],
-    "birds": ["--scenes", "30", "--size", "64", "--crop", "32", "--transformers", "0", "2"],
+    "birds": [
+        "--scenes",
+        "30",
+        "--pretraining",
+        "2",
+        "--size",
+        "64",
+        "--crop",
+        "32",
+        "--transformers",
+        "0",
+        "2",
+    ],
 }
 PICTURES = {
     "mnist_addition": ["mnist_addition"],

@@ -6,16 +6,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("skimage")
 numpy = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 
+import stn_triton as stn  # noqa: E402
 from examples.data import Digits  # noqa: E402
 from examples.outputs import looks  # noqa: E402
+from examples.svhn import Reading, following, frame  # noqa: E402
+from examples.svhn_cost import cost_table, layer_cost, sampling_cost, step_costs, summed  # noqa: E402
 from examples.svhn_data import (  # noqa: E402
     MARGIN,
     NONE,
+    Sequences,
     load_cropped_digits,
     load_full_numbers,
     make_stand_in,
@@ -30,6 +37,7 @@ from examples.svhn_models import (  # noqa: E402
 )
 from stn_triton import backend  # noqa: E402
 from stn_triton.nn import SpatialTransformer  # noqa: E402
+from stn_triton.transforms import attention  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -183,6 +191,47 @@ def test_stand_in_is_labelled_and_repeatable(digits):
     assert first.take(torch.arange(5)).mean((1, 2, 3)).abs().max() < 1e-5
 
 
+def test_stand_in_is_as_asked(digits):
+    found = make_stand_in(digits, 200, 32, 4, longest=2, spread=0.4)
+    assert set((found.labels != NONE).sum(1).tolist()) == {1, 2}
+    assert found.labels.shape == (200, 5)
+    assert 0.38 < found.places.abs().amax() <= 0.4
+    blank = digits._replace(images=torch.zeros_like(digits.images))
+    plain, faded = (make_stand_in(blank, 20, 32, 4, contrast=value).images.float() for value in (1.0, 0.25))
+    torch.testing.assert_close(faded.std((2, 3)), 0.25 * plain.std((2, 3)), atol=0.5, rtol=0)
+
+
+def test_strength_moves_sequences_off_the_middle():
+    """Of 0 they are in it, of 1 where the scene has them, of a half halfway."""
+    images = torch.full((2, 3, 32, 32), 20, dtype=torch.uint8)
+    images[0, :, 4:8, 20:24], images[1, :, 22:26, 8:12] = 220, 220
+    places = torch.tensor([[0.375, -0.625], [-0.375, 0.5]])  # of the squares' middles
+    labels = torch.zeros(2, 5, dtype=torch.long)
+    scenes, index = Sequences(images, labels, "squares", places), torch.arange(2)
+    pixels = (2 * torch.arange(32) + 1) / 32 - 1
+    for strength in (0.0, torch.tensor(0.5), 1.0):
+        light = scenes.take(index, strength).mean(1)
+        light = light - light.amin((1, 2), keepdim=True)
+        across, down = (light.sum(dim) @ pixels / light.sum((1, 2)) for dim in (1, 2))
+        torch.testing.assert_close(torch.stack([across, down], -1), strength * places)
+    assert scenes._replace(places=None).take(index, 0.0).equal(scenes._replace(places=None).take(index))
+
+
+def test_numbers_move_by_the_cube_in_training_alone(digits):
+    scenes = make_stand_in(digits, 20, 32, 0)
+    task = Reading(scenes, scenes, seed=3)
+    task.strength.fill_(0.5)
+    images, labels = task.batch(6, slice(2, 5))
+    index = torch.randint(20, (6,), generator=torch.Generator().manual_seed(3))[2:5]
+    torch.testing.assert_close(images, scenes.take(index, 0.125))
+    assert torch.equal(labels, scenes.labels[index])
+    seen = []
+    net = nn.Conv2d(3, 1, 1)
+    net.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    task.snapshot(net)
+    torch.testing.assert_close(seen[0], scenes.take(torch.arange(8)))
+
+
 def test_stand_in_shows_its_digits(digits):
     """Scenes of the same seed without ink differ where, and only where, the sequence is."""
     blank = digits._replace(images=torch.zeros_like(digits.images))
@@ -207,6 +256,39 @@ def test_models(kind, transformers, size):
         torch.testing.assert_close(theta, torch.eye(2, 3).expand_as(theta))
         torch.testing.assert_close(output, seen, atol=1e-4, rtol=1e-4)
     assert model(torch.rand(2, 3, size, size)).shape == (2, 5, 11)
+
+
+def test_frame_shows_where_the_last_output_comes_from():
+    """Transformers in a row read what the product of their matrices reads."""
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    half = torch.tensor([[0.5, 0, 0.25], [0, 0.5, -0.25]]).expand(2, 2, 3)
+    panel = frame(images, [half, half])[0]
+    torch.testing.assert_close(panel.parameters[0], half[0])
+    torch.testing.assert_close(panel.parameters[1], torch.tensor([[0.25, 0, 0.375], [0, 0.25, -0.375]]))
+    expected = stn.affine_grid_sample(images[:1], panel.parameters[1:], (16, 16))[0]
+    torch.testing.assert_close(panel.outputs[0], expected)
+
+
+def test_following(digits):
+    """A transformer that reads where the number is follows it; put to the identity it has the plain error."""
+
+    class Knows(SpatialTransformer):
+        def localise(self, input):
+            return attention(1.0, 0.5 * scenes.places[: len(input)])
+
+    scenes = make_stand_in(digits, 30, 32, 0)
+    net = svhn_net("ST-CNN Multi", 32, width=0.1, transformer=Knows).eval()
+    plain = nn.Sequential(*(layer for layer in net if not isinstance(layer, Knows)))
+    index = torch.arange(30)
+    with torch.no_grad():
+        labels = plain(scenes.take(index)).argmax(-1)
+        assert sequence_errors(net(scenes.take(index)), labels).any()
+    found = following(net, scenes._replace(labels=labels))
+    assert found["error_at_identity"] == 0
+    for axis in "xy":
+        assert found[f"correlation_{axis}"] == pytest.approx(1)
+        assert found[f"seen_{axis}"] == pytest.approx(4 * 0.5 * found[f"places_{axis}"])
+    assert not net[0]._forward_hooks
 
 
 def test_paper_widths():
@@ -244,3 +326,68 @@ def test_a_sequence_is_wrong_if_a_place_is():
     logits[1, 4] = logits[1, 4].roll(1)
     assert sequence_errors(logits, labels).tolist() == [False, True]
     assert sequence_loss(logits, labels) == pytest.approx(10, rel=1e-3)  # one place of one of two
+
+
+# ------------------------------------------------------------------------------------------ what a step costs
+class Absent(SpatialTransformer):
+    """Samples nothing, but its gradients go the same ways."""
+
+    def sample(self, input, theta):
+        return input + 0 * theta.sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arithmetic_is_what_pytorch_counts(kind):
+    """Forward and backward; images need no gradient, but what a transformer before a layer gives does."""
+    net = svhn_net(kind, 32, width=0.1, transformer=Absent)
+    with FlopCounterMode(display=False) as counter:
+        net(torch.rand(2, 3, 32, 32)).sum().backward()
+    costs = step_costs(net, 32, 2)
+    assert summed(costs.layers + costs.localisation).flops == counter.get_total_flops()
+    assert len(costs.sampling) == [0, 1, 4][KINDS.index(kind)]
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of all tensors that operators read and write, views aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        output = function(*arguments, **(options or {}))
+        if not function.is_view:
+            tensors = (one for one in tree_leaves((arguments, output)) if isinstance(one, torch.Tensor))
+            self.bytes += sum(one.nbytes for one in tensors)
+        return output
+
+
+@pytest.mark.parametrize("module", [nn.ReLU(), nn.MaxPool2d(2)], ids=["relu", "pool"])
+def test_traffic_is_what_operators_read_and_write(module):
+    """Of the map it pooled, the backward pass takes the shape alone."""
+    map = torch.rand(2, 3, 8, 8, requires_grad=True)
+    gradient = torch.ones_like(module(map))
+    with Traffic() as traffic:
+        torch.autograd.grad(module(map), map, gradient)
+    unread = map.nbytes if isinstance(module, nn.MaxPool2d) else 0
+    assert layer_cost(module, map.numel(), gradient.numel(), True).bytes == traffic.bytes - unread
+
+
+def test_traffic_of_products_and_samplers():
+    convolution = nn.Conv2d(3, 5, 3)  # 135 weights
+    assert layer_cost(convolution, 100, 70, False).bytes == 4 * 2 * (100 + 135 + 70)
+    assert layer_cost(convolution, 100, 70, True).bytes == 4 * 3 * (100 + 135 + 70)
+    # Of ten pixels of three channels: maps of 120 bytes, grids of 80.
+    assert sampling_cost(10, 3, False, True).bytes == 4 * 120
+    assert sampling_cost(10, 3, True, True).bytes == 6 * 120
+    assert sampling_cost(10, 3, True, False).bytes == 7 * 120 + 5 * 80
+
+
+def test_cost_table():
+    lines = cost_table(32, 4, 0.1).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| CNN",
+        *(f"| {kind}, {sampler}" for kind in KINDS[1:] for sampler in ("PyTorch", "stn_triton")),
+    ]
+    theirs, ours = (float(line.split(" | ")[2]) for line in lines[-2:])
+    assert ours <= theirs
