@@ -29,6 +29,7 @@ class Line(NamedTuple):
     parameters: int | None = None
     seconds: float | None = None  # of training, the mean over seeds
     figures: Sequence[dict[str, float]] = ()  # all that were evaluated, for each seed
+    warm_up: float = 0.0  # see Config
 
 
 def save_table(
@@ -66,7 +67,8 @@ def save_table(
     told = "; ".join(f"{key} {value}" for key, value in settings.items())
     commit, mark, _ = described["commit"].partition("+")
     notes = [
-        f"{ran}; {config.optimiser.upper()}, rate {config.lr:g}; {seeds} seed{'s' if seeds > 1 else ''}.",
+        f"{ran}; {config.optimiser.upper()}, rate {config.lr:g}; {seeds} seed{'s' if seeds > 1 else ''}."
+        + warmed_up(lines),
         f"Data: {source}." + (f" {told.capitalize()}." if told else ""),
         f"{described['device']}, {described['host_cores']} cores, PyTorch {described['torch']}, Triton "
         f"{described['triton']}, commit {commit[:12]}{mark}, {described['date'][:10]}. Seconds are of "
@@ -89,6 +91,18 @@ def save_table(
     return text
 
 
+def warmed_up(lines: Sequence[Line]) -> str:
+    """Which models' distortions grew during training, as a sentence after another."""
+    names: dict[float, list[str]] = {}
+    for line in lines:
+        if line.warm_up:
+            names.setdefault(line.warm_up, []).append(line.name)
+    return "".join(
+        f" Distortions grow from none over the first {share:.0%} of the iterations for {', '.join(its)}."
+        for share, its in names.items()
+    )
+
+
 def spread(values: Sequence[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.1f}" if values else "-"
@@ -104,6 +118,10 @@ class Look(NamedTuple):
     output: Tensor
 
 
+def transformers_of(model: nn.Module) -> list[SpatialTransformer]:
+    return [module for module in model.modules() if isinstance(module, SpatialTransformer)]
+
+
 @torch.no_grad()
 def looks(run: Callable[[], Any], model: nn.Module) -> list[Look]:
     """Of each transformer in the model, in the order in which ``run`` came to them."""
@@ -112,11 +130,7 @@ def looks(run: Callable[[], Any], model: nn.Module) -> list[Look]:
     def note(module: SpatialTransformer, arguments: tuple[Tensor], output: Tensor) -> None:
         found.append(Look(module, arguments[0], module.localise(arguments[0]), output))
 
-    hooks = [
-        module.register_forward_hook(note)
-        for module in model.modules()
-        if isinstance(module, SpatialTransformer)
-    ]
+    hooks = [module.register_forward_hook(note) for module in transformers_of(model)]
     try:
         run()
     finally:
@@ -167,6 +181,30 @@ def save_animation(path: Path, frames: Sequence[tuple[str, Sequence[Panel]]], co
     durations = [150] * (len(images) - 1) + [2000]  # milliseconds
     path.parent.mkdir(parents=True, exist_ok=True)
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True)
+
+
+def save_training(
+    path: Path,
+    snapshots: Sequence[tuple[int, Any]],
+    panels: Callable[[Any], Sequence[Panel]],
+    title: str,
+    columns: int = 10,
+) -> None:
+    """A GIF of the transformers as training goes; none if there are no snapshots.
+
+    Args:
+        snapshots: steps, and what ``Task.snapshot`` kept at each; see :func:`parameters_of`.
+        panels: what is to be drawn of that.
+        title: of the frames, before the step.
+    """
+    frames = [(f"{title}, step {step:,}", panels(kept)) for step, kept in snapshots]
+    if frames:
+        save_animation(path, frames, columns)
+
+
+def parameters_of(run: Callable[[], Any], model: nn.Module) -> list[Tensor]:
+    """Of each transformer, (N, ...), on the CPU: what a snapshot keeps when all inputs are known."""
+    return [look.parameters.cpu() for look in looks(run, model)]
 
 
 def _draw(panels: Sequence[Panel], title: str, columns: int) -> Figure:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,17 @@ class Runs(NamedTuple):
 
     line: Line
     models: list[nn.Module]  # in evaluation mode
+    kept: list[list[tuple[int, Any]]]  # steps and snapshots
 
     @property
     def model(self) -> nn.Module:
         """The last one."""
         return self.models[-1]
+
+    @property
+    def snapshots(self) -> list[tuple[int, Any]]:
+        """The last one's."""
+        return self.kept[-1]
 
 
 def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -44,6 +51,11 @@ def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
 
 def config_of(options: argparse.Namespace, paper: Config, quick: Config) -> Config:
     return configure(quick if options.quick else paper, options)
+
+
+def plain(config: Config) -> Config:
+    """For nets without transformers, which do better with all of the distortions from the first step."""
+    return dataclasses.replace(config, warm_up=0.0)
 
 
 def run_seeds(
@@ -76,8 +88,9 @@ def run_seeds(
         found.append(train(model, make_task(seed), config, folder, seed=seed))
     values = [trained.figures[figure] for trained in found]
     seconds = sum(trained.seconds for trained in found) / len(found)
-    line = Line(name, values, paper, count(model), seconds, [trained.figures for trained in found])
-    return Runs(line, [trained.model for trained in found])
+    figures = [trained.figures for trained in found]
+    line = Line(name, values, paper, count(model), seconds, figures, config.warm_up)
+    return Runs(line, [trained.model for trained in found], [trained.snapshots for trained in found])
 
 
 def wrong_class(logits: Tensor, labels: Tensor) -> Tensor:
