@@ -33,7 +33,18 @@ from stn_triton.nn import SpatialTransformer, Transform
 SIZE, CLASSES = 42, 19
 PARAMETERS = 400_000  # of each model, about
 PAPER = Config()
-QUICK = Config(steps=1000, batch=128, lr=2e-3, lr_every=750, optimiser="adam", snapshots=20)
+QUICK = Config(
+    steps=4_000,
+    batch=64,
+    optimiser="adam",
+    lr=1e-3,
+    schedule="cosine",
+    warm_up=0.4,
+    log_every=50,
+    evaluate_every=4_000,
+    checkpoint_every=200,
+    snapshots=20,
+)
 
 
 class Kind(NamedTuple):

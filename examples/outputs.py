@@ -69,7 +69,7 @@ def save_table(
     notes = [
         f"{ran}; {config.optimiser.upper()}, rate {config.lr:g}; {seeds} seed{'s' if seeds > 1 else ''}."
         + warmed_up(lines),
-        f"Data: {source}." + (f" {told.capitalize()}." if told else ""),
+        f"Data: {source}." + (f" {told[:1].upper()}{told[1:]}." if told else ""),
         f"{described['device']}, {described['host_cores']} cores, PyTorch {described['torch']}, Triton "
         f"{described['triton']}, commit {commit[:12]}{mark}, {described['date'][:10]}. Seconds are of "
         "a machine that had other work too.",
