@@ -27,7 +27,7 @@ from examples.training import Config, Task, processes, rank
 from stn_triton.nn import SpatialTransformer
 from stn_triton.transforms import attention, compose
 
-PARAMETERS = 100_000  # of each model, about; the paper has no number
+PARAMETERS, QUICK_PARAMETERS = 400_000, 100_000  # of each model, about; the paper has no number
 PAPER = Config()  # distorted MNIST's: there is none for this
 QUICK = Config(
     steps=2_500,
@@ -210,11 +210,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("extruded_digits", __doc__)
     parser.add_argument("--size", type=int, help="voxels a side; default: 60, with --quick 30")
     parser.add_argument("--degrees", type=float, default=Extruded.degrees)
-    parser.add_argument("--parameters", type=int, default=PARAMETERS, help="of each model, about")
+    parser.add_argument("--parameters", type=int, help="of each model, about")
     parser.add_argument("--test", type=int, help="how many test volumes; default: 10,000, with --quick 1,000")
     options = parser.parse_args(arguments)
     config = config_of(options, PAPER, QUICK)
     size = options.size or (30 if options.quick else 60)
+    parameters = options.parameters or (QUICK_PARAMETERS if options.quick else PARAMETERS)
     test = options.test or (1000 if options.quick else 10_000)
     distortion = Extruded(size=size, degrees=options.degrees, scale=size / 60)
     with processes(options.device) as device:
@@ -222,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = {
             name: run_seeds(
                 name,
-                lambda: make_model(size, name != "CNN", options.parameters),  # noqa: B023
+                lambda: make_model(size, name != "CNN", parameters),  # noqa: B023
                 lambda seed: Solids(mnist, distortion, seed, test),
                 plain(config) if name == "CNN" else config,
                 options,
