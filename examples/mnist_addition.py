@@ -34,14 +34,14 @@ SIZE, CLASSES = 42, 19
 PARAMETERS = 400_000  # of each model, about
 PAPER = Config()
 QUICK = Config(
-    steps=4_000,
-    batch=64,
+    steps=3_000,
+    batch=32,
     optimiser="adam",
     lr=1e-3,
     schedule="cosine",
     warm_up=0.4,
     log_every=50,
-    evaluate_every=4_000,
+    evaluate_every=3_000,
     checkpoint_every=200,
     snapshots=20,
 )
