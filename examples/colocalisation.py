@@ -43,10 +43,10 @@ SHIFT, ZOOM = 0.5, 0.3
 """Of crops that are tried, at first: standard deviations of the centre and of the logarithm of the side."""
 NEAREST = 0.2
 """The share of the other images, the most alike ones, that a crop is compared with at first."""
-PAPER_SCHEDULE = Config(
+DEFAULT = Config(
     steps=1000, batch=100, lr=3e-3, schedule="cosine", optimiser="adam", warm_up=0.75, snapshots=20
 )
-"""Every batch is the whole collection. (The paper does not give a schedule.)"""
+"""Every batch is the whole collection. The paper gives no schedule."""
 QUICK = Config(steps=400, batch=100, lr=3e-3, schedule="cosine", optimiser="adam", warm_up=0.75, snapshots=20)
 DISTORTIONS = {"T": Similar(size=CANVAS), "TC": Cluttered(size=CANVAS, patches=PIECES)}
 PAPER = {"T": "100", "TC": "75-93"}  # % of the images found, over the digits
@@ -331,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.set_defaults(seeds=2)
     options = parser.parse_args(arguments)
-    config = config_of(options, PAPER_SCHEDULE, QUICK)
+    config = config_of(options, DEFAULT, QUICK)
     with processes(options.device) as device:
         if world_size() > 1:
             parser.error("the loss compares all images with each other, so it takes one process")
@@ -366,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 shown = -(-SHOWN // len(options.digits))
                 with torch.no_grad():
                     panels += panels_of(collection, runs.models[best](collection.images[:shown]), "")
-                for step, theta in runs.snapshots[best]:
+                for step, theta in runs.kept[best]:
                     frames[step] += panels_of(collection, theta[:shown], "")
             if rank() == 0:
                 said = "blue is cropped, orange was to be found"
@@ -383,9 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             }
             title = "Co-localisation, images with IoU > 0.5"
             where, data = (options.output, "colocalisation"), mnist.train.source
-            print(
-                save_table(*where, title, "found, %", lines, config, PAPER_SCHEDULE, data, settings, device)
-            )
+            print(save_table(*where, title, "found, %", lines, config, None, data, settings, device))
     return 0
 
 

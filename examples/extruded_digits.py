@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,15 +20,27 @@ from torch import Generator, Tensor, nn
 
 import stn_triton as stn
 from examples.data import SIDE, Digits, Distortion, Drawn, Mnist, load_mnist
-from examples.models import cnn
-from examples.outputs import Panel, looks, save_picture, save_table
-from examples.runs import config_of, error, parser_of, run_seeds, sizes
+from examples.models import cnn, count, fit_width
+from examples.outputs import Panel, parameters_of, save_picture, save_table, save_training, transformers_of
+from examples.runs import Runs, config_of, error, parser_of, plain, run_seeds, sizes
 from examples.training import Config, Task, processes, rank
 from stn_triton.nn import SpatialTransformer
 from stn_triton.transforms import attention, compose
 
-PAPER = Config(snapshots=0)  # distorted MNIST's: there is none for this
-QUICK = Config(steps=600, batch=32, lr=1e-3, lr_every=450, optimiser="adam", snapshots=0)
+PARAMETERS, QUICK_PARAMETERS = 400_000, 100_000  # of each model, about; the paper has no number
+PAPER = Config()  # distorted MNIST's: there is none for this
+QUICK = Config(
+    steps=2_500,
+    batch=32,
+    optimiser="adam",
+    lr=3e-3,
+    schedule="cosine",
+    warm_up=0.4,
+    log_every=50,
+    evaluate_every=2_500,
+    checkpoint_every=100,
+    snapshots=20,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ class Extruded(Distortion):
     """
 
     size: int = 60
-    degrees: float = 60.0
+    degrees: float = 45.0
     scale: float = 1.0  # of the digit's 28 pixels, in voxels
     depth: int = 14  # of the solid, in the digit's pixels
 
@@ -98,13 +111,16 @@ def localisation_3d(size: int) -> nn.Sequential:
 
 
 def make_transformer(size: int) -> SpatialTransformer:
-    return SpatialTransformer(localisation_3d(size), "affine", (size,) * 3, dims=3, features=20)
+    """What it returns has a slice for every second voxel of depth: they are flattened anyway."""
+    return SpatialTransformer(localisation_3d(size), "affine", (size // 2, size, size), dims=3, features=20)
 
 
-def make_model(size: int, transformed: bool, filters: int = 32) -> nn.Sequential:
-    """(N, 1, size, size, size) -> (N, 10): turn the volume or not, flatten it, classify the image."""
+def make_model(size: int, transformed: bool, parameters: int) -> nn.Sequential:
+    """(N, 1, size, size, size) -> (N, 10): turn the volume or not, flatten it, classify the image. The
+    classifier's width makes up for what the transformer takes of the ``parameters``."""
     first = [make_transformer(size)] if transformed else []
-    return nn.Sequential(*first, Flatten(), cnn(filters, size))
+    width = fit_width(lambda filters: cnn(filters, size), parameters - sum(map(count, first)))
+    return nn.Sequential(*first, Flatten(), cnn(width, size))
 
 
 class Solids(Task):
@@ -121,20 +137,37 @@ class Solids(Task):
         batches = (self.distortion.batch(self.mnist.test, n, generator) for n in sizes(self.test, 50))
         return {"error": error(model, batches)}
 
+    def snapshot(self, model: nn.Module) -> list[Tensor]:
+        return transformations(model, self.mnist.test, self.distortion)
 
-def picture(model: nn.Sequential, digits: Digits, distortion: Extruded, path: Path) -> None:
+
+def shown(digits: Digits, distortion: Extruded) -> tuple[Tensor, Tensor]:
+    """The volumes in the picture and the animation, and their labels."""
+    return distortion.batch(digits, 10, Generator(digits.images.device).manual_seed(1))
+
+
+def transformations(model: nn.Module, digits: Digits, distortion: Extruded) -> list[Tensor]:
+    """Of those volumes, if there is a transformer."""
+    return parameters_of(lambda: model(shown(digits, distortion)[0]), model)
+
+
+def panels(
+    model: nn.Module, digits: Digits, distortion: Extruded, parameters: Sequence[Tensor]
+) -> list[Panel]:
     """What is seen from the front before and after; over the former the front and the back of the box that
     becomes the output."""
-    volumes, labels = distortion.batch(digits, 10, Generator(digits.images.device).manual_seed(1))
-    (look,) = looks(lambda: model(volumes), model)
-    panels = []
-    for volume, theta, output, label in zip(volumes, look.parameters, look.output, labels):
-        faces = torch.stack([face(theta, depth) for depth in (-1.0, 1.0)])
-        front = volume.amax(1)
-        panels.append(Panel(front, faces, [output.amax(1)], title=str(label.item()), outlines=True))
-    save_picture(
-        path, panels, "Extruded digits, seen from the front: the input, the transformer's box, the output"
-    )
+    volumes, labels = shown(digits, distortion)
+    (transformer,), (theta,) = transformers_of(model), parameters
+    outputs = transformer.sample(volumes, theta.to(volumes))
+    return [
+        Panel(volume.amax(1), faces(one), [output.amax(1)], title=str(label.item()), outlines=True)
+        for volume, one, output, label in zip(volumes, theta, outputs, labels)
+    ]
+
+
+def faces(theta: Tensor) -> Tensor:
+    """(3, 4) -> (2, 2, 3): where x and y of the output's front and back are read, seen from the front."""
+    return torch.stack([face(theta, depth) for depth in (-1.0, 1.0)])
 
 
 def face(theta: Tensor, depth: float) -> Tensor:
@@ -142,37 +175,76 @@ def face(theta: Tensor, depth: float) -> Tensor:
     return torch.cat([theta[:2, :2], (theta[:2, 3] + depth * theta[:2, 2]).unsqueeze(-1)], -1)
 
 
+def draw_results(runs: Runs, digits: Digits, distortion: Extruded, folder: Path) -> None:
+    """The picture and the animation."""
+    draw = partial(panels, runs.model, digits, distortion)
+    title = "Extruded digits, seen from the front: the input, the transformer's box, the output"
+    save_picture(folder / "extruded_digits.png", draw(transformations(runs.model, digits, distortion)), title)
+    save_training(folder / "extruded_digits.gif", runs.snapshots, draw, "Extruded digits")
+
+
+def pose(to_solid: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, 3, 4), from what is seen to the solid's box of :class:`Extruded` -> (N,), (N,): the angle between
+    the line of sight and the solid's depth, and the digit's angle on the image, in degrees."""
+    matrix = to_solid[:, :, :3].double() * to_solid.new_tensor([[SIDE], [SIDE], [Extruded.depth]])
+    sight = matrix[:, :, 2]
+    tilt = torch.atan2(sight[:, :2].norm(dim=1), sight[:, 2])
+    angle = torch.atan2(matrix[:, 1, 0] - matrix[:, 0, 1], matrix[:, 0, 0] + matrix[:, 1, 1])
+    return tilt.rad2deg(), angle.rad2deg()
+
+
+def alignment(model: nn.Module, digits: Digits, distortion: Extruded) -> str:
+    """How test digits are turned before and after the transformer, in words."""
+    index = torch.arange(200, device=digits.images.device) % len(digits.labels)
+    (drawn,) = distortion.draw(len(index), Generator(digits.images.device).manual_seed(0))
+    (chosen,) = parameters_of(lambda: model(distortion.apply(digits, index, (drawn,))), model)
+    (tilt, angle), (tilt_after, angle_after) = pose(drawn), pose(compose(drawn, chosen.to(drawn)))
+    return (
+        f"over {len(index)} test digits the line of sight is {tilt.mean():.0f} degrees off the digit's depth "
+        f"before and {tilt_after.mean():.0f} after; the standard deviation of the angle on the image is "
+        f"{angle.std():.0f} and {angle_after.std():.0f}"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("extruded_digits", __doc__)
     parser.add_argument("--size", type=int, help="voxels a side; default: 60, with --quick 30")
     parser.add_argument("--degrees", type=float, default=Extruded.degrees)
+    parser.add_argument("--parameters", type=int, help="of each model, about")
     parser.add_argument("--test", type=int, help="how many test volumes; default: 10,000, with --quick 1,000")
     options = parser.parse_args(arguments)
     config = config_of(options, PAPER, QUICK)
     size = options.size or (30 if options.quick else 60)
+    parameters = options.parameters or (QUICK_PARAMETERS if options.quick else PARAMETERS)
     test = options.test or (1000 if options.quick else 10_000)
     distortion = Extruded(size=size, degrees=options.degrees, scale=size / 60)
     with processes(options.device) as device:
         mnist = load_mnist(options.data, device, stand_in=options.stand_in)
-        found = [
-            run_seeds(
+        found = {
+            name: run_seeds(
                 name,
-                lambda: make_model(size, name != "CNN"),  # noqa: B023
+                lambda: make_model(size, name != "CNN", parameters),  # noqa: B023
                 lambda seed: Solids(mnist, distortion, seed, test),
-                config,
+                plain(config) if name == "CNN" else config,
                 options,
                 device,
             )
             for name in ("CNN", "3-D ST-CNN")
-        ]
+        }
         if rank() == 0:
-            settings = {"voxels a side": size, "degrees": options.degrees, "test volumes": test}
+            runs = found["3-D ST-CNN"]
+            settings = {
+                "voxels a side": size,
+                "degrees": options.degrees,
+                "test volumes": test,
+                "pose:": alignment(runs.model, mnist.test, distortion),
+            }
             title = "Extruded digits, of which the paper gives a picture and no number"
-            lines = [runs.line for runs in found]
+            lines = [one.line for one in found.values()]
             data = mnist.train.source
             where = options.output, "extruded_digits"
             print(save_table(*where, title, "error, %", lines, config, PAPER, data, settings, device))
-            picture(found[-1].model, mnist.test, distortion, options.output / "extruded_digits.png")
+            draw_results(runs, mnist.test, distortion, options.output)
     return 0
 
 

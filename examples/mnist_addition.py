@@ -8,6 +8,7 @@ channels in which either digit is upright in one (Jaderberg et al., 2015, sectio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,15 +17,35 @@ from torch import Generator, Tensor, nn
 
 from examples.data import DISTORTIONS, Digits, Mnist, load_mnist
 from examples.models import cnn, count, fcn, fit_width, make_transformer
-from examples.outputs import Panel, looks, save_picture, save_table
-from examples.runs import config_of, error, parser_of, run_seeds, sizes
+from examples.outputs import (
+    Line,
+    Panel,
+    parameters_of,
+    save_picture,
+    save_table,
+    save_training,
+    transformers_of,
+)
+from examples.runs import Runs, config_of, error, parser_of, plain, run_seeds, sizes
 from examples.training import Config, Task, processes, rank
 from stn_triton.nn import SpatialTransformer, Transform
 
 SIZE, CLASSES = 42, 19
 PARAMETERS = 400_000  # of each model, about
 PAPER = Config()
-QUICK = Config(steps=1000, batch=128, lr=2e-3, lr_every=750, optimiser="adam", snapshots=0)
+QUICK = Config(
+    steps=3_500,
+    batch=64,
+    optimiser="adam",
+    lr=3e-3,
+    schedule="cosine",
+    localisation_lr=0.3,
+    warm_up=0.4,
+    log_every=50,
+    evaluate_every=3_500,
+    checkpoint_every=200,
+    snapshots=20,
+)
 
 
 class Kind(NamedTuple):
@@ -95,23 +116,43 @@ class Addition(Task):
         generator = Generator(self.generator.device).manual_seed(0)
         return {"error": error(model, (pairs(self.mnist.test, n, generator) for n in sizes(self.test, 1000)))}
 
+    def snapshot(self, model: nn.Module) -> list[Tensor]:
+        return transformations(model, self.mnist.test)
 
-def picture(model: nn.Module, digits: Digits, title: str, path: Path) -> None:
+
+def shown(digits: Digits) -> tuple[Tensor, Tensor]:
+    """The pairs in the picture and the animation."""
+    return pairs(digits, 5, Generator(digits.images.device).manual_seed(1))
+
+
+def transformations(model: nn.Module, digits: Digits) -> list[Tensor]:
+    """Of those pairs, for each transformer."""
+    return parameters_of(lambda: model(shown(digits)[0]), model)
+
+
+def panels(model: nn.Module, digits: Digits, parameters: Sequence[Tensor]) -> list[Panel]:
     """Both channels, and over each the borders of what the transformers read, which are below."""
-    images, sums = pairs(digits, 5, Generator(digits.images.device).manual_seed(1))
-    found = looks(lambda: model(images), model)
-    panels = [
+    images, sums = shown(digits)
+    transformers = transformers_of(model)
+    outputs = [one.sample(images, its.to(images)) for one, its in zip(transformers, parameters)]
+    return [
         Panel(
             images[n, [channel]],
-            torch.stack([one.parameters[n] for one in found]),
-            [one.output[n, [channel]] for one in found],
-            found[0].module.transform,
+            torch.stack([one[n] for one in parameters]),
+            [output[n, [channel]] for output in outputs],
+            transformers[0].transform,
             f"channel {channel + 1}, sum {sums[n]}",
         )
         for n in range(len(images))
         for channel in range(2)
     ]
-    save_picture(path, panels, title)
+
+
+def draw_results(name: str, runs: Runs, digits: Digits, folder: Path) -> None:
+    """The picture and the animation."""
+    title, draw = f"MNIST addition, {name}", partial(panels, runs.model, digits)
+    save_picture(folder / "mnist_addition.png", draw(transformations(runs.model, digits)), title)
+    save_training(folder / "mnist_addition.gif", runs.snapshots, draw, title)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,28 +163,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = config_of(options, PAPER, QUICK)
     with processes(options.device) as device:
         mnist = load_mnist(options.data, device, stand_in=options.stand_in)
-        lines = []
+        lines: list[Line] = []
+        drawn: tuple[str, Runs] | None = None  # the last with transformers
         for name in options.models:
             kind = KINDS[name]
             runs = run_seeds(
                 name,
                 lambda: make_model(kind),  # noqa: B023
                 lambda seed: Addition(mnist, seed, options.test),
-                config,
+                config if kind.transforms else plain(config),
                 options,
                 device,
                 paper=kind.paper,
             )
             lines.append(runs.line)
-            if kind.transforms and rank() == 0:
-                picture(
-                    runs.model, mnist.test, f"MNIST addition, {name}", options.output / "mnist_addition.png"
-                )
+            if kind.transforms:
+                drawn = name, runs
         if rank() == 0:
             settings = {"test pairs": options.test}
             where, data = (options.output, "mnist_addition"), mnist.train.source
             title = "MNIST addition"
             print(save_table(*where, title, "error, %", lines, config, PAPER, data, settings, device))
+            if drawn is not None:
+                draw_results(*drawn, mnist.test, options.output)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -32,6 +33,12 @@ class Line(NamedTuple):
     warm_up: float = 0.0  # see Config
 
 
+@functools.cache
+def origin(device: torch.device) -> dict[str, Any]:
+    """Machine, versions and commit at the first call, which is before training: the tree may change."""
+    return facts(device)
+
+
 def save_table(
     folder: Path,
     name: str,
@@ -39,7 +46,7 @@ def save_table(
     unit: str,
     lines: Sequence[Line],
     config: Config,
-    paper: Config,
+    paper: Config | None,
     source: str,
     settings: dict[str, Any],
     device: torch.device,
@@ -48,11 +55,11 @@ def save_table(
 
     Args:
         unit: of the values, the heading of their column.
-        config, paper: what was run, and the paper's; a shorter run is named so.
+        config, paper: what was run, and the paper's, if it has any; a shorter run is named so.
         source: of the data.
         settings: whatever else decided the numbers.
     """
-    described = facts(device)
+    described = origin(device)
     stand_in = "stand-in" in source
     title, theirs = (f"{title}: a stand-in", "the paper, on its data") if stand_in else (title, "the paper")
     rows = [f"| model | parameters | {unit} | {theirs} | training, s |", "|---|---|---|---|---|"]
@@ -61,7 +68,9 @@ def save_table(
         seconds = "" if line.seconds is None else f"{line.seconds:.0f}"
         rows.append(f"| {line.name} | {parameters} | {spread(line.values)} | {line.paper} | {seconds} |")
     ran = f"{config.steps:,} iterations of {config.batch}"
-    if config.steps < paper.steps or config.batch < paper.batch:
+    if paper is None:
+        ran += ", for which the paper gives no schedule"
+    elif config.steps < paper.steps or config.batch < paper.batch:
         ran += f", **run short of the paper's schedule** of {paper.steps:,} of {paper.batch}"
     seeds = max((len(line.values) for line in lines), default=0)
     told = "; ".join(f"{key} {value}" for key, value in settings.items())
@@ -69,7 +78,7 @@ def save_table(
     notes = [
         f"{ran}; {config.optimiser.upper()}, rate {config.lr:g}; {seeds} seed{'s' if seeds > 1 else ''}."
         + warmed_up(lines),
-        f"Data: {source}." + (f" {told.capitalize()}." if told else ""),
+        f"Data: {source}." + (f" {told[:1].upper()}{told[1:]}." if told else ""),
         f"{described['device']}, {described['host_cores']} cores, PyTorch {described['torch']}, Triton "
         f"{described['triton']}, commit {commit[:12]}{mark}, {described['date'][:10]}. Seconds are of "
         "a machine that had other work too.",
@@ -80,7 +89,7 @@ def save_table(
         "unit": unit,
         "lines": [line._asdict() for line in lines],
         "config": asdict(config),
-        "paper_config": asdict(paper),
+        "paper_config": paper and asdict(paper),
         "data": source,
         "settings": settings,
         "facts": described,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.models import count
-from examples.outputs import Line
+from examples.outputs import Line, origin
 from examples.training import Config, Task, Trained, add_arguments, configure, train
 
 
@@ -22,11 +22,7 @@ class Runs(NamedTuple):
 
     line: Line
     models: list[nn.Module]  # in evaluation mode
-<<<<<<< HEAD
-    snapshots: list[list[tuple[int, Any]]]  # of each: steps, and what the task kept
-=======
     kept: list[list[tuple[int, Any]]]  # steps and snapshots
->>>>>>> w-sv
 
     @property
     def model(self) -> nn.Module:
@@ -58,7 +54,7 @@ def config_of(options: argparse.Namespace, paper: Config, quick: Config) -> Conf
 
 
 def plain(config: Config) -> Config:
-    """For nets without transformers, which do better with all of the distortions from the first step."""
+    """For nets without transformers, where they do better with all of the distortions from the first step."""
     return dataclasses.replace(config, warm_up=0.0)
 
 
@@ -83,6 +79,7 @@ def run_seeds(
         figure: which of the task's figures goes to the table.
         paper: the paper's.
     """
+    origin(device)
     found: list[Trained] = []
     for seed in range(options.seeds):
         with torch.random.fork_rng(devices=[]):
@@ -92,12 +89,8 @@ def run_seeds(
         found.append(train(model, make_task(seed), config, folder, seed=seed))
     values = [trained.figures[figure] for trained in found]
     seconds = sum(trained.seconds for trained in found) / len(found)
-<<<<<<< HEAD
-    line = Line(name, values, paper, count(model), seconds, [trained.figures for trained in found])
-=======
     figures = [trained.figures for trained in found]
     line = Line(name, values, paper, count(model), seconds, figures, config.warm_up)
->>>>>>> w-sv
     return Runs(line, [trained.model for trained in found], [trained.snapshots for trained in found])
 
 

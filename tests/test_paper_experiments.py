@@ -14,6 +14,7 @@ from examples.mnist_addition import KINDS
 from examples.models import count
 from examples.outputs import looks
 from stn_triton import backend
+from stn_triton.transforms import compose, invert
 
 
 @pytest.fixture(autouse=True)
@@ -120,17 +121,49 @@ class TestExtruded:
         torch.testing.assert_close(quarter[0] @ torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 1, 0]))
 
     def test_transformer_is_the_identity_at_first(self, mnist):
-        model = extruded_digits.make_model(30, True)
+        """Each slice that it returns is the mean of two."""
+        model = extruded_digits.make_model(30, True, 100_000)
         volumes = Extruded(size=30, scale=0.5).batch(mnist.train, 2, generator())[0]
         (look,) = looks(lambda: model(volumes), model)
-        torch.testing.assert_close(look.output, volumes, atol=1e-4, rtol=0)
+        expected = volumes.unflatten(2, (15, 2)).mean(3)
+        torch.testing.assert_close(look.output, expected, atol=1e-4, rtol=0)
         assert model(volumes).shape == (2, 10)
+
+    @pytest.mark.parametrize(("size", "parameters"), [(30, 100_000), (60, 400_000)])
+    def test_models_are_of_equal_size(self, size, parameters):
+        with torch.device("meta"):
+            for transformed in (False, True):
+                model = extruded_digits.make_model(size, transformed, parameters)
+                assert count(model) == pytest.approx(parameters, rel=0.05)
+
+    def test_pose(self, mnist):
+        """Of solids as they were turned, of those turned back, and of some turned on the image alone."""
+        distortion = Extruded(size=30, scale=0.5, degrees=40.0)
+        (drawn,) = distortion.draw(50, generator())
+        tilt, angle = extruded_digits.pose(drawn)
+        sight = drawn[:, :, 2] * torch.tensor([28.0, 28, 14])
+        cosine = sight[:, 2] / sight.norm(dim=1)
+        torch.testing.assert_close(tilt.deg2rad().cos(), cosine.double(), atol=1e-5, rtol=0)
+        assert tilt.max() > 30
+        assert angle.std() > 15
+        front = extruded_digits.pose(compose(drawn, invert(drawn)))
+        for value in front:
+            torch.testing.assert_close(value, torch.zeros_like(value), atol=1e-2, rtol=0)
+        about_z = rotation_about_z(25.0).expand(3, 3, 4)
+        tilt, angle = extruded_digits.pose(about_z / torch.tensor([28.0, 28, 14])[:, None])
+        torch.testing.assert_close(tilt, torch.zeros(3).double(), atol=1e-3, rtol=0)
+        torch.testing.assert_close(angle, torch.full((3,), 25.0).double(), atol=1e-3, rtol=0)
 
     def test_faces(self):
         """Where the front and the back of the box are read, seen from the front."""
         theta = torch.tensor([[1.0, 0, 0.5, 0.1], [0, 1, 0, 0.2], [0, 0, 1, 0.3]])
         front = extruded_digits.face(theta, -1.0)
         torch.testing.assert_close(front, torch.tensor([[1, 0, -0.4], [0, 1, 0.2]]))
+
+
+def rotation_about_z(degrees):
+    turn = extruded_digits.rotation(torch.tensor([[0.0, 0.0, math.radians(degrees)]]))
+    return torch.cat([turn, torch.zeros(1, 3, 1)], -1)
 
 
 # --------------------------------------------------------------------------------------------- scripts
@@ -160,6 +193,8 @@ PICTURES = {
     "svhn": ["svhn_single", "svhn_multi"],
     "birds": ["birds_2"],
 }
+ANIMATIONS = "mnist_addition", "extruded_digits"
+PLAIN = "CNN"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -167,6 +202,7 @@ def test_script_leaves_a_table_and_pictures(name, folder, tmp_path, capsys):
     pytest.importorskip("skimage")
     pytest.importorskip("matplotlib")
     from matplotlib import image
+    from PIL import Image
 
     script = importlib.import_module(f"examples.{name}")
     arguments = ["--quick", "--data", str(folder), "--stand-in", "--output", str(tmp_path), "--device", "cpu"]
@@ -184,6 +220,14 @@ def test_script_leaves_a_table_and_pictures(name, folder, tmp_path, capsys):
     assert len(rows) == len(content["lines"]) >= 1
     for picture in PICTURES[name]:
         assert image.imread(tmp_path / f"{picture}.png")[..., :3].std() > 0.05
+    if name in ANIMATIONS:
+        with Image.open(tmp_path / f"{name}.gif") as animation:
+            assert animation.n_frames == 3  # at first and after each step
+        # The distortions grow for the models with transformers.
+        assert {line["name"]: line["warm_up"] > 0 for line in content["lines"]} == {
+            line["name"]: line["name"] != PLAIN for line in content["lines"]
+        }
+        assert table.count("Distortions grow from none over the first") == 1
     # Run again it is finished already: the same table from the checkpoints.
     before = [line["values"] for line in content["lines"]]
     assert script.main(arguments) == 0
