@@ -142,7 +142,7 @@ def state() -> Hashable:
     """
     if _seen.get() is not None:
         return None
-    return _forced.get(), tables.version if tables.live else -1
+    return _forced.get(), tables.version if tables.live else -1, tables.ignoring > 0
 
 
 def _overridden(kernel: str) -> dict[str, int]:

@@ -147,14 +147,13 @@ def affine_preimage(rows, center, radius, DIMS: tl.constexpr):
         entries = (((d, tl.abs(d)), (-b, tl.abs(b))), ((-c, tl.abs(c)), (a, tl.abs(a))))
     regular = is_regular(rows, determinant, size, DIMS, DIMS)
     inverse = 1.0 / tl.where(regular, determinant, 1.0)
-    rounding = ROUNDING * (size * tl.abs(inverse))
-    slack = ()
+    slack = ()  # for the minors' roundings; the determinant's scales all bounds alike
     for j in tl.static_range(DIMS):
         # no output reads farther from the last entry than the others and the radius reach
         distance = 2.0 * (radius[j] + tl.abs(rows[j][DIMS]))
         for k in tl.static_range(DIMS):
             distance += tl.abs(rows[j][k])
-        slack += (rounding * distance,)
+        slack += (ROUNDING * distance,)
     bounds = ()
     for i in tl.static_range(DIMS):
         middle = 0.0

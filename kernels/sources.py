@@ -108,11 +108,15 @@ def matrix_rows(source, n, t, ROWS: tl.constexpr, DIMS: tl.constexpr, COMPUTE: t
 
 @triton.jit
 def matrix_apply(row, pixels, DIMS: tl.constexpr):
-    """The row times (x, y[, z], 1); the same bits wherever a product could be moved out of a loop."""
-    total = row[DIMS]
-    for k in tl.static_range(DIMS):
+    """The row times (x, y[, z], 1); the same bits wherever a product could be moved out of a loop.
+
+    The last entry comes last: in a crop it is the largest by far, and added earlier its rounding would be
+    shared by a row of outputs, whose sums it would not cancel in.
+    """
+    total = row[DIMS - 1] * pixels[DIMS - 1]
+    for k in tl.static_range(1, DIMS):
         total = tl.fma(row[DIMS - 1 - k], pixels[DIMS - 1 - k], total)
-    return total
+    return total + row[DIMS]
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -164,21 +164,35 @@ def user_table(device: torch.device) -> UserTable:
 
 live = 0  # open blocks of autotune(): inside, the user's own table is in use
 version = 0  # counts what changes the user's tables, of which a lookup depends on while live
-_live_lock = threading.Lock()
+ignoring = 0  # open blocks of ignore_shipped()
+_blocks_lock = threading.Lock()
 
 
 def set_live(change: int) -> None:
     """Opens (1) or closes (-1) a block, in all threads: gradients are computed in others."""
     global live
-    with _live_lock:
+    with _blocks_lock:
         live += change
 
 
 def changed() -> None:
     """Tells those who keep what they looked up that it may have changed."""
     global version
-    with _live_lock:
+    with _blocks_lock:
         version += 1
+
+
+@contextlib.contextmanager
+def ignore_shipped() -> Iterator[None]:
+    """Inside, and in all threads, a lookup finds nothing in the package's tables: the rules hold instead."""
+    global ignoring
+    with _blocks_lock:
+        ignoring += 1
+    try:
+        yield
+    finally:
+        with _blocks_lock:
+            ignoring -= 1
 
 
 def lookup(device: torch.device, key: Callable[[], str]) -> Fields:
@@ -186,7 +200,7 @@ def lookup(device: torch.device, key: Callable[[], str]) -> Fields:
     fields: Fields | None = None
     if live and device.type not in ("cpu", "meta"):
         fields = user_table(device).entries.get(key())
-    if fields is None:
+    if fields is None and not ignoring:
         table = shipped(architecture(device))
         fields = table.get(key()) if table else None
     return _EMPTY_FIELDS if fields is None else fields

@@ -437,7 +437,7 @@ def _spline(points: Tensor, control_points: Tensor | None, regularization: float
     coefficients = transforms.tps_coefficients(points, control_points, regularization)
     if control_points is None:
         side = transforms.lattice_side("points", points.shape[-2])
-        control_points = transforms.control_lattice(side, device=points.device, dtype=coefficients.dtype)
+        control_points = transforms.kept_lattice(side, points.device, coefficients.dtype)
     return coefficients, distributed.replicated(control_points.to(coefficients.dtype), coefficients)
 
 

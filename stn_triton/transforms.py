@@ -384,11 +384,27 @@ def _solve(control_points: Tensor, regularization: float) -> Tensor:
 
 
 # ------------------------------------------------------------------- the systems that are remembered
-# Unregularised lattices are few and small, and compiled code and captured graphs refer to their matrices:
-# they are kept for good.
+# Unregularised lattices are few and small, and compiled code and captured graphs refer to them and to their
+# matrices: these are kept for good.
 _lattices: dict[tuple[int, torch.device], Tensor] = {}
+_places: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 _values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of tensors on accelerators
 _lock = threading.Lock()
+
+
+def kept_lattice(k: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``control_lattice``, made once: not to be written to."""
+    if torch.compiler.is_dynamo_compiling():  # which folds it into what it compiles
+        return control_lattice(k, device=device, dtype=dtype)
+    key = k, device, dtype
+    if _is_eager(device):
+        if key not in _places:
+            with torch.inference_mode(False), torch.no_grad():
+                _places.setdefault(key, control_lattice(k, device=device, dtype=dtype))
+        return _places[key]
+    if key in _places and not is_in_torch_dispatch_mode():
+        return _places[key]
+    return control_lattice(k, device=device, dtype=dtype)
 
 
 def _lattice_matrix(k: int, regularization: float, device: torch.device) -> Tensor:

@@ -312,58 +312,84 @@ def test_candidates_that_are_not_read_add_nothing(device):
 def bound_kernel(
     theta_ptr,
     pixel_ptr,
+    out_ptr,
     first_ptr,
     last_ptr,
     place_ptr,
-    matrices,
     in_width,
     in_height,
+    in_depth,
     out_width,
     out_height,
+    out_depth,
     SOURCE: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr,
-    ENTRIES: tl.constexpr,
+    DIMS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
-    """A lane for each (matrix, pixel): the device functions work on any shape."""
+    """A lane for each (matrix, pixel): the device functions work on any shape.
+
+    Writes the first and last candidate, and the forward's coordinates of the outputs at out_ptr.
+    """
     lane = tl.arange(0, BLOCK)[:, None]
     rows = ()
-    for r in tl.static_range(ENTRIES // 3):
-        at = theta_ptr + lane * ENTRIES + 3 * r
-        rows += ((tl.load(at), tl.load(at + 1), tl.load(at + 2)),)
-    in_size = (in_width, in_height)
-    out_size = (out_width, out_height)
+    for r in tl.static_range(ROWS):
+        row = ()
+        for k in tl.static_range(DIMS + 1):
+            row += (tl.load(theta_ptr + (lane * ROWS + r) * (DIMS + 1) + k),)
+        rows += (row,)
+    in_size = (in_width, in_height, in_depth)
+    out_size = (out_width, out_height, out_depth)
     low = ()
     high = ()
     center = ()
     radius = ()
-    for axis in tl.static_range(2):
+    for axis in tl.static_range(DIMS):
         low += (
             sources.normalised(0, out_size[axis], ALIGN_CORNERS, tl.float32)
             + tl.zeros([BLOCK, 1], tl.float32),
         )
         high += (-low[axis],)
-    bounds = image_bounds(rows, low, high, in_size, SOURCE, ALIGN_CORNERS, 2, tl.float32)
-    for axis in tl.static_range(2):
+    bounds = image_bounds(rows, low, high, in_size, SOURCE, ALIGN_CORNERS, DIMS, tl.float32)
+    for axis in tl.static_range(DIMS):
         scale = (in_size[axis] - ALIGN_CORNERS).to(tl.float32) * 0.5
-        q = tl.load(pixel_ptr + 2 * lane + axis).to(tl.float32)
+        q = tl.load(pixel_ptr + DIMS * lane + axis).to(tl.float32)
         center += ((q - (in_size[axis] - 1).to(tl.float32) * 0.5) / scale,)
         radius += ((1.0 + bounds[axis][2]) / scale,)
-    ranges = preimage(rows, center, radius, out_size, SOURCE, ALIGN_CORNERS, 2, tl.float32)
-    for axis in tl.static_range(2):
-        tl.store(first_ptr + 2 * lane + axis, ranges[axis][0])
-        tl.store(last_ptr + 2 * lane + axis, ranges[axis][1])
-    # the forward's coordinates of every output
-    o = tl.arange(0, OUTPUTS)[None, :]
-    exists = (o < out_width * out_height) & (lane < matrices)
-    pixels = sources.normalised_pixels(
-        (o % out_width, o // out_width), out_size, ALIGN_CORNERS, 2, tl.float32
-    )
-    at = sources.matrix_map(rows, pixels, SOURCE, 2, tl.float32)
-    for axis in tl.static_range(2):
-        x = unnormalise(at[axis], in_size[axis], ALIGN_CORNERS, tl.float32)
-        tl.store(place_ptr + (lane * OUTPUTS + o) * 2 + axis, x, exists)
+    ranges = preimage(rows, center, radius, out_size, SOURCE, ALIGN_CORNERS, DIMS, tl.float32)
+    at = (lane * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]) * DIMS
+    out = ()
+    for axis in tl.static_range(DIMS):
+        tl.store(first_ptr + DIMS * lane + axis, ranges[axis][0])
+        tl.store(last_ptr + DIMS * lane + axis, ranges[axis][1])
+        out += (tl.load(out_ptr + at + axis),)
+    pixels = sources.normalised_pixels(out, out_size, ALIGN_CORNERS, DIMS, tl.float32)
+    place = sources.matrix_map(rows, pixels, SOURCE, DIMS, tl.float32)
+    for axis in tl.static_range(DIMS):
+        tl.store(place_ptr + at + axis, unnormalise(place[axis], in_size[axis], ALIGN_CORNERS, tl.float32))
+
+
+def bounds_of(device, source, matrices, pixels, outputs, in_size, size, align_corners):
+    """Which ``outputs``, (matrices or 1, outputs, dims), read each matrix's pixel, and which are candidates.
+
+    Then how many are along each axis.
+    """
+    block, dims = pixels.shape
+    count = triton.next_power_of_2(outputs.shape[1])
+    padded = torch.cat([outputs, outputs[:, :1].expand(-1, count - outputs.shape[1], -1)], 1)
+    padded = padded.expand(block, -1, -1).int().contiguous().to(device)
+    first = torch.zeros(block, dims, dtype=torch.int32, device=device)
+    last, at = torch.zeros_like(first), torch.zeros(block, count, dims, device=device)
+    sizes = (*in_size[::-1], 1)[:3], (*size[::-1], 1)[:3]
+    bound_kernel[(1,)](
+        matrices.contiguous().to(device), pixels.int().contiguous().to(device), padded, first, last, at,
+        *sizes[0], *sizes[1], int(source), int(align_corners), dims, matrices.shape[1], block, count,
+    )  # fmt: skip
+    at, first, last = at[:, : outputs.shape[1]].cpu(), first.cpu()[:, None], last.cpu()[:, None]
+    reads = ((at - pixels[:, None]).abs() < 1).all(-1)
+    return reads, ((outputs >= first) & (outputs <= last)).all(-1), (last - first + 1).clamp(min=0)[:, 0]
 
 
 def _hard_matrices(entries, count, generator):
@@ -410,7 +436,7 @@ def _aimed(matrices, in_size, size, align_corners, generator):
     aim = (aim - (sizes - 1) / 2) / ((sizes - int(align_corners)) / 2)
     w = exact[:, 2, :2].mul(u).sum(-1, keepdim=True) + exact[:, 2, 2:] if exact.shape[1] == 3 else 1.0
     exact[:, :2, 2] = aim * w - (exact[:, :2, :2] @ u[..., None].double()).squeeze(-1)
-    return exact.float(), pixels.int().contiguous()
+    return exact.float(), pixels
 
 
 @pytest.mark.parametrize("source", [Source.AFFINE, Source.PROJECTIVE], ids=["affine", "projective"])
@@ -423,22 +449,51 @@ def test_no_reader_is_left_out(device, source, align_corners):
     for in_size, size in itertools.product([(5, 7), (2, 300), (64, 9)], [(6, 10), (3, 21)]):
         matrices = _hard_matrices(entries, block, generator)
         matrices, pixels = _aimed(matrices, in_size, size, align_corners, generator)
-        outputs = triton.next_power_of_2(size[0] * size[1])
-        first = torch.zeros(block, 2, dtype=torch.int32, device=device)
-        last, at = torch.zeros_like(first), torch.full((block, outputs, 2), float("nan"), device=device)
-        bound_kernel[(1,)](
-            matrices.contiguous().to(device), pixels.to(device), first, last, at, block,
-            *in_size[::-1], *size[::-1], int(source), int(align_corners), entries, block, outputs,
-        )  # fmt: skip
-        at, first, last = at[:, : size[0] * size[1]].cpu(), first.cpu()[:, None], last.cpu()[:, None]
-        reads = ((at - pixels[:, None]).abs() < 1).all(-1)
         o = torch.arange(size[0] * size[1])
-        o = torch.stack([o % size[1], o // size[1]], -1)
-        candidate = ((o >= first) & (o <= last)).all(-1)
+        outputs = torch.stack([o % size[1], o // size[1]], -1)[None]
+        reads, candidate, _ = bounds_of(
+            device, source, matrices, pixels, outputs, in_size, size, align_corners
+        )
         assert not (reads & ~candidate).any()
         readers, visited = readers + reads.sum().item(), visited + candidate.sum().item()
     assert readers > 5000, "a test of nothing is no test"
     assert visited < 40 * readers, "bounds so wide are no bounds"
+
+
+@pytest.mark.parametrize("flatness", [1e-2, 1e-3, 4e-4])
+@pytest.mark.parametrize("zoom", [0.05, 1.0, 100.0])
+def test_minors_that_cancel(device, zoom, flatness):
+    """Volumes flattened along z: along x their inverse is harmless, and made of minors that cancel.
+
+    Each is moved so that an output reads a pixel from the very corner of its box, where the bounds are tight,
+    in a row so long that an error of 2^-19 of it is an output or two.
+    """
+    generator = torch.Generator().manual_seed(0)
+    block, in_size, size = 2048, (5, 6, 7), (1, 1, 2**20)
+
+    def rotations(n):
+        return torch.linalg.qr(torch.randn(block, n, n, generator=generator, dtype=torch.float64))[0]
+
+    right = torch.eye(3, dtype=torch.float64).expand(block, 3, 3).clone()
+    right[:, 1:, 1:] = rotations(2)
+    matrix = zoom * rotations(3) * right.new_tensor([1.0, 1.0, flatness]) @ right.mT
+    matrix = matrix.float().double()
+    o = torch.randint(size[2], (block, 1), generator=generator)
+    u = (2 * o - (size[2] - 1)).double() / size[2]
+    in_xyz = torch.tensor(in_size[::-1])
+    pixels = (torch.rand(block, 3, generator=generator) * in_xyz).long()
+    side = (torch.randint(2, (block, 1), generator=generator) * 2 - 1) * torch.linalg.inv(matrix)[:, 0].sign()
+    corner = pixels + side * (1 - 2e-6 * torch.rand(block, 3, generator=generator))
+    shift = (corner - (in_xyz - 1) / 2) / (in_xyz / 2) - matrix[:, :, 0] * u
+    theta = torch.cat([matrix, shift[:, :, None]], -1).float()
+    outputs = F.pad(o, (0, 2))[:, None]
+    reads, candidate, extent = bounds_of(
+        device, Source.AFFINE, theta, pixels, outputs, in_size, size, align_corners=False
+    )
+    assert reads.sum() > block // 5, "a test of nothing is no test"
+    assert not (reads & ~candidate).any()
+    if zoom == 100:
+        assert extent[:, 0].double().median() < size[2] / 20, "bounds so wide are no bounds"
 
 
 # ------------------------------------------------------------------------------------------ accuracy

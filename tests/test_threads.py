@@ -77,6 +77,7 @@ def everything(leaves):
 def forget():
     """What is remembered from call to call."""
     transforms._lattices.clear()
+    transforms._places.clear()
     transforms._system_matrix.cache_clear()
     backend._select.cache_clear()
 
@@ -112,17 +113,24 @@ def test_threads_share_one_module(in_threads, device):
 
 
 def test_a_lattice_is_kept_once(in_threads, device, monkeypatch):
-    """All threads get the same matrix: graphs refer to it by its address."""
-    solve = transforms._solve
+    """All threads get the same points and the same matrix: graphs refer to them by their addresses."""
+    solve, lattice = transforms._solve, transforms.control_lattice
 
-    def slowly(*arguments):
-        time.sleep(0.1)
-        return solve(*arguments)
+    def slowly(function):
+        def slow(*arguments, **keywords):
+            time.sleep(0.1)
+            return function(*arguments, **keywords)
+
+        return slow
 
     forget()
-    monkeypatch.setattr(transforms, "_solve", slowly)
+    monkeypatch.setattr(transforms, "_solve", slowly(solve))
+    monkeypatch.setattr(transforms, "control_lattice", slowly(lattice))
     found = in_threads(lambda index: transforms._lattice_matrix(4, 0.0, device))
     assert all(matrix is transforms._lattices[4, device] for matrix in found)
+    found = in_threads(lambda index: transforms.kept_lattice(4, device, torch.float32))
+    assert all(points is transforms._places[4, device, torch.float32] for points in found)
+    torch.testing.assert_close(found[0], lattice(4, device=device), rtol=0, atol=0)
 
 
 def test_backends_of_threads_are_undone(device):

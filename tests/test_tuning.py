@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -109,6 +110,21 @@ def test_a_shipped_table_decides_and_override_still_more(ship):
         assert configs.choose(GPU, PROBLEM).warps == 1
     with configs.override("gather", warps=1):
         assert configs.choose(GPU, PROBLEM).warps == 8, "meant for another kernel"
+
+
+def test_a_shipped_table_can_be_ignored(ship):
+    """In all threads and by what is kept of choices, until the outermost block ends."""
+    rules = configs.choose(GPU, PROBLEM)
+    ship({PROBLEM.key: {"warps": 8}})
+    state = configs.state()
+    with tables.ignore_shipped():
+        with tables.ignore_shipped():
+            assert configs.choose(GPU, PROBLEM) == rules
+            assert configs.state() != state
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(configs.choose, GPU, PROBLEM).result() == rules
+    assert configs.choose(GPU, PROBLEM).warps == 8
+    assert configs.state() == state
 
 
 def test_programs_over_the_channels_follow_the_tuned_number(ship):
@@ -234,7 +250,7 @@ def pretend(tmp_path, monkeypatch):
     monkeypatch.setattr(
         tables,
         "lookup",
-        lambda device, key: table.entries.get(key(), {}) if tables.live else lookup(device, key),
+        lambda device, key: (tables.live and table.entries.get(key())) or lookup(device, key),
     )
     with backend.use("interpreter"), quick_interpreter():
         yield table, timed
@@ -431,9 +447,6 @@ def test_a_second_make_tune_loses_nothing(pretend, monkeypatch, tmp_path):
     first = tables.read(path)["entries"]
     shipped = {key: entry["fields"] for key, entry in first.items()}
     monkeypatch.setattr(tables, "shipped", lambda arch: shipped)
-    monkeypatch.setattr(
-        tables, "lookup", lambda device, key: table.entries.get(key()) or tables.shipped("").get(key(), {})
-    )
     for more in ((), ("--budget-seconds", "-1")):
         table.entries = {}
         table.path.unlink()
