@@ -26,7 +26,7 @@ from examples.outputs import (
     save_training,
     transformers_of,
 )
-from examples.runs import Runs, config_of, error, parser_of, plain, run_seeds, sizes
+from examples.runs import Runs, config_of, error, parser_of, run_seeds, sizes
 from examples.training import Config, Task, processes, rank
 from stn_triton.nn import SpatialTransformer, Transform
 
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 name,
                 lambda: make_model(kind),  # noqa: B023
                 lambda seed: Addition(mnist, seed, options.test),
-                config if kind.transforms else plain(config),
+                config,
                 options,
                 device,
                 paper=kind.paper,
