@@ -22,7 +22,7 @@ import stn_triton as stn
 from examples.data import SIDE, Digits, Distortion, Drawn, Mnist, load_mnist
 from examples.models import cnn, count, fit_width
 from examples.outputs import Panel, parameters_of, save_picture, save_table, save_training, transformers_of
-from examples.runs import Runs, config_of, error, parser_of, plain, run_seeds, sizes
+from examples.runs import Runs, config_of, error, parser_of, run_seeds, sizes
 from examples.training import Config, Task, processes, rank
 from stn_triton.nn import SpatialTransformer
 from stn_triton.transforms import attention, compose
@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 name,
                 lambda: make_model(size, name != "CNN", parameters),  # noqa: B023
                 lambda seed: Solids(mnist, distortion, seed, test),
-                plain(config) if name == "CNN" else config,
+                config,
                 options,
                 device,
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -51,11 +50,6 @@ def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
 
 def config_of(options: argparse.Namespace, paper: Config, quick: Config) -> Config:
     return configure(quick if options.quick else paper, options)
-
-
-def plain(config: Config) -> Config:
-    """For nets without transformers, where they do better with all of the distortions from the first step."""
-    return dataclasses.replace(config, warm_up=0.0)
 
 
 def run_seeds(

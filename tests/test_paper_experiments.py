@@ -223,9 +223,7 @@ def test_script_leaves_a_table_and_pictures(name, folder, tmp_path, capsys):
         with Image.open(tmp_path / f"{picture}.gif") as animation:
             assert animation.n_frames == 3  # at first and after each step
     if name in WARMED_UP:
-        plain = {"extruded_digits": ["CNN"]}.get(name, [])
-        grown = [line["name"] for line in content["lines"] if line["warm_up"] > 0]
-        assert grown == [line["name"] for line in content["lines"] if line["name"] not in plain]
+        assert all(line["warm_up"] > 0 for line in content["lines"])
         assert table.count("Distortions grow from none over the first") == 1
     # Run again it is finished already: the same table from the checkpoints.
     before = [line["values"] for line in content["lines"]]
