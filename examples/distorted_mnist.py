@@ -88,7 +88,7 @@ def quick_settings(model: str) -> Settings:
 
     For a transformer the distortions grow from none: while digits are nearly upright the classifier comes to
     want them so, and then has the transformer follow. Seeing all angles from the start it never does. Plain
-    nets are better off without.
+    nets gain nothing by it.
     """
     connected, plain = "FCN" in model, not model.startswith("ST")
     config = Config(
