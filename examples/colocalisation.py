@@ -370,10 +370,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     frames[step] += panels_of(collection, theta[:shown], "")
             if rank() == 0:
                 said = "blue is cropped, orange was to be found"
-                save_picture(options.output / f"colocalisation_{kind}.png", panels, f"{kind}: {said}")
+                save_picture(
+                    options.output / f"colocalisation_{kind}.png", panels, f"{kind}: {said}", len(panels)
+                )
                 titled = [(f"{kind}, step {step:,}: {said}", frames[step]) for step in sorted(frames)]
                 if titled:
-                    save_animation(options.output / f"colocalisation_{kind}.gif", titled)
+                    save_animation(options.output / f"colocalisation_{kind}.gif", titled, len(panels))
         if rank() == 0:
             settings = {
                 "starts, of which the one with the least loss counts,": options.seeds,
