@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,9 +44,17 @@ def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data", help="a folder of MNIST's four IDX files; default: fetched, and kept")
     parser.add_argument("--stand-in", action="store_true", help="--data are other digits, and results say so")
     parser.add_argument("--output", type=Path, default=Path("build") / name, help="default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=1, help="how many models of each kind")
+    parser.add_argument("--seeds", type=positive, default=1, help="how many models of each kind")
     add_arguments(parser)
     return parser
+
+
+def positive(text: str) -> int:
+    """An option's type: an int, 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
 
 
 def config_of(options: argparse.Namespace, paper: Config, quick: Config) -> Config:
@@ -54,7 +62,8 @@ def config_of(options: argparse.Namespace, paper: Config, quick: Config) -> Conf
 
 
 def plain(config: Config) -> Config:
-    """For nets without transformers, where they do better with all of the distortions from the first step."""
+    """For nets without transformers: all of the distortions from the first step, in which distorted MNIST's
+    do better."""
     return dataclasses.replace(config, warm_up=0.0)
 
 
@@ -65,6 +74,7 @@ def run_seeds(
     config: Config,
     options: argparse.Namespace,
     device: torch.device,
+    settings: Mapping[str, Any],
     *,
     figure: str = "error",
     paper: str = "-",
@@ -76,6 +86,7 @@ def run_seeds(
         build: a model in its initial state, on the CPU; drawn from PyTorch's generator.
         make_task: a seed's task.
         config, options: see :func:`config_of` and :func:`parser_of`.
+        settings: what else decides the numbers, the data's source among it; see :func:`training.train`.
         figure: which of the task's figures goes to the table.
         paper: the paper's.
     """
@@ -86,7 +97,7 @@ def run_seeds(
             torch.manual_seed(seed)
             model = build().to(device)
         folder = options.output / "runs" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}"
-        found.append(train(model, make_task(seed), config, folder, seed=seed))
+        found.append(train(model, make_task(seed), config, folder, seed=seed, settings=settings))
     values = [trained.figures[figure] for trained in found]
     seconds = sum(trained.seconds for trained in found) / len(found)
     figures = [trained.figures for trained in found]

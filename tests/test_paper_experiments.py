@@ -186,6 +186,13 @@ SCRIPTS = {
         "2",
     ],
 }
+OTHER = {  # a setting of the model or the data, and other values of its option
+    "mnist_addition": ("test pairs", ["--test", "10"]),
+    "colocalisation": ("crops tried", ["--tries", "3"]),
+    "extruded_digits": ("degrees", ["--degrees", "5"]),
+    "svhn": ("spread", ["--spread", "0.1"]),
+    "birds": ("dropout", ["--dropout", "0.5"]),
+}
 PICTURES = {
     "mnist_addition": ["mnist_addition"],
     "colocalisation": ["colocalisation_TC"],
@@ -234,6 +241,9 @@ def test_script_leaves_a_table_and_pictures(name, folder, tmp_path, capsys):
     assert script.main(arguments) == 0
     again = json.loads((tmp_path / f"{name}.json").read_text())
     assert [line["values"] for line in again["lines"]] == before
+    # What a run was trained with is not taken for something else.
+    with pytest.raises(ValueError, match=f"{OTHER[name][0]} .*, now .*: name another --output"):
+        script.main([*arguments, *OTHER[name][1]])
 
 
 def test_step_time(tmp_path, capsys):
