@@ -70,6 +70,15 @@ class TestAddition:
         torch.testing.assert_close(half[0], images[150:])
         assert torch.equal(half[1], sums[150:])
 
+    def test_strength(self, mnist):
+        """Without distortions there are as many images as digits: of each label all are the same."""
+        kinds = [
+            len(mnist_addition.pairs(mnist.train, 40, generator(), strength=by)[0][:, 0].unique(dim=0))
+            for by in (0.0, 1.0)
+        ]
+        assert kinds[0] <= 10
+        assert kinds[1] == 40
+
     @pytest.mark.parametrize("name", KINDS)
     def test_models_are_of_equal_size(self, name):
         model = mnist_addition.make_model(KINDS[name])
@@ -112,6 +121,11 @@ class TestExtruded:
         profile = volumes.sum((1, 3, 4))
         centre = (profile * torch.arange(40)).sum(1) / profile.sum(1)
         assert centre.std() > 2
+
+    def test_strength(self):
+        (none,), (all_,) = (Extruded().draw(9, generator(), by) for by in (0.0, 1.0))
+        torch.testing.assert_close(none, none[:1].expand_as(none))
+        assert (all_.std(0)[:, [0, 3]] > 0.05).all()
 
     def test_rotation(self):
         matrix = extruded_digits.rotation(torch.randn(7, 3, generator=generator()))
