@@ -92,7 +92,9 @@ def pretrained_trunk(options: argparse.Namespace, device: torch.device) -> nn.Mo
         torch.manual_seed(0)
         model = PartsNet(make_trunk("built-in"), kinds, 0, size=size, crop=size, dropout=0.0).to(device)
     config = replace(PRETRAINING, steps=options.pretraining)
-    found = train(model, Naming(single, size, seed=0), config, options.output / "runs" / "trunk")
+    folder = options.output / "runs" / "trunk"
+    settings = {"kinds": kinds, "size": size, "scenes": 2 * count, "data": train_set.source}
+    found = train(model, Naming(single, size, seed=0), config, folder, settings=settings)
     if rank() == 0:
         print(f"the trunk: {found.figures['accuracy']:.1f} % of single digits", flush=True)
     return model.trunk.cpu()
@@ -167,6 +169,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--pretraining is of the built-in trunk, for the stand-in")
     with processes(options.device) as device:
         birds = load(options, device)
+        keys = "trunk", "pretrained", "pretraining", "size", "crop", "dropout"
+        settings = {key: getattr(options, key) for key in keys}
+        settings |= {"classes": len(birds.train.classes), "scenes": len(birds.train.labels)}
+        source = birds.train.source
         lines = []
         trained = pretrained_trunk(options, device) if options.pretraining else None
         for transformers in options.transformers:
@@ -188,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 config,
                 options,
                 device,
+                settings | {"data": source},
                 figure="accuracy",
                 paper=PAPER_ACCURACY.get((transformers, options.size), "-"),
             )
@@ -196,9 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 path = options.output / f"birds_{transformers}.png"
                 draw_results(name, runs, birds.test, options.size, path)
         if rank() == 0:
-            keys = "trunk", "pretrained", "pretraining", "size", "crop", "dropout"
-            settings = {key: getattr(options, key) for key in keys} | {"classes": len(birds.train.classes)}
-            where, source = (options.output, "birds"), birds.train.source
+            where = options.output, "birds"
             title = f"Fine-grained classification, {options.size} px"
             print(save_table(*where, title, "accuracy, %", lines, config, PAPER, source, settings, device))
     return 0

@@ -319,7 +319,7 @@ def panels_of(collection: Collection, theta: Tensor, title: str) -> list[Panel]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("colocalisation", __doc__)
     parser.add_argument("--kinds", nargs="+", choices=list(DISTORTIONS), default=list(DISTORTIONS))
-    parser.add_argument("--digits", nargs="+", type=int, default=list(range(CLASSES)))
+    parser.add_argument("--digits", nargs="+", type=int, choices=range(CLASSES), default=list(range(CLASSES)))
     parser.add_argument(
         "--encoder-steps", type=int, default=1000, help="of the classifier's training; default: %(default)s"
     )
@@ -337,6 +337,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("the loss compares all images with each other, so it takes one process")
         mnist = load_mnist(options.data, device, stand_in=options.stand_in)
         encode = make_encoder(mnist.train, options.encoder_steps)
+        settings = {
+            "steps of the encoder's training": options.encoder_steps,
+            "crops tried": options.tries,
+            "start": options.start,
+        }
+        data = mnist.train.source
         lines = []
         for kind in options.kinds:
             panels: list[Panel] = []
@@ -356,6 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     config,
                     options,
                     device,
+                    settings | {"data": data},
                     figure="found",
                     paper=PAPER[kind],
                 )
@@ -377,14 +384,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if titled:
                     save_animation(options.output / f"colocalisation_{kind}.gif", titled, len(panels))
         if rank() == 0:
-            settings = {
-                "starts, of which the one with the least loss counts,": options.seeds,
-                "steps of the encoder's training": options.encoder_steps,
-                "crops tried": options.tries,
-                "start": options.start,
-            }
+            settings = {"starts, of which the one with the least loss counts,": options.seeds} | settings
             title = "Co-localisation, images with IoU > 0.5"
-            where, data = (options.output, "colocalisation"), mnist.train.source
+            where = options.output, "colocalisation"
             print(save_table(*where, title, "found, %", lines, config, None, data, settings, device))
     return 0
 

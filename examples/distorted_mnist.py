@@ -176,6 +176,7 @@ def run(jobs: Sequence[Job], mnist: Mnist, settings: Settings, output: Path) -> 
         config,
         folder,
         seed=jobs[0].seed,
+        settings={"parameters": parameters, "data": mnist.train.source},
     )
     if rank() != 0:
         return
@@ -262,7 +263,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     seeds = sorted({result["job"]["seed"] for result in found})
     said = ", ".join(f"{count:,} iterations of {batch}" for count, batch in steps)
     notes = [f"Run: {said}; seeds {', '.join(map(str, seeds))}. Mean ± standard deviation over the seeds."]
-    if steps[0][0] < PAPER_STEPS:
+    if any(count < PAPER_STEPS or batch < Config.batch for count, batch in steps):
         notes.append(
             f"**Run short of the paper's schedule** ({PAPER_STEPS:,} iterations of 256, three seeds)."
         )
@@ -322,7 +323,8 @@ def draw_results(output: Path, jobs: Sequence[Job], budgets: dict[Job, int], mni
     title = f"{name}: inputs with the transformer's grid, and below what it returns"
     save_picture(output / f"picture-{name}.png", panels, title, len(one) + len(several) + 1)
     titled = [(f"{name}, step {step:,}", frames[step]) for step in sorted(frames)]
-    save_animation(output / f"training-{name}.gif", titled, len(several))
+    if titled:
+        save_animation(output / f"training-{name}.gif", titled, len(several))
     return notes
 
 

@@ -22,7 +22,7 @@ import stn_triton as stn
 from examples.data import SIDE, Digits, Distortion, Drawn, Mnist, load_mnist
 from examples.models import cnn, count, fit_width
 from examples.outputs import Panel, parameters_of, save_picture, save_table, save_training, transformers_of
-from examples.runs import Runs, config_of, error, parser_of, run_seeds, sizes
+from examples.runs import Runs, config_of, error, parser_of, positive, run_seeds, sizes
 from examples.training import Config, Task, processes, rank
 from stn_triton.nn import SpatialTransformer
 from stn_triton.transforms import attention, compose
@@ -62,7 +62,7 @@ class Extruded(Distortion):
         )
         turn = rotation(strength * math.radians(self.degrees) * angles)
         reach = self.scale * SIDE / self.size  # of the digit's box, normalised
-        sides = turn.new_tensor([reach, reach, reach * self.depth / SIDE])
+        sides = torch.cat([turn.new_full((2,), reach), turn.new_full((1,), reach * self.depth / SIDE)])
         to_solid = torch.cat([turn / sides.unsqueeze(-1), torch.zeros_like(place).unsqueeze(-1)], -1)
         return (compose(to_solid, attention(1.0, -strength * (1 - sides) * place)),)
 
@@ -211,7 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, help="voxels a side; default: 60, with --quick 30")
     parser.add_argument("--degrees", type=float, default=Extruded.degrees)
     parser.add_argument("--parameters", type=int, help="of each model, about")
-    parser.add_argument("--test", type=int, help="how many test volumes; default: 10,000, with --quick 1,000")
+    parser.add_argument(
+        "--test", type=positive, help="how many test volumes; default: 10,000, with --quick 1,000"
+    )
     options = parser.parse_args(arguments)
     config = config_of(options, PAPER, QUICK)
     size = options.size or (30 if options.quick else 60)
@@ -220,6 +222,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     distortion = Extruded(size=size, degrees=options.degrees, scale=size / 60)
     with processes(options.device) as device:
         mnist = load_mnist(options.data, device, stand_in=options.stand_in)
+        data = mnist.train.source
+        settings = {
+            "voxels a side": size,
+            "degrees": options.degrees,
+            "parameters": f"about {parameters:,}",
+            "test volumes": test,
+        }
         found = {
             name: run_seeds(
                 name,
@@ -228,20 +237,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 config,
                 options,
                 device,
+                settings | {"data": data},
             )
             for name in ("CNN", "3-D ST-CNN")
         }
         if rank() == 0:
             runs = found["3-D ST-CNN"]
-            settings = {
-                "voxels a side": size,
-                "degrees": options.degrees,
-                "test volumes": test,
-                "pose:": alignment(runs.model, mnist.test, distortion),
-            }
+            settings["pose:"] = alignment(runs.model, mnist.test, distortion)
             title = "Extruded digits, of which the paper gives a picture and no number"
             lines = [one.line for one in found.values()]
-            data = mnist.train.source
             where = options.output, "extruded_digits"
             print(save_table(*where, title, "error, %", lines, config, PAPER, data, settings, device))
             draw_results(runs, mnist.test, distortion, options.output)

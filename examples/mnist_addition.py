@@ -26,7 +26,7 @@ from examples.outputs import (
     save_training,
     transformers_of,
 )
-from examples.runs import Runs, config_of, error, parser_of, run_seeds, sizes
+from examples.runs import Runs, config_of, error, parser_of, positive, run_seeds, sizes
 from examples.training import Config, Task, processes, rank
 from stn_triton.nn import SpatialTransformer, Transform
 
@@ -158,11 +158,12 @@ def draw_results(name: str, runs: Runs, digits: Digits, folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("mnist_addition", __doc__)
     parser.add_argument("--models", nargs="+", choices=list(KINDS), default=list(KINDS))
-    parser.add_argument("--test", type=int, default=10_000, help="how many test pairs")
+    parser.add_argument("--test", type=positive, default=10_000, help="how many test pairs")
     options = parser.parse_args(arguments)
     config = config_of(options, PAPER, QUICK)
     with processes(options.device) as device:
         mnist = load_mnist(options.data, device, stand_in=options.stand_in)
+        settings, data = {"test pairs": options.test}, mnist.train.source
         lines: list[Line] = []
         drawn: tuple[str, Runs] | None = None  # the last with transformers
         for name in options.models:
@@ -174,15 +175,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 config,
                 options,
                 device,
+                settings | {"data": data},
                 paper=kind.paper,
             )
             lines.append(runs.line)
             if kind.transforms:
                 drawn = name, runs
         if rank() == 0:
-            settings = {"test pairs": options.test}
-            where, data = (options.output, "mnist_addition"), mnist.train.source
-            title = "MNIST addition"
+            where, title = (options.output, "mnist_addition"), "MNIST addition"
             print(save_table(*where, title, "error, %", lines, config, PAPER, data, settings, device))
             if drawn is not None:
                 draw_results(*drawn, mnist.test, options.output)

@@ -108,6 +108,8 @@ def build_classifier(
     pool = nn.AvgPool2d(2) if halved else nn.Identity()
     inner = size // 2 if halved else size
     rest = parameters - count(transformer)
+    if rest < count(classifier(1, inner, **options)):
+        raise ValueError(f"parameters must be more than {name}'s transformer has, {count(transformer):,}")
     width = fit_width(lambda width: classifier(width, inner, **options), rest)
     return Transformed(transformer, nn.Sequential(pool, classifier(width, inner, **options)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,13 +42,25 @@ def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--data", help="a folder of MNIST's four IDX files; default: fetched, and kept")
     parser.add_argument("--stand-in", action="store_true", help="--data are other digits, and results say so")
-    parser.add_argument("--output", type=Path, default=Path("build") / name, help="default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=1, help="how many models of each kind")
+    parser.add_argument("--output", type=Path, help=f"default: build/{name}, with -quick if it is")
+    parser.add_argument("--seeds", type=positive, default=1, help="how many models of each kind")
     add_arguments(parser)
+    parser.set_defaults(experiment=name)
     return parser
 
 
+def positive(text: str) -> int:
+    """An option's type: an int, 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
+
+
 def config_of(options: argparse.Namespace, paper: Config, quick: Config) -> Config:
+    """How to train; fills in the folder of the output if none is named."""
+    if options.output is None:
+        options.output = Path("build") / (options.experiment + ("-quick" if options.quick else ""))
     return configure(quick if options.quick else paper, options)
 
 
@@ -59,6 +71,7 @@ def run_seeds(
     config: Config,
     options: argparse.Namespace,
     device: torch.device,
+    settings: Mapping[str, Any],
     *,
     figure: str = "error",
     paper: str = "-",
@@ -70,6 +83,7 @@ def run_seeds(
         build: a model in its initial state, on the CPU; drawn from PyTorch's generator.
         make_task: a seed's task.
         config, options: see :func:`config_of` and :func:`parser_of`.
+        settings: what else decides the numbers, the data's source among it; see :func:`training.train`.
         figure: which of the task's figures goes to the table.
         paper: the paper's.
     """
@@ -80,7 +94,7 @@ def run_seeds(
             torch.manual_seed(seed)
             model = build().to(device)
         folder = options.output / "runs" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}"
-        found.append(train(model, make_task(seed), config, folder, seed=seed))
+        found.append(train(model, make_task(seed), config, folder, seed=seed, settings=settings))
     values = [trained.figures[figure] for trained in found]
     seconds = sum(trained.seconds for trained in found) / len(found)
     figures = [trained.figures for trained in found]

@@ -290,6 +290,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         train, test = load(options, device)
         model_options = {key: getattr(options, key) for key in ("width", "dropout", "hidden")}
+        settings = model_options | {"size": options.size, "scenes": len(train.labels)}
+        if options.svhn is None:
+            settings |= {key: getattr(options, key) for key in STAND_IN}
         lines = []
         for kind in options.models:
             runs = run_seeds(
@@ -299,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 config,  # the plain net does better too when numbers move off the middle bit by bit
                 options,
                 device,
+                settings | {"data": train.source},
                 paper=PAPER_ERRORS.get(options.size, {}).get(kind, "-"),
             )
             line = runs.line
@@ -315,9 +319,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank() == 0:
             title = f"House numbers, {options.size} px"
             where = options.output, "svhn"
-            settings = model_options | {"scenes": len(train.labels)}
-            if options.svhn is None:
-                settings |= {key: getattr(options, key) for key in STAND_IN}
             print(save_table(*where, title, "error, %", lines, config, PAPER, train.source, settings, device))
     return 0
 

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,6 +268,7 @@ def train(
     seed: int = 0,
     progress: bool = True,
     stop_after: int | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Trained:
     """Trains a model, in place, from the folder's checkpoint if it has one.
 
@@ -279,6 +280,8 @@ def train(
         seed: of what the model draws itself (dropout). PyTorch's own generators are left as they were.
         progress: shows a bar.
         stop_after: leave after this step, with a checkpoint: a run in pieces.
+        settings: what else decides the numbers, of the model and the task: numbers and words, by name. A
+            checkpoint is gone on from if it is of the same.
 
     Raises:
         ValueError: the settings do not go together, or the checkpoint is of other settings.
@@ -297,15 +300,22 @@ def train(
         )
     with torch.random.fork_rng([device] if device.type == "cuda" else []), _determinism(config.deterministic):
         torch.manual_seed(seed + 1_000_003 * rank())
-        return _Run(model, task, config, folder, device).run(progress, stop_after)
+        return _Run(model, task, config, folder, device, settings or {}).run(progress, stop_after)
 
 
 class _Run:
     """The state of a run, which is what a checkpoint holds, and the loop."""
 
     def __init__(
-        self, model: nn.Module, task: Task, config: Config, folder: Path, device: torch.device
+        self,
+        model: nn.Module,
+        task: Task,
+        config: Config,
+        folder: Path,
+        device: torch.device,
+        settings: Mapping[str, Any],
     ) -> None:
+        self.settings = dataclasses.asdict(config) | {"processes": world_size()} | dict(settings)
         self.model, self.task, self.config, self.folder, self.device = model, task, config, folder, device
         self.optimiser = _make_optimiser(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
@@ -415,7 +425,7 @@ class _Run:
             dist.all_gather_object(states, own)
         if rank() == 0:
             state = {
-                "config": self._settings(),
+                "settings": self.settings,
                 "step": self.step,
                 "seconds": self.seconds,
                 "running": self.running,
@@ -436,8 +446,13 @@ class _Run:
         if not path.exists():
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
-        if state["config"] != self._settings():
-            raise ValueError(f"{path} is of a run with other settings: {state['config']}")
+        theirs, ours = state.get("settings", {}), self.settings
+        other = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+        if other:
+            said = ", ".join(f"{name} {theirs.get(name)}, now {ours.get(name)}" for name in other)
+            raise ValueError(
+                f"{path} is of a run with other settings ({said}): name another --output, or delete it"
+            )
         self.step, self.seconds = state["step"], state["seconds"]
         self.running.copy_(state["running"])
         self.history = state["history"]
@@ -451,10 +466,6 @@ class _Run:
         torch.set_rng_state(own["cpu"].cpu())
         if own["device"] is not None:
             torch.cuda.set_rng_state(own["device"].cpu(), self.device)
-
-    def _settings(self) -> dict[str, Any]:
-        """What a resumed run must agree on."""
-        return dataclasses.asdict(self.config) | {"processes": world_size()}
 
 
 class _Captured:

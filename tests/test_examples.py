@@ -247,6 +247,10 @@ class TestModels:
         with pytest.raises(ValueError, match="ST-CNN-TPS, got 'MLP'"):
             models.build_classifier("MLP", 28)
 
+    def test_transformer_that_takes_all_parameters_is_refused(self):
+        with pytest.raises(ValueError, match="more than ST-CNN-Aff's transformer has"):
+            models.build_classifier("ST-CNN-Aff", 60, halved=True, parameters=40_000)
+
 
 class Toy(Task):
     """Learns distorted digits; the model draws too, by dropout."""
@@ -320,8 +324,18 @@ class TestTraining:
 
     def test_other_settings_are_refused(self, mnist, tmp_path):
         train(make(), Toy(mnist), FAST, tmp_path, progress=False, stop_after=2)
-        with pytest.raises(ValueError, match="other settings"):
+        with pytest.raises(ValueError, match=r"other settings \(steps 6, now 7"):
             train(make(), Toy(mnist), Config(steps=7, batch=8), tmp_path, progress=False)
+
+    def test_other_settings_of_the_task_are_refused(self, mnist, tmp_path):
+        def run(**settings):
+            train(make(), Toy(mnist), FAST, tmp_path, progress=False, stop_after=2, settings=settings)
+
+        run(degrees=45.0)
+        run(degrees=45.0)
+        for other, said in (({"degrees": 0.0}, "degrees 45.0, now 0.0"), ({}, "degrees 45.0, now None")):
+            with pytest.raises(ValueError, match=said):
+                run(**other)
 
     @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
     def test_replicas_train_as_each_alone(self, mnist, tmp_path, optimiser):
@@ -398,7 +412,8 @@ class TestTraining:
             task = Toy(mnist)
             task.generator = torch.Generator("cuda").manual_seed(0)
             task.evaluate = lambda model: {}
-            config = Config(steps=12, batch=8, lr_every=6, cuda_graph=on)
+            task.strength = torch.ones((), device="cuda")  # the graph is to read it anew in each step
+            config = Config(steps=12, batch=8, lr_every=6, warm_up=0.8, cuda_graph=on)
             net = make(dropout=0.0).cuda()
             nets.append(train(net, task, config, tmp_path / str(on), progress=False).model)
         for a, b in zip(*(net.parameters() for net in nets)):

@@ -32,23 +32,33 @@ def plain_deform_conv2d(input, offset, weight, bias, padding):
     return total
 
 
+def torchvisions():
+    """torchvision's operator, or None: its wheels are for one build of PyTorch each."""
+    try:
+        from torchvision import ops
+
+        ops.deform_conv2d(
+            torch.zeros(1, 1, 3, 3), torch.zeros(1, 18, 3, 3), torch.zeros(1, 1, 3, 3), padding=1
+        )
+    except (ImportError, RuntimeError):
+        return None
+    return ops.deform_conv2d
+
+
 @pytest.fixture(autouse=True)
 def _operator(monkeypatch):
-    """torchvision's wheels are for one build of PyTorch each; without its operator a plain one does."""
-    try:
-        from torchvision import ops  # noqa: F401
-    except (ImportError, RuntimeError):
+    """Without torchvision's operator a plain one does."""
+    if torchvisions() is None:
         monkeypatch.setattr(deformable, "deform_conv2d", plain_deform_conv2d)
 
 
 def test_plain_operator_is_torchvisions():
-    try:
-        from torchvision import ops
-    except (ImportError, RuntimeError):
+    theirs = torchvisions()
+    if theirs is None:
         pytest.skip("needs torchvision's operators")
     input, offset = torch.rand(2, 3, 7, 9), torch.randn(2, 18, 7, 9)
     weight, bias = torch.randn(4, 3, 3, 3), torch.randn(4)
-    expected = ops.deform_conv2d(input, offset, weight, bias, padding=1)
+    expected = theirs(input, offset, weight, bias, padding=1)
     torch.testing.assert_close(
         plain_deform_conv2d(input, offset, weight, bias, 1), expected, atol=1e-4, rtol=1e-4
     )

@@ -70,6 +70,15 @@ class TestAddition:
         torch.testing.assert_close(half[0], images[150:])
         assert torch.equal(half[1], sums[150:])
 
+    def test_strength(self, mnist):
+        """Without distortions there are as many images as digits: of each label all are the same."""
+        kinds = [
+            len(mnist_addition.pairs(mnist.train, 40, generator(), strength=by)[0][:, 0].unique(dim=0))
+            for by in (0.0, 1.0)
+        ]
+        assert kinds[0] <= 10
+        assert kinds[1] == 40
+
     @pytest.mark.parametrize("name", KINDS)
     def test_models_are_of_equal_size(self, name):
         model = mnist_addition.make_model(KINDS[name])
@@ -112,6 +121,11 @@ class TestExtruded:
         profile = volumes.sum((1, 3, 4))
         centre = (profile * torch.arange(40)).sum(1) / profile.sum(1)
         assert centre.std() > 2
+
+    def test_strength(self):
+        (none,), (all_,) = (Extruded().draw(9, generator(), by) for by in (0.0, 1.0))
+        torch.testing.assert_close(none, none[:1].expand_as(none))
+        assert (all_.std(0)[:, [0, 3]] > 0.05).all()
 
     def test_rotation(self):
         matrix = extruded_digits.rotation(torch.randn(7, 3, generator=generator()))
@@ -186,6 +200,13 @@ SCRIPTS = {
         "2",
     ],
 }
+OTHER = {  # a setting of the model or the data, and other values of its option
+    "mnist_addition": ("test pairs", ["--test", "10"]),
+    "colocalisation": ("crops tried", ["--tries", "3"]),
+    "extruded_digits": ("degrees", ["--degrees", "5"]),
+    "svhn": ("spread", ["--spread", "0.1"]),
+    "birds": ("dropout", ["--dropout", "0.5"]),
+}
 PICTURES = {
     "mnist_addition": ["mnist_addition"],
     "colocalisation": ["colocalisation_TC"],
@@ -230,6 +251,9 @@ def test_script_leaves_a_table_and_pictures(name, folder, tmp_path, capsys):
     assert script.main(arguments) == 0
     again = json.loads((tmp_path / f"{name}.json").read_text())
     assert [line["values"] for line in again["lines"]] == before
+    # What a run was trained with is not taken for something else.
+    with pytest.raises(ValueError, match=f"{OTHER[name][0]} .*, now .*: name another --output"):
+        script.main([*arguments, *OTHER[name][1]])
 
 
 def test_step_time(tmp_path, capsys):
