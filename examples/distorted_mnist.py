@@ -33,6 +33,7 @@ from examples.training import (
     rank,
     train,
     write_json,
+    write_text,
 )
 from stn_triton.nn import SpatialTransformer
 from stn_triton.transforms import compose, invert
@@ -291,7 +292,7 @@ def write_results(output: Path, mnist: Mnist) -> None:
         jobs = [job for job in budgets if job.distortion == name and job.model.startswith("ST")]
         if jobs:
             notes += draw_results(output, jobs, budgets, mnist)
-    (output / "table.md").write_text(table(found) + "".join(f"* {note}\n" for note in notes))
+    write_text(output / "table.md", table(found) + "".join(f"* {note}\n" for note in notes))
     write_json(output / "table.json", found)
 
 
@@ -390,7 +391,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with processes(options.device) as device:
         mnist = load_mnist(options.data, device, stand_in=options.stand_in)
         source = mnist.train.source
-        for group in pending(jobs, settings, source, output, options.together):
+        groups = pending(jobs, settings, source, output, options.together)
+        for job in {job._replace(seed=0) for group in groups for job in group}:
+            build(job, settings(job.model).parameters, device)  # those too small complain before any has run
+        for group in groups:
             its = settings(group[0].model)
             if rank() == 0:
                 sizes = {models.count(build(job, its.parameters, device)) for job in group}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.machine import facts
-from examples.training import Config, write_json
+from examples.training import Config, write_json, write_text
 from stn_triton import viz
 from stn_triton.nn import SpatialTransformer
 
@@ -95,7 +95,7 @@ def save_table(
         "facts": described,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(text)
+    write_text(folder / f"{name}.md", text)
     write_json(folder / f"{name}.json", content)
     return text
 

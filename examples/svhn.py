@@ -43,7 +43,7 @@ from examples.svhn_data import (
     make_stand_in,
 )
 from examples.svhn_models import KINDS, TorchTransformer, sequence_errors, sequence_loss, svhn_net
-from examples.training import Config, Task, processes, rank, write_json
+from examples.training import Config, Task, processes, rank, write_json, write_text
 from stn_triton.nn import SpatialTransformer
 from stn_triton.transforms import compose
 
@@ -185,7 +185,7 @@ def measure_steps(options: argparse.Namespace, config: Config, device: torch.dev
     options.output.mkdir(parents=True, exist_ok=True)
     content = {"facts": facts(device), "size": options.size, "batch": config.batch, "width": options.width}
     write_json(options.output / "svhn_step.json", content | {"steps": found})
-    (options.output / "svhn_step.md").write_text("# SVHN: the time of a step\n\n" + table)
+    write_text(options.output / "svhn_step.md", "# SVHN: the time of a step\n\n" + table)
     print(table)
 
 

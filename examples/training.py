@@ -65,6 +65,11 @@ class Config:
         for name in ("steps", "batch", "lr_every", "log_every", "evaluate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("lr", "momentum", "weight_decay", "localisation_lr", "snapshots"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.lr_divisor > 0:
+            raise ValueError(f"lr_divisor must be positive, got {self.lr_divisor}")
         if not 0 <= self.warm_up <= 1:
             raise ValueError(f"warm_up must be from 0 to 1, got {self.warm_up}")
 
@@ -551,9 +556,13 @@ def _atomic(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     with _atomic(path) as part:
-        part.write_text(json.dumps(value, indent=1) + "\n")
+        part.write_text(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 class _NoBar:

@@ -156,6 +156,22 @@ def test_generator_of_the_caller_is_left_alone(mnist, tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("steps", 0),
+        ("lr", -1.0),
+        ("lr", float("nan")),
+        ("lr_divisor", 0.0),
+        ("snapshots", -1),
+        ("warm_up", 1.5),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must .* got {value}"):
+        Config(**{name: value})
+
+
 def test_results_of_other_settings_are_not_taken_for_these(tmp_path):
     job, new, config = Job("CNN", "R", 0), Job("CNN", "P", 0), Config(steps=5)
     path = tmp_path / "runs" / str(job) / "result.json"
@@ -269,8 +285,6 @@ def test_warm_up_raises_the_strength_of_distortions(mnist, tmp_path):
     both = ReplicaTask([Warming(mnist), Warming(mnist)])
     train(Replicas([make_model(), make_model()]), both, config, tmp_path / "two", progress=False)
     assert seen == [value for value in expected for _ in range(2)]
-    with pytest.raises(ValueError, match="warm_up must be from 0 to 1"):
-        Config(warm_up=1.5)
 
 
 # ------------------------------------------------------------------------------------------- precision
