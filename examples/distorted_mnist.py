@@ -392,14 +392,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mnist = load_mnist(options.data, device, stand_in=options.stand_in)
         source = mnist.train.source
         groups = pending(jobs, settings, source, output, options.together)
-        for job in {job._replace(seed=0) for group in groups for job in group}:
-            build(job, settings(job.model).parameters, device)  # those too small complain before any has run
+        # those too small for their transformers complain before any has run
+        counts = {
+            job: models.count(build(job, settings(job.model).parameters, device))
+            for group in groups
+            for job in group
+        }
         for group in groups:
-            its = settings(group[0].model)
             if rank() == 0:
-                sizes = {models.count(build(job, its.parameters, device)) for job in group}
-                print(f"{', '.join(map(str, group))}: {max(sizes):,} parameters", flush=True)
-            run(group, mnist, its, output)
+                print(f"{', '.join(map(str, group))}: {counts[group[0]]:,} parameters", flush=True)
+            run(group, mnist, settings(group[0].model), output)
         if rank() == 0:
             write_results(output, mnist)
             print((output / "table.md").read_text())

@@ -39,3 +39,13 @@ def _quick():
     """Tests of memory and of overflow ask for the interpreter's checks themselves."""
     with quick_interpreter(overflow_checks=False):
         yield
+
+
+@pytest.fixture
+def torch_on_one_thread():
+    """PyTorch's operators on one thread: quick for what is small, and sums in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with backend.use("torch"):
+        yield
+    torch.set_num_threads(threads)

@@ -17,20 +17,12 @@ from torch import nn
 from examples import data, distorted_mnist, models, training
 from examples.data import DISTORTIONS, load_mnist
 from examples.training import Config, Replicas, ReplicaTask, Task, train
-from stn_triton import backend
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = Config(steps=6, batch=8, lr=0.05, momentum=0.9, log_every=2, evaluate_every=3, checkpoint_every=2)
 
 
-@pytest.fixture(autouse=True)
-def _plain():
-    """PyTorch's operators on one thread: sums in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with backend.use("torch"):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
 
 
 def idx(values):

@@ -10,17 +10,9 @@ from examples import colocalisation
 from examples.colocalisation import Boxes, Finding, most_alike, overlap, triplet_hinge
 from examples.data import SIDE, Digits
 from examples.training import train
-from stn_triton import affine_grid_sample, backend
+from stn_triton import affine_grid_sample
 
-
-@pytest.fixture(autouse=True)
-def _torch():
-    """PyTorch's operators on one thread: quick, and sums in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with backend.use("torch"):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
 
 
 @pytest.fixture(scope="module")

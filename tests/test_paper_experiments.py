@@ -13,18 +13,9 @@ from examples.extruded_digits import Extruded, Flatten
 from examples.mnist_addition import KINDS
 from examples.models import count
 from examples.outputs import looks
-from stn_triton import backend
 from stn_triton.transforms import compose, invert
 
-
-@pytest.fixture(autouse=True)
-def _torch():
-    """PyTorch's operators on one thread: quick, and sums in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with backend.use("torch"):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
 
 
 def write_idx(path, values):

@@ -18,7 +18,6 @@ from examples.data import DISTORTIONS, Digits, Mnist, Similar
 from examples.distorted_mnist import TEST_SEED, Classify, Job, Settings, alignment, pending
 from examples.models import Transformed
 from examples.training import Config, Replicas, ReplicaTask, Task, train
-from stn_triton import backend
 from stn_triton.nn import SpatialTransformer, localisation_fcn
 from stn_triton.transforms import invert
 
@@ -37,14 +36,13 @@ SHORT = Config(
 )
 
 
+pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
+
+
 @pytest.fixture(autouse=True)
-def _plain():
-    """PyTorch's operators on one thread: sums in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with backend.use("torch"), torch.random.fork_rng(devices=[]):
+def _own_generator():
+    with torch.random.fork_rng(devices=[]):
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
