@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bench.machine import facts
 from examples import models
 from examples.data import DISTORTIONS, Digits, Distortion, Mnist, Similar, load_mnist
-from examples.outputs import Panel, save_animation, save_picture
+from examples.outputs import Panel, save_animation, save_picture, warmed_up
 from examples.training import (
     Config,
     Replicas,
@@ -268,10 +268,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         notes.append(
             f"**Run short of the paper's schedule** ({PAPER_STEPS:,} iterations of 256, three seeds)."
         )
-    grown = sorted({(result["config"]["warm_up"], result["job"]["model"]) for result in found})
-    for share in sorted({share for share, _ in grown if share}):
-        names = ", ".join(name for its, name in grown if its == share)
-        notes.append(f"Distortions grow from none over the first {100 * share:g} % of the run for {names}.")
+    notes += warmed_up(sorted((result["job"]["model"], result["config"]["warm_up"]) for result in found))
     if any(result["data"] != "MNIST" for result in found):
         notes.append("**The digits are a stand-in, not MNIST.**")
     for said, key in FACTS.items():

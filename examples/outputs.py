@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,9 +75,12 @@ def save_table(
     seeds = max((len(line.values) for line in lines), default=0)
     told = "; ".join(f"{key} {value}" for key, value in settings.items())
     commit, mark, _ = described["commit"].partition("+")
+    trained = [
+        f"{ran}; {config.optimiser.upper()}, rate {config.lr:g}; {seeds} seed{'s' if seeds > 1 else ''}.",
+        *warmed_up((line.name, line.warm_up) for line in lines),
+    ]
     notes = [
-        f"{ran}; {config.optimiser.upper()}, rate {config.lr:g}; {seeds} seed{'s' if seeds > 1 else ''}."
-        + warmed_up(lines),
+        " ".join(trained),
         f"Data: {source}." + (f" {told[:1].upper()}{told[1:]}." if told else ""),
         f"{described['device']}, {described['host_cores']} cores, PyTorch {described['torch']}, Triton "
         f"{described['triton']}, commit {commit[:12]}{mark}, {described['date'][:10]}. Seconds are of "
@@ -100,16 +103,16 @@ def save_table(
     return text
 
 
-def warmed_up(lines: Sequence[Line]) -> str:
-    """Which models' distortions grew during training, as a sentence after another."""
-    names: dict[float, list[str]] = {}
-    for line in lines:
-        if line.warm_up:
-            names.setdefault(line.warm_up, []).append(line.name)
-    return "".join(
-        f" Distortions grow from none over the first {share:.0%} of the iterations for {', '.join(its)}."
-        for share, its in names.items()
-    )
+def warmed_up(shares: Iterable[tuple[str, float]]) -> list[str]:
+    """Of models' names and ``Config.warm_up``, sentences: whose distortions grew during training."""
+    names: dict[float, dict[str, None]] = {}
+    for name, share in shares:
+        if share:
+            names.setdefault(share, {})[name] = None
+    return [
+        f"Distortions grow from none over the first {100 * share:g} % of the run for {', '.join(its)}."
+        for share, its in sorted(names.items())
+    ]
 
 
 def spread(values: Sequence[float]) -> str:
