@@ -1,0 +1,304 @@
+"""Affine maps between pixels, in fixed point.
+
+With u_k = 2 o_k - (W'_k - 1), whole numbers, output pixel o reads the coordinate
+
+    x_r = sum over k of  A_rk u_k + C_r,    A_rk = theta_rk n_r / (2 e_k),    C_r = theta_r n_r / 2 + (W_r - 1) / 2
+
+on axis r, where n_r = W_r and e_k = W'_k, less 1 where corners are aligned. Coordinates are int64 with 32
+fractional bits: the high word is the pixel, the low word the fraction. Entries have 28 bits more, in words of their
+own, so that a coordinate is rounded once however large u is. ``MATH.md`` bounds the errors.
+
+A flow displaces the map with theta = 1. Maps that leave the range of fixed point, and float64, go through floats.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..modes import Source
+from ..spec import Place, constant, plain
+from .arithmetic import exact_fma, true_divide
+from .padding import place_of
+from .tiles import pixels_from
+
+# Coordinates that fixed point holds with room to spare are below this, 2^30; float32 counts pixels up to 2^24.
+REACH = constant(2.0**30)
+LONGEST = constant(2**24)
+
+
+class Map(NamedTuple):
+    """An affine map from u to input pixels, one row for each axis of the input, (A_x, A_y[, A_z], C).
+
+    A flow's rows are (A, C), along its own axis. rows: in the compute type. high, low: the same in fixed point, in
+    units of 2^-32 (int64) and 2^-60 (int32, not negative). fits: whether fixed point holds all coordinates; a
+    constexpr False where there is none.
+    """
+
+    rows: Any
+    high: Any
+    low: Any
+    fits: Any
+
+
+@triton.constexpr_function
+def has_fixed_point(spec):
+    """Whether the source's coordinates may be fixed-point numbers."""
+    return plain(spec.source) in (Source.AFFINE, Source.FLOW) and plain(spec.compute) == tl.float32
+
+
+@triton.constexpr_function
+def has_starts(spec):
+    """Whether the coordinates of a tile follow from those of its first block by steps: rows of a volume wrap."""
+    return (
+        plain(spec.source) == Source.AFFINE and plain(spec.dims) == 2 and plain(spec.compute) == tl.float32
+    )
+
+
+@triton.jit
+def doubled(o, size):
+    """2 o - (size - 1): twice the distance of pixel ``o`` from the middle of its axis."""
+    return 2 * o - (size - 1)
+
+
+@triton.jit
+def steps_per_unit(size, SPEC: tl.constexpr):
+    """Twice the pixels in a normalised unit; at least 1, as a denominator."""
+    return tl.maximum(size - SPEC.align_corners, 1)
+
+
+@triton.jit
+def ratio(n, e):
+    """n / e as the sum of two floats, good to 2^-46; exact if it is a float."""
+    high = tl.div_rn(n, e)
+    return high, exact_fma(-high, e, n) / e
+
+
+@triton.jit
+def fixed(a, b):
+    """(a + b) / 2 in units of 2^-32, and what is left in units of 2^-60; |b| is much smaller than |a|."""
+    a *= 2.0**31
+    b *= 2.0**31
+    down_a = tl.floor(a)
+    down_b = tl.floor(b)
+    rest = (a - down_a) + (b - down_b)
+    return down_a.to(tl.int64) + down_b.to(tl.int64), (rest * 2.0**28).to(tl.int32)
+
+
+@triton.jit
+def product(a, b):
+    """a b as the sum of two floats, exactly."""
+    high = a * b
+    return high, exact_fma(a, b, -high)
+
+
+@triton.jit
+def affine_map(theta, sizes, SPEC: tl.constexpr):
+    """The ``Map`` of a matrix given by rows, in normalised units."""
+    rows = ()
+    products = ()
+    fits = True
+    for r in tl.static_range(SPEC.dims):
+        size = sizes.input[r]
+        n = (size - SPEC.align_corners).to(SPEC.compute)
+        row = ()
+        parts = ()
+        reach = 0.0
+        for k in tl.static_range(SPEC.dims):
+            e = steps_per_unit(sizes.output[k], SPEC).to(SPEC.compute)
+            if has_fixed_point(SPEC):
+                scale, scale_rest = ratio(n, e)
+                high, low = product(theta[r][k], scale)
+                parts += ((high, exact_fma(theta[r][k], scale_rest, low)),)
+            else:
+                high = theta[r][k] * (n / e)
+            row += (0.5 * high,)
+            reach += tl.abs(0.5 * high) * (sizes.output[k] - 1).to(SPEC.compute)
+        if has_fixed_point(SPEC):
+            parts += (product(theta[r][SPEC.dims], n),)
+        last = tl.fma(theta[r][SPEC.dims], 0.5 * n, 0.5 * (size - 1).to(SPEC.compute))
+        reach += tl.abs(last)
+        rows += (row + (last,),)
+        products += (parts,)
+        fits = (reach < REACH) & (size <= LONGEST) & (sizes.output[r] <= LONGEST) & fits
+    if not has_fixed_point(SPEC):
+        return Map(rows, (), (), False)
+    else:
+        high_rows = ()
+        low_rows = ()
+        for r in tl.static_range(SPEC.dims):
+            high_row = ()
+            low_row = ()
+            for k in tl.static_range(SPEC.dims + 1):
+                # what does not fit an integer is not made one
+                high, low = fixed(tl.where(fits, products[r][k][0], 0.0), tl.where(fits, products[r][k][1], 0.0))
+                if k == SPEC.dims:
+                    high += (sizes.input[r] - 1).to(tl.int64) << 31
+                high_row += (high,)
+                low_row += (low,)
+            high_rows += (high_row,)
+            low_rows += (low_row,)
+        return Map(rows, high_rows, low_rows, fits)
+
+
+@triton.jit
+def identity_map(sizes, SPEC: tl.constexpr):
+    """The ``Map`` of theta = 1, along each axis alone."""
+    rows = ()
+    high_rows = ()
+    low_rows = ()
+    fits = True
+    for r in tl.static_range(SPEC.dims):
+        size = sizes.input[r]
+        n = (size - SPEC.align_corners).to(SPEC.compute)
+        e = steps_per_unit(sizes.output[r], SPEC).to(SPEC.compute)
+        rows += ((0.5 * true_divide(n, e, SPEC), 0.5 * (size - 1).to(SPEC.compute)),)
+        if has_fixed_point(SPEC):
+            scale, scale_rest = ratio(n, e)
+            high, low = fixed(scale, scale_rest)
+            high_rows += ((high, (size - 1).to(tl.int64) << 31),)
+            low_rows += ((low, low * 0),)
+            fits = (size <= LONGEST) & (sizes.output[r] <= LONGEST) & fits
+    if has_fixed_point(SPEC):
+        return Map(rows, high_rows, low_rows, fits)
+    else:
+        return Map(rows, (), (), False)
+
+
+# --------------------------------------------------------------------------------------- coordinates
+@triton.jit
+def fixed_coordinate(high, low, u, TERMS: tl.constexpr):
+    """A row's fixed-point coordinate at ``u``, TERMS whole numbers, rounded once."""
+    total = high[TERMS]
+    rest = low[TERMS].to(tl.int64) + 2**27
+    for k in tl.static_range(TERMS):
+        total += u[k].to(tl.int64) * high[k]
+        rest += u[k].to(tl.int64) * low[k].to(tl.int64)
+    return total + (rest >> 28)
+
+
+@triton.jit
+def float_coordinate(row, u, TERMS: tl.constexpr, SPEC: tl.constexpr):
+    """A row's coordinate at ``u`` in the compute type; C, the largest term in a crop, is added last."""
+    total = u[0].to(SPEC.compute) * row[0]
+    for k in tl.static_range(1, TERMS):
+        total = tl.fma(u[k].to(SPEC.compute), row[k], total)
+    return total + row[TERMS]
+
+
+@triton.jit
+def fixed_place(x, SPEC: tl.constexpr):
+    return Place((x >> 32).to(tl.int32), x.to(tl.uint32).to(SPEC.compute) * 2.0**-32)
+
+
+@triton.jit
+def doubled_pixels(out, sizes, SPEC: tl.constexpr):
+    """u of the output pixels ``out``."""
+    u = ()
+    for k in tl.static_range(SPEC.dims):
+        u += (doubled(out[k], sizes.output[k]),)
+    return u
+
+
+@triton.jit
+def fixed_places(map, out, sizes, SPEC: tl.constexpr):
+    """Where the output pixels ``out`` are read, on each axis."""
+    u = doubled_pixels(out, sizes, SPEC)
+    places = ()
+    for r in tl.static_range(SPEC.dims):
+        places += (fixed_place(fixed_coordinate(map.high[r], map.low[r], u, SPEC.dims), SPEC),)
+    return places
+
+
+@triton.jit
+def float_places(map, out, sizes, SPEC: tl.constexpr):
+    """``fixed_places`` for any map."""
+    u = doubled_pixels(out, sizes, SPEC)
+    places = ()
+    for r in tl.static_range(SPEC.dims):
+        x = float_coordinate(map.rows[r], u, SPEC.dims, SPEC)
+        places += (place_of(x, sizes.input[r], r, SPEC),)
+    return places
+
+
+@triton.jit
+def affine_places(map, out, sizes, SPEC: tl.constexpr):
+    """Where the output pixels ``out`` are read, on each axis."""
+    if has_fixed_point(SPEC):
+        if map.fits:
+            places = fixed_places(map, out, sizes, SPEC)
+        else:
+            places = float_places(map, out, sizes, SPEC)
+        return places
+    else:
+        return float_places(map, out, sizes, SPEC)
+
+
+# -------------------------------------------------------------------------------- block after block
+@triton.jit
+def starts_of(map, column, row, sizes, SPEC: tl.constexpr):
+    """The fixed-point coordinates of the block at ``column`` and ``row``, and what they grow by to the next block.
+
+    Nothing where coordinates do not go by steps.
+    """
+    starts = ()
+    growth = ()
+    if has_starts(SPEC):
+        out, _ = pixels_from(column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
+        u = doubled_pixels(out, sizes, SPEC)
+        for r in tl.static_range(SPEC.dims):
+            starts += (fixed_coordinate(map.high[r], map.low[r], u, SPEC.dims),)
+            rest = map.low[r][1].to(tl.int64) * (2 * SPEC.rows) + 2**27
+            growth += (map.high[r][1] * (2 * SPEC.rows) + (rest >> 28),)
+    return starts, growth
+
+
+@triton.jit
+def stepped_places(starts, step, SPEC: tl.constexpr):
+    """The fixed-point places of the block that is ``step`` blocks below ``starts``."""
+    places = ()
+    for r in tl.static_range(SPEC.dims):
+        places += (fixed_place(starts[0][r] + starts[1][r] * step, SPEC),)
+    return places
+
+
+@triton.jit
+def block_places(work, step, out, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr):
+    """``affine_places`` of a program's block ``step``, whose pixels are ``out``. INTERIOR: fixed point holds them."""
+    if not has_starts(SPEC):
+        return affine_places(work.map, out, sizes, SPEC)
+    elif INTERIOR:
+        return stepped_places(work.starts, step, SPEC)
+    else:
+        if work.map.fits:
+            places = stepped_places(work.starts, step, SPEC)
+        else:
+            places = float_places(work.map, out, sizes, SPEC)
+        return places
+
+
+# -------------------------------------------------------------------------------------------- flows
+@triton.jit
+def identity_place(map, out, sizes, AXIS: tl.constexpr, SPEC: tl.constexpr):
+    """Where the output's identity grid lies in the input, on one axis."""
+    u = (doubled(out[AXIS], sizes.output[AXIS]),)
+    if has_fixed_point(SPEC):
+        if map.fits:
+            place = fixed_place(fixed_coordinate(map.high[AXIS], map.low[AXIS], u, 1), SPEC)
+        else:
+            x = float_coordinate(map.rows[AXIS], u, 1, SPEC)
+            place = place_of(x, sizes.input[AXIS], AXIS, SPEC)
+        return place
+    else:
+        return place_of(float_coordinate(map.rows[AXIS], u, 1, SPEC), sizes.input[AXIS], AXIS, SPEC)
+
+
+@triton.jit
+def displaced(place, by, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
+    """``place`` moved by a float number of pixels: whole numbers and fractions are added apart."""
+    move = place_of(by, size, AXIS, SPEC)
+    fraction = place.fraction + move.fraction
+    # a fraction of 1 is a number just below 0, and stays so if nothing is added to it
+    carry = (fraction >= 1.0) & (place.fraction > 0.0)
+    index = place.index + move.index + carry.to(tl.int32)
+    return Place(index, tl.where(carry, fraction - 1.0, fraction))
