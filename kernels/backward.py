@@ -2,7 +2,7 @@
 
 d image has three ways. Maps that have an inverse gather it (``gather``), always. Others scatter by atomics
 into the compute type (``sample``), whose last bits depend on the order; or, where the same bits are asked
-for each time, sum a sorted list (``sorted``). Only scattering needs zeros first, and a wider copy of half
+for each time, sum a sorted list (``sort``). Only scattering needs zeros first, and a wider copy of half
 images. d parameters comes from ``sample`` or ``derivatives``, in a fixed order of sums.
 """
 
@@ -14,7 +14,7 @@ from .gather import gather_backward
 from .launch import compute_dtypes, planned
 from .modes import Source
 from .sample import sample_backward
-from .sorted import sorted_backward
+from .sort import sorted_backward
 
 INVERTIBLE = (int(Source.AFFINE), int(Source.PROJECTIVE))
 
@@ -64,7 +64,7 @@ def second(
     tangent: torch.Tensor | None,
     params: torch.Tensor,
     control_points: torch.Tensor | None,
-    moved: torch.Tensor | None,
+    coord_tangent: torch.Tensor | None,
     grad_input: torch.Tensor | None,
     source: int,
     interpolation: int,
@@ -78,13 +78,13 @@ def second(
     total = None
     if grad_input is not None:
         if repeatable or source in INVERTIBLE:
-            sorted_backward(grad_output, params, control_points, grad_input, *modes, moved)
+            sorted_backward(grad_output, params, control_points, grad_input, *modes, coord_tangent)
         else:
             total = _zeros(grad_input, params)
     by_coordinates = None
     if total is not None or coordinates_grad:
         by_coordinates = sample_hvp(
-            grad_output, input, tangent, params, control_points, moved, total, *modes, coordinates_grad
+            grad_output, input, tangent, params, control_points, coord_tangent, total, *modes, coordinates_grad
         )
     _round(total, grad_input)
     return by_coordinates

@@ -37,7 +37,15 @@ from .device.tiles import (
     steps_from,
 )
 from .host import parameters
-from .host.parameters import axes, channel_dim, image_strides, num_controls, output_strides, source_strides
+from .host.parameters import (
+    axes,
+    channel_dim,
+    has_fixed_point,
+    image_strides,
+    num_controls,
+    output_strides,
+    source_strides,
+)
 from .launch import INT32_MAX, Plan, compute_dtypes, has_fast_log, index_dtype, planned, vector_width
 from .modes import Source
 from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling, Work, constant
@@ -340,6 +348,7 @@ def cut(
         "dims": dims,
         "compute": compute,
         "index": index,
+        "fixed_point": has_fixed_point(source, compute, gathered.shape[2:], output.shape[-dims:]),
         "fast_log": source == Source.TPS and has_fast_log(gathered.device, compute),
         "rows": tile.rows,
         "columns": tile.columns,

@@ -20,9 +20,10 @@ def constant(value: Any) -> Any:
     return value if triton.knobs.runtime.interpret else tl.constexpr(value)
 
 
+@triton.constexpr_function
 def plain(value: Any) -> Any:
-    """What ``constant`` was given."""
-    return value.value if isinstance(value, tl.constexpr) else value
+    """What ``constant`` was given: Triton unwraps the arguments of such functions, but not their fields."""
+    return value
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Spec:
     dims: int
     compute: tl.dtype  # of weights and sums, and of coordinates that are not whole numbers
     index: tl.dtype  # of offsets within one image
+    fixed_point: bool = False  # affine coordinates, and a flow's identity, are fixed-point numbers
     fast_log: bool = False  # a spline's logarithm is the hardware's
     # the tile: rows x columns pixels, ``unroll`` blocks of ``channels`` at a time, the same of ``group`` outputs
     rows: int = 1
@@ -58,14 +60,15 @@ class Spec:
     input_grad: bool = False
     source_grad: bool = False
     control_grad: bool = False
-    coordinate_grad: bool = False
-    # which parts of a direction there are (derivatives)
+    coord_grad: bool = False
+    # which parts of a direction there are (derivatives, sort): tangents of the image and of the coordinates
     tangent: bool = False
-    coordinate_tangent: bool = False
+    coord_tangent: bool = False
     # gather: blocks of outputs, and the most outputs that a lane visits on its own
     block_rows: int = 1
     block_columns: int = 1
     most_candidates: int = 1
+    one_transform: bool = False  # of each image
     # sort: axes along which an image's output pixels lie
     axes: int = 1
 
@@ -179,15 +182,15 @@ _AXES = "xyz"
 CHANNEL_STRIDES = tuple(f"stride_{tensor}_c" for tensor in ("input", "output", "grad", "tangent"))
 ROW_STRIDES = ("stride_input_x", "stride_grad_x", "stride_tangent_x")
 UNSPECIALIZED = (
-    *(f"{pointer}_ptr" for pointer in ("source", "control", "partial", "moved", "records", "fractions")),
+    *(f"{pointer}_ptr" for pointer in ("source", "control", "partial", "coord", "by_coord")),
     *(f"stride_source_{i}" for i in range(5)),
-    *(f"stride_moved_{i}" for i in (*range(5), "t")),
+    *(f"stride_coord_{i}" for i in (*range(5), "t")),
     *(f"stride_{tensor}_{axis}" for tensor in ("input", "output", "grad", "tangent") for axis in "nt" + _AXES),
     *(f"stride_output_{axis}" for axis in range(4)),
     *(f"output_size_{axis}" for axis in range(3)),
     *(f"stride_grid_{axis}" for axis in "nk" + _AXES),
     *(f"{image}_{size}" for image in ("in", "out") for size in ("width", "height", "depth")),
-    *("num_controls", "batch", "transforms", "channels", "images", "outputs", "length", "lists"),
+    *("indices_ptr", "fractions_ptr", "num_controls", "batch", "transforms", "channels", "images", "outputs", "length", "lists"),
     *("column_tiles", "row_tiles", "splits", "split_blocks", "steps"),
 )
 SPECIALIZATION: dict[str, Any] = {

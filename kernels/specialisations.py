@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 
 from . import derivatives, gather, grid, launch, sample
 from .modes import Interpolation, Padding, Source
-from .sorted import sorted_backward
+from .sort import sorted_backward
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -18,21 +18,20 @@ import triton.language as tl
 
 from ..modes import Source
 from ..spec import Place, constant, plain
-from .arithmetic import exact_fma, true_divide
+from .arithmetic import exact_fma
 from .padding import place_of
 from .tiles import pixels_from
 
-# Coordinates that fixed point holds with room to spare are below this, 2^30; float32 counts pixels up to 2^24.
+# Coordinates that fixed point holds with room to spare are below this.
 REACH = constant(2.0**30)
-LONGEST = constant(2**24)
 
 
 class Map(NamedTuple):
     """An affine map from u to input pixels, one row for each axis of the input, (A_x, A_y[, A_z], C).
 
     A flow's rows are (A, C), along its own axis. rows: in the compute type. high, low: the same in fixed point, in
-    units of 2^-32 (int64) and 2^-60 (int32, not negative). fits: whether fixed point holds all coordinates; a
-    constexpr False where there is none.
+    units of 2^-32 (int64) and 2^-60 (int32, not negative); nothing without ``SPEC.fixed_point``. fits: whether fixed
+    point holds all coordinates.
     """
 
     rows: Any
@@ -42,17 +41,9 @@ class Map(NamedTuple):
 
 
 @triton.constexpr_function
-def has_fixed_point(spec):
-    """Whether the source's coordinates may be fixed-point numbers."""
-    return plain(spec.source) in (Source.AFFINE, Source.FLOW) and plain(spec.compute) == tl.float32
-
-
-@triton.constexpr_function
 def has_starts(spec):
     """Whether the coordinates of a tile follow from those of its first block by steps: rows of a volume wrap."""
-    return (
-        plain(spec.source) == Source.AFFINE and plain(spec.dims) == 2 and plain(spec.compute) == tl.float32
-    )
+    return plain(spec.source) == Source.AFFINE and plain(spec.dims) == 2 and plain(spec.fixed_point)
 
 
 @triton.jit
@@ -68,21 +59,10 @@ def steps_per_unit(size, SPEC: tl.constexpr):
 
 
 @triton.jit
-def ratio(n, e):
-    """n / e as the sum of two floats, good to 2^-46; exact if it is a float."""
-    high = tl.div_rn(n, e)
-    return high, exact_fma(-high, e, n) / e
-
-
-@triton.jit
-def fixed(a, b):
-    """(a + b) / 2 in units of 2^-32, and what is left in units of 2^-60; |b| is much smaller than |a|."""
-    a *= 2.0**31
-    b *= 2.0**31
-    down_a = tl.floor(a)
-    down_b = tl.floor(b)
-    rest = (a - down_a) + (b - down_b)
-    return down_a.to(tl.int64) + down_b.to(tl.int64), (rest * 2.0**28).to(tl.int32)
+def reciprocal(e):
+    """2^31 / e as the sum of two floats, good to 2^-46."""
+    high = 1.0 / e
+    return high * 2.0**31, exact_fma(-high, e, 1.0) * high * 2.0**31
 
 
 @triton.jit
@@ -93,45 +73,71 @@ def product(a, b):
 
 
 @triton.jit
-def affine_map(theta, sizes, SPEC: tl.constexpr):
-    """The ``Map`` of a matrix given by rows, in normalised units."""
+def scaled(theta, n, inverse):
+    """theta n / (2 e) in units of 2^-32 as the sum of two floats, from ``reciprocal``'s two for e."""
+    high, low = product(theta, n)
+    whole, rest = product(high, inverse[0])
+    return whole, tl.fma(low, inverse[0], tl.fma(high, inverse[1], rest))
+
+
+@triton.jit
+def fixed(a, b):
+    """a + b, in units of 2^-32, as a whole number (int64) and what is left in units of 2^-60 (int32)."""
+    down_a = tl.floor(a)
+    down_b = tl.floor(b)
+    rest = (a - down_a) + (b - down_b)
+    return down_a.to(tl.int64) + down_b.to(tl.int64), (rest * 2.0**28).to(tl.int32)
+
+
+@triton.jit
+def float_rows(theta, sizes, SPEC: tl.constexpr):
+    """The rows of a map in the compute type, from a matrix given by rows in normalised units."""
     rows = ()
-    products = ()
-    fits = True
     for r in tl.static_range(SPEC.dims):
-        size = sizes.input[r]
-        n = (size - SPEC.align_corners).to(SPEC.compute)
+        n = (sizes.input[r] - SPEC.align_corners).to(SPEC.compute)
         row = ()
-        parts = ()
-        reach = 0.0
         for k in tl.static_range(SPEC.dims):
             e = steps_per_unit(sizes.output[k], SPEC).to(SPEC.compute)
-            if has_fixed_point(SPEC):
-                scale, scale_rest = ratio(n, e)
-                high, low = product(theta[r][k], scale)
-                parts += ((high, exact_fma(theta[r][k], scale_rest, low)),)
-            else:
-                high = theta[r][k] * (n / e)
-            row += (0.5 * high,)
-            reach += tl.abs(0.5 * high) * (sizes.output[k] - 1).to(SPEC.compute)
-        if has_fixed_point(SPEC):
-            parts += (product(theta[r][SPEC.dims], n),)
-        last = tl.fma(theta[r][SPEC.dims], 0.5 * n, 0.5 * (size - 1).to(SPEC.compute))
-        reach += tl.abs(last)
-        rows += (row + (last,),)
-        products += (parts,)
-        fits = (reach < REACH) & (size <= LONGEST) & (sizes.output[r] <= LONGEST) & fits
-    if not has_fixed_point(SPEC):
-        return Map(rows, (), (), False)
+            row += (theta[r][k] * (n / e) * 0.5,)
+        center = (sizes.input[r] - 1).to(SPEC.compute) * 0.5
+        rows += (row + (tl.fma(theta[r][SPEC.dims], 0.5 * n, center),),)
+    return rows
+
+
+@triton.jit
+def affine_map(theta, sizes, SPEC: tl.constexpr):
+    """The ``Map`` of a matrix given by rows, in normalised units."""
+    if not SPEC.fixed_point:
+        return Map(float_rows(theta, sizes, SPEC), (), (), False)
     else:
+        inverses = ()
+        for k in tl.static_range(SPEC.dims):
+            inverses += (reciprocal(steps_per_unit(sizes.output[k], SPEC).to(tl.float32)),)
+        rows = ()
+        entries = ()
+        fits = True
+        for r in tl.static_range(SPEC.dims):
+            n = (sizes.input[r] - SPEC.align_corners).to(tl.float32)
+            row = ()
+            reach = 0.0
+            for k in tl.static_range(SPEC.dims):
+                entry = scaled(theta[r][k], n, inverses[k])
+                entries += (entry,)
+                row += (entry[0] * 2.0**-31 * 0.5,)
+                reach += tl.abs(row[k]) * (sizes.output[k] - 1).to(tl.float32)
+            entries += (product(theta[r][SPEC.dims], n * 2.0**31),)
+            last = tl.fma(theta[r][SPEC.dims], 0.5 * n, (sizes.input[r] - 1).to(tl.float32) * 0.5)
+            rows += (row + (last,),)
+            fits = (reach + tl.abs(last) < REACH) & fits
         high_rows = ()
         low_rows = ()
         for r in tl.static_range(SPEC.dims):
             high_row = ()
             low_row = ()
             for k in tl.static_range(SPEC.dims + 1):
+                a, b = entries[r * (SPEC.dims + 1) + k]
                 # what does not fit an integer is not made one
-                high, low = fixed(tl.where(fits, products[r][k][0], 0.0), tl.where(fits, products[r][k][1], 0.0))
+                high, low = fixed(tl.where(fits, a, 0.0), tl.where(fits, b, 0.0))
                 if k == SPEC.dims:
                     high += (sizes.input[r] - 1).to(tl.int64) << 31
                 high_row += (high,)
@@ -147,22 +153,16 @@ def identity_map(sizes, SPEC: tl.constexpr):
     rows = ()
     high_rows = ()
     low_rows = ()
-    fits = True
     for r in tl.static_range(SPEC.dims):
-        size = sizes.input[r]
-        n = (size - SPEC.align_corners).to(SPEC.compute)
+        n = (sizes.input[r] - SPEC.align_corners).to(SPEC.compute)
         e = steps_per_unit(sizes.output[r], SPEC).to(SPEC.compute)
-        rows += ((0.5 * true_divide(n, e, SPEC), 0.5 * (size - 1).to(SPEC.compute)),)
-        if has_fixed_point(SPEC):
-            scale, scale_rest = ratio(n, e)
-            high, low = fixed(scale, scale_rest)
-            high_rows += ((high, (size - 1).to(tl.int64) << 31),)
+        if SPEC.fixed_point:
+            high, low = fixed(*scaled(n, 1.0, reciprocal(e)))
+            high_rows += ((high, (sizes.input[r] - 1).to(tl.int64) << 31),)
             low_rows += ((low, low * 0),)
-            fits = (size <= LONGEST) & (sizes.output[r] <= LONGEST) & fits
-    if has_fixed_point(SPEC):
-        return Map(rows, high_rows, low_rows, fits)
-    else:
-        return Map(rows, (), (), False)
+        else:
+            rows += ((n / e * 0.5, (sizes.input[r] - 1).to(SPEC.compute) * 0.5),)
+    return Map(rows, high_rows, low_rows, True)
 
 
 # --------------------------------------------------------------------------------------- coordinates
@@ -224,14 +224,14 @@ def float_places(map, out, sizes, SPEC: tl.constexpr):
 @triton.jit
 def affine_places(map, out, sizes, SPEC: tl.constexpr):
     """Where the output pixels ``out`` are read, on each axis."""
-    if has_fixed_point(SPEC):
+    if not SPEC.fixed_point:
+        return float_places(map, out, sizes, SPEC)
+    else:
         if map.fits:
             places = fixed_places(map, out, sizes, SPEC)
         else:
             places = float_places(map, out, sizes, SPEC)
         return places
-    else:
-        return float_places(map, out, sizes, SPEC)
 
 
 # -------------------------------------------------------------------------------- block after block
@@ -282,13 +282,8 @@ def block_places(work, step, out, sizes, SPEC: tl.constexpr, INTERIOR: tl.conste
 def identity_place(map, out, sizes, AXIS: tl.constexpr, SPEC: tl.constexpr):
     """Where the output's identity grid lies in the input, on one axis."""
     u = (doubled(out[AXIS], sizes.output[AXIS]),)
-    if has_fixed_point(SPEC):
-        if map.fits:
-            place = fixed_place(fixed_coordinate(map.high[AXIS], map.low[AXIS], u, 1), SPEC)
-        else:
-            x = float_coordinate(map.rows[AXIS], u, 1, SPEC)
-            place = place_of(x, sizes.input[AXIS], AXIS, SPEC)
-        return place
+    if SPEC.fixed_point:
+        return fixed_place(fixed_coordinate(map.high[AXIS], map.low[AXIS], u, 1), SPEC)
     else:
         return place_of(float_coordinate(map.rows[AXIS], u, 1, SPEC), sizes.input[AXIS], AXIS, SPEC)
 

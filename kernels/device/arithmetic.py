@@ -63,7 +63,8 @@ def exact_fma(a, b, c):
     if COMPILED:
         return tl.fma(a, b, c)
     else:
-        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+        exact = tl.cast(a, tl.float64) * tl.cast(b, tl.float64) + tl.cast(c, tl.float64)
+        return exact.to(tl.float32)
 
 
 @triton.jit

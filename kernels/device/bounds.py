@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..modes import Interpolation, Source
 from ..spec import constant, plain
-from .affine import doubled, has_fixed_point, steps_per_unit
+from .affine import doubled, steps_per_unit
 from .arithmetic import INFINITY, PROJECTIVE, larger, smaller
 from .interpolation import tap_count
 from .sources import normalised, pixels_per_unit
@@ -149,21 +149,6 @@ def tap_margins(spec):
 
 
 @triton.jit
-def fixed_bounds(map, first, last, sizes, AXIS: tl.constexpr, SPEC: tl.constexpr):
-    """A lower and an upper bound of the fixed-point coordinates of a box of output pixels, on one axis."""
-    low = map.high[AXIS][SPEC.dims]
-    high = low
-    margin = tl.cast(64, tl.int64)  # roundings
-    for k in tl.static_range(SPEC.dims):
-        at_first = map.high[AXIS][k] * doubled(first[k], sizes.output[k]).to(tl.int64)
-        at_last = map.high[AXIS][k] * doubled(last[k], sizes.output[k]).to(tl.int64)
-        low += tl.minimum(at_first, at_last)
-        high += tl.maximum(at_first, at_last)
-        margin += sizes.output[k].to(tl.int64) * 2  # an entry's further bits are less than two units
-    return low - margin, high + margin
-
-
-@triton.jit
 def is_interior(map, column, row, rows, sizes, SPEC: tl.constexpr):
     """Whether all pixels of a tile of ``rows`` rows exist, and all their taps lie in the image.
 
@@ -175,20 +160,16 @@ def is_interior(map, column, row, rows, sizes, SPEC: tl.constexpr):
     last = (column + tl.minimum(columns, SPEC.columns) - 1,) + last_yz
     interior = (columns >= SPEC.columns) & (row_count(sizes.output, row, SPEC) - row >= rows)
     MARGINS: tl.constexpr = tap_margins(SPEC)
-    if has_fixed_point(SPEC):
-        interior = interior & map.fits
-        for axis in tl.static_range(SPEC.dims):
-            low, high = fixed_bounds(map, first, last, sizes, axis, SPEC)
-            above = (sizes.input[axis] - MARGINS[1]).to(tl.int64) << 32
-            interior = interior & (low > MARGINS[0] * 2**32) & (high < above)
-    else:
-        low, high = box_in_units(first, last, sizes, SPEC)
-        bounds = image_bounds(map, low, high, sizes, SPEC)
-        for axis in tl.static_range(SPEC.dims):
-            size = sizes.input[axis]
-            above = (size - MARGINS[1]).to(SPEC.compute)
-            interior = interior & (bounds[axis][0] > MARGINS[0]) & (bounds[axis][1] < above)
+    low, high = box_in_units(first, last, sizes, SPEC)
+    bounds = image_bounds(map, low, high, sizes, SPEC)
+    for axis in tl.static_range(SPEC.dims):
+        size = sizes.input[axis]
+        above = (size - MARGINS[1]).to(SPEC.compute)
+        interior = interior & (bounds[axis][0] > MARGINS[0]) & (bounds[axis][1] < above)
+        if not SPEC.fixed_point:
             interior = interior & (size <= 2**24)  # a float is then any pixel's number
+    if SPEC.fixed_point:
+        interior = interior & map.fits
     return interior
 
 

@@ -15,7 +15,7 @@ from triton.language.extra import libdevice
 
 from ..modes import Source
 from ..spec import plain
-from .affine import affine_map, block_places, displaced, doubled, identity_map, identity_place, steps_per_unit
+from .affine import affine_map, affine_places, block_places, displaced, doubled, identity_map, identity_place, steps_per_unit
 from .arithmetic import AFFINE, FLOW, GRID, PROJECTIVE, TPS, divided, larger, rounded, true_divide, whole_quotient
 from .padding import place_of
 from .tiles import existing, offset_of, pixels_from
@@ -392,10 +392,10 @@ def coordinates_of(params, work, out, mask, sizes, SPEC: tl.constexpr):
 
 
 @triton.jit
-def places_of(params, work, step, out, mask, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
-    """Where the pixels ``out`` of a program's block ``step`` are read: a ``Place`` an axis, for each output."""
+def places_at(params, work, out, mask, sizes, SPEC: tl.constexpr):
+    """Where any pixels ``out`` are read: a ``Place`` for each axis, for each output of the group."""
     if SPEC.source == AFFINE:
-        return (block_places(work, step, out, sizes, SPEC, INTERIOR),)
+        return (affine_places(work.map, out, sizes, SPEC),)
     else:
         coordinates = coordinates_of(params, work, out, mask, sizes, SPEC)
         found = ()
@@ -411,6 +411,15 @@ def places_of(params, work, step, out, mask, sizes, SPEC: tl.constexpr, INTERIOR
                     places += (place_of(x, size, axis, SPEC),)
             found += (places,)
         return found
+
+
+@triton.jit
+def places_of(params, work, step, out, mask, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
+    """``places_at`` of a program's block ``step``, whose pixels are ``out``."""
+    if SPEC.source == AFFINE:
+        return (block_places(work, step, out, sizes, SPEC, INTERIOR),)
+    else:
+        return places_at(params, work, out, mask, sizes, SPEC)
 
 
 @triton.jit

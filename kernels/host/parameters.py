@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import triton.language as tl
 
 from ..modes import Source
 
@@ -49,6 +50,15 @@ def source_strides(source: int, params: torch.Tensor) -> tuple[int, ...]:
     if source == Source.FLOW:
         return stride_n, strides[1], *axes(strides[2:])
     return stride_n, strides[1] if params.dim() == 4 else 0, strides[-2], strides[-1], 0
+
+
+def has_fixed_point(source: int, compute: tl.dtype, *sizes: Sequence[int]) -> bool:
+    """Whether coordinates can be fixed-point numbers: in float32, which counts pixels up to 2^24."""
+    return (
+        source in (Source.AFFINE, Source.FLOW)
+        and compute == tl.float32
+        and all(size <= 2**24 for spatial in sizes for size in spatial)
+    )
 
 
 def num_controls(control_points: torch.Tensor | None) -> int:
