@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from bench import report
 from bench.assembly import Code, parse_amdgcn, parse_sass, traffic
-from stn_triton.kernels.specialisations import TARGETS
+from bench.specialisations import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARDS = 4
@@ -281,7 +281,8 @@ import torch, triton
 import triton.language as tl
 from bench import report
 from bench.assembly import traffic
-from stn_triton.kernels import launch, specialisations
+from bench import specialisations
+from stn_triton.kernels import launch
 
 @triton.jit
 def copy(source, target, N: tl.constexpr):

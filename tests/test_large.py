@@ -18,7 +18,8 @@ import triton.language as tl
 from common import assert_close, random_grid, random_theta
 
 import stn_triton as stn
-from stn_triton.kernels import derivatives, gather, grid, launch, sample, specialisations
+from bench import specialisations
+from stn_triton.kernels import derivatives, gather, grid, launch, sample
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 from stn_triton.kernels.tiles import output_pixels
 
@@ -187,7 +188,8 @@ import torch
 from triton import language as tl
 sys.path.insert(0, "tests")
 import test_large as large
-from stn_triton.kernels import grid, launch, specialisations
+from bench import specialisations
+from stn_triton.kernels import grid, launch
 from stn_triton.kernels.modes import Source
 
 done = []
