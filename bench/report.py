@@ -318,7 +318,7 @@ TRIPS: dict[tuple[str, str], Trips] = {
     **{("add_block", axis): _always(0) for axis in "xyz"},
     ("sort_sums_kernel", "number"): lambda arguments, case: arguments["lists"],
     ("sort_sums_kernel", "cell"): lambda arguments, case: len(READERS[case.interpolation][:2]),
-    ("add_row", "k"): _readers(0),
+    ("add_row", "i"): _readers(0),
     ("add_row", "while"): _always(0),
     ("add_row", "start"): _always(0),
 }
