@@ -52,7 +52,7 @@ from torch import Tensor
 
 from bench import specialisations
 from bench.assembly import Code, Instruction, Line, Loop, parse_amdgcn, parse_sass, traffic
-from bench.specialisations import TARGETS, Launch
+from bench.specialisations import TARGETS, Launch, field_of
 from stn_triton.kernels import derivatives, gather, grid, sample, sort
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
@@ -466,24 +466,21 @@ def _read(compiled: Any) -> tuple[list[Instruction], int, int]:
     return parse_amdgcn(text), note("vgpr_count"), note("vgpr_spill_count")
 
 
-def field(launch: Launch, name: str) -> Any:
-    """A field of the ``Spec`` that a launch's kernel was compiled for."""
-    return getattr(launch.arguments["SPEC"], name).value
-
-
 def moved_bytes(launch: Launch) -> int:
     """Bytes of the launch's tensors, each once; of one that is added to, twice."""
     arguments = launch.arguments
+    into_input = field_of(arguments["SPEC"], "input_grad")
     unused = set()
-    if launch.compiled.name == "sample_backward_kernel" and not field(launch, "source_grad"):
-        unused |= {"input_ptr", "partial_ptr"}
-    if "partial_ptr" in arguments and not field(launch, "input_grad"):
-        unused |= {"grad_input_ptr"}
+    if launch.compiled.name == "sample_backward_kernel":
+        if not field_of(arguments["SPEC"], "source_grad"):
+            unused |= {"input_ptr", "partial_ptr"}
+        if not into_input:
+            unused |= {"grad_input_ptr"}
     total, seen = 0, set()
     for name, value in arguments.items():
         if isinstance(value, Tensor) and name not in unused and id(value) not in seen:
             seen.add(id(value))
-            added = name == "grad_input_ptr" and field(launch, "input_grad")
+            added = name == "grad_input_ptr" and into_input
             total += value.numel() * value.element_size() * (2 if added else 1)
     return total
 
@@ -494,7 +491,8 @@ def measure(launch: Launch, case: Case, target: str) -> dict[str, Any]:
     instructions, registers, noted_spills = _read(compiled)
     code, counted = Code(instructions), traffic(instructions)
     lanes, warps = TARGETS[target].warp_size, compiled.metadata.num_warps
-    pixels = field(launch, "rows") * field(launch, "columns") / (lanes * warps)
+    spec = launch.arguments["SPEC"]
+    pixels = field_of(spec, "rows") * field_of(spec, "columns") / (lanes * warps)
     trips = {id(loop): trips_of(loop, code, launch, case, pixels) for loop in code.loops}
 
     def once(loop: Loop) -> float:

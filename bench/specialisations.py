@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from stn_triton.kernels import derivatives, gather, grid, launch, sample
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 from stn_triton.kernels.sort import sorted_backward
+from stn_triton.kernels.spec import Spec
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -377,6 +379,12 @@ class Launch(NamedTuple):
     compiled: Any
     programs: int
     arguments: dict[str, Any]
+
+
+def field_of(spec: Spec, name: str) -> Any:
+    """The value of a ``Spec``'s field, compiled or interpreted."""
+    value = getattr(spec, name)
+    return value.value if isinstance(value, tl.constexpr) else value
 
 
 class _Driver:
