@@ -274,8 +274,8 @@ def add_row(sums, begin, end, q, outputs, block, sizes, SPEC: tl.constexpr):
     left = tl.maximum(end - begin - ALONE, 0)
     together = tl.sum(tl.sum((left + (PIXELS - 1)) // PIXELS, 1), 0) + ALONE
     steps = tl.where(together < alone, ALONE, alone)
-    for k in range(steps):
-        sums = add_outputs(sums, begin + k, begin + k < end, q, outputs, block, sizes, SPEC)
+    for i in range(steps):
+        sums = add_outputs(sums, begin + i, begin + i < end, q, outputs, block, sizes, SPEC)
     waiting = tl.where(end - begin > steps, lane, PIXELS)
     helped = tl.min(tl.min(waiting, 1), 0)
     while helped < PIXELS:

@@ -5,7 +5,7 @@ With u_k = 2 o_k - (W'_k - 1), whole numbers, output pixel o reads the coordinat
     x_r = sum over k of  A_rk u_k + C_r,    A_rk = theta_rk n_r / (2 e_k),    C_r = theta_r n_r / 2 + (W_r - 1) / 2
 
 on axis r, where n_r = W_r and e_k = W'_k, less 1 where corners are aligned. Coordinates are int64 with 32
-fractional bits: the high word is the pixel, the low word the fraction. Entries have 28 bits more, in words of their
+fractional bits: the high word is the pixel, the low word the fraction. Entries have 27 bits more, in words of their
 own, so that a coordinate is rounded once however large u is. ``MATH.md`` bounds the errors.
 
 A flow displaces the map with theta = 1. Maps that leave the range of fixed point, and float64, go through floats.
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..modes import Source
+from ..modes import Interpolation, Source
 from ..spec import Place, constant, plain
 from .arithmetic import exact_fma
 from .padding import place_of
@@ -24,13 +24,16 @@ from .tiles import pixels_from
 
 # Coordinates that fixed point holds with room to spare are below this.
 REACH = constant(2.0**30)
+# Coordinates may be carried on over so many blocks of pixels.
+MOST_STEPS = 15
+MIDDLE = constant(MOST_STEPS // 2)
 
 
 class Map(NamedTuple):
     """An affine map from u to input pixels, one row for each axis of the input, (A_x, A_y[, A_z], C).
 
     A flow's rows are (A, C), along its own axis. rows: in the compute type. high, low: the same in fixed point, in
-    units of 2^-32 (int64) and 2^-60 (int32, not negative); nothing without ``SPEC.fixed_point``. fits: whether fixed
+    units of 2^-32 (int64) and 2^-59 (int32, not negative); nothing without ``SPEC.fixed_point``. fits: whether fixed
     point holds all coordinates.
     """
 
@@ -40,10 +43,24 @@ class Map(NamedTuple):
     fits: Any
 
 
+class Fixed(NamedTuple):
+    """Fixed-point numbers before they are rounded: int64 in units of 2^-32, and what is left in units of 2^-59."""
+
+    high: Any
+    low: Any
+
+
 @triton.constexpr_function
 def has_starts(spec):
     """Whether the coordinates of a tile follow from those of its first block by steps: rows of a volume wrap."""
     return plain(spec.source) == Source.AFFINE and plain(spec.dims) == 2 and plain(spec.fixed_point)
+
+
+@triton.constexpr_function
+def keeps_rests(spec):
+    """Whether steps are as exact as the coordinates of single pixels, to the bit: nearest samples jump, and the gather
+    has to find them where the forward kernel took them."""
+    return plain(spec.interpolation) == Interpolation.NEAREST
 
 
 @triton.jit
@@ -82,11 +99,11 @@ def scaled(theta, n, inverse):
 
 @triton.jit
 def fixed(a, b):
-    """a + b, in units of 2^-32, as a whole number (int64) and what is left in units of 2^-60 (int32)."""
+    """a + b, in units of 2^-32, as a whole number (int64) and what is left in units of 2^-59 (int32)."""
     down_a = tl.floor(a)
     down_b = tl.floor(b)
     rest = (a - down_a) + (b - down_b)
-    return down_a.to(tl.int64) + down_b.to(tl.int64), (rest * 2.0**28).to(tl.int32)
+    return down_a.to(tl.int64) + down_b.to(tl.int64), (rest * 2.0**27).to(tl.int32)
 
 
 @triton.jit
@@ -167,14 +184,21 @@ def identity_map(sizes, SPEC: tl.constexpr):
 
 # --------------------------------------------------------------------------------------- coordinates
 @triton.jit
-def fixed_coordinate(high, low, u, TERMS: tl.constexpr):
-    """A row's fixed-point coordinate at ``u``, TERMS whole numbers, rounded once."""
-    total = high[TERMS]
-    rest = low[TERMS].to(tl.int64) + 2**27
-    for k in tl.static_range(TERMS):
+def fixed_sum(high, low, u, TERMS: tl.constexpr):
+    """What u, TERMS whole numbers, add to a row's coordinate."""
+    total = u[0].to(tl.int64) * high[0]
+    rest = u[0].to(tl.int64) * low[0].to(tl.int64)
+    for k in tl.static_range(1, TERMS):
         total += u[k].to(tl.int64) * high[k]
         rest += u[k].to(tl.int64) * low[k].to(tl.int64)
-    return total + (rest >> 28)
+    return Fixed(total + (rest >> 27), (rest & (2**27 - 1)).to(tl.int32))
+
+
+@triton.jit
+def fixed_coordinate(high, low, u, TERMS: tl.constexpr):
+    """A row's coordinate at ``u`` in units of 2^-32, rounded once."""
+    at = fixed_sum(high, low, u, TERMS)
+    return at.high + high[TERMS] + ((at.low + low[TERMS] + 2**26) >> 27)
 
 
 @triton.jit
@@ -237,9 +261,10 @@ def affine_places(map, out, sizes, SPEC: tl.constexpr):
 # -------------------------------------------------------------------------------- block after block
 @triton.jit
 def starts_of(map, column, row, sizes, SPEC: tl.constexpr):
-    """The fixed-point coordinates of the block at ``column`` and ``row``, and what they grow by to the next block.
+    """The coordinates of the block at ``column`` and ``row``, and what they grow by to the next block, as ``Fixed``.
 
-    Nothing where coordinates do not go by steps.
+    Nothing where coordinates do not go by steps. What growth is rounded by adds up, and the starts are moved so that
+    it is 0 in the middle, block 7: in blocks 0 to 14 it is at most 7 x 2^-33.
     """
     starts = ()
     growth = ()
@@ -247,18 +272,32 @@ def starts_of(map, column, row, sizes, SPEC: tl.constexpr):
         out, _ = pixels_from(column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
         u = doubled_pixels(out, sizes, SPEC)
         for r in tl.static_range(SPEC.dims):
-            starts += (fixed_coordinate(map.high[r], map.low[r], u, SPEC.dims),)
-            rest = map.low[r][1].to(tl.int64) * (2 * SPEC.rows) + 2**27
-            growth += (map.high[r][1] * (2 * SPEC.rows) + (rest >> 28),)
+            rest = map.low[r][1].to(tl.int64) * (2 * SPEC.rows)
+            grown = map.high[r][1] * (2 * SPEC.rows)
+            if not keeps_rests(SPEC):
+                rest += 2**26
+            growth_rest = (rest & (2**27 - 1)).to(tl.int32)
+            start = fixed_sum(map.high[r], map.low[r], u, SPEC.dims)
+            start_rest = start.low + map.low[r][SPEC.dims] + 2**26
+            if not keeps_rests(SPEC):
+                start_rest += (growth_rest - 2**26) * MIDDLE
+            high = start.high + map.high[r][SPEC.dims] + (start_rest >> 27)
+            starts += (Fixed(high, start_rest & (2**27 - 1)),)
+            growth += (Fixed(grown + (rest >> 27), growth_rest),)
     return starts, growth
 
 
 @triton.jit
 def stepped_places(starts, step, SPEC: tl.constexpr):
-    """The fixed-point places of the block that is ``step`` blocks below ``starts``."""
+    """The places of the block that is ``step`` blocks below ``starts``, MOST_STEPS at most."""
     places = ()
     for r in tl.static_range(SPEC.dims):
-        places += (fixed_place(starts[0][r] + starts[1][r] * step, SPEC),)
+        start = starts[0][r]
+        growth = starts[1][r]
+        x = start.high + growth.high * step
+        if keeps_rests(SPEC):
+            x += ((start.low + growth.low * step).to(tl.uint32) >> 27).to(tl.int64)
+        places += (fixed_place(x, SPEC),)
     return places
 
 
