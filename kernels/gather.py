@@ -101,7 +101,7 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
-def places_by(map, out, sizes, SPEC: tl.constexpr):
+def map_places(map, out, sizes, SPEC: tl.constexpr):
     """Where outputs ``out`` are read by a map: the same numbers as the forward kernel's."""
     if SPEC.source == AFFINE:
         return affine_places(map, out, sizes, SPEC)
@@ -255,7 +255,7 @@ def candidate_weight(found, first, further, pixels, number, sizes, SPEC: tl.cons
         out = ()
         for axis in tl.static_range(SPEC.dims):
             out += (first[axis] + further[axis],)
-        places = places_by(found.map, out, sizes, SPEC)
+        places = map_places(found.map, out, sizes, SPEC)
         weight = weight_of_pixel(places, pixels.q, sizes, SPEC)
         for axis in tl.static_range(SPEC.dims):
             if is_periodic(SPEC, axis):
@@ -350,7 +350,7 @@ def add_block(sums, map, block, column_blocks, pixels, gradients, sizes, SPEC: t
     column = (block % column_blocks) * SPEC.block_columns
     row = first_row(block // column_blocks, SPEC.block_rows, SPEC)
     out, mask = pixels_from(column, row, sizes.output, SPEC.block_rows, SPEC.block_columns, SPEC)
-    places = places_by(map, out, sizes, SPEC)
+    places = map_places(map, out, sizes, SPEC)
     x0, x1, hit_x = pixels_read(places[0], pixels, sizes, 0, SPEC)
     y0, y1, hit_y = pixels_read(places[1], pixels, sizes, 1, SPEC)
     hit = mask & hit_x & hit_y

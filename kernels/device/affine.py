@@ -18,14 +18,14 @@ import triton.language as tl
 
 from ..modes import Interpolation, Source
 from ..spec import Place, constant, plain
-from .arithmetic import exact_fma
+from .arithmetic import AFFINE, exact_fma
 from .padding import place_of
 from .tiles import pixels_from
 
 # Coordinates that fixed point holds with room to spare are below this.
 REACH = constant(2.0**30)
 # Coordinates may be carried on over so many blocks of pixels.
-MOST_STEPS = 15
+MOST_STEPS = 13
 MIDDLE = constant(MOST_STEPS // 2)
 
 
@@ -53,7 +53,7 @@ class Fixed(NamedTuple):
 @triton.constexpr_function
 def has_starts(spec):
     """Whether the coordinates of a tile follow from those of its first block by steps: rows of a volume wrap."""
-    return plain(spec.source) == Source.AFFINE and plain(spec.dims) == 2 and plain(spec.fixed_point)
+    return plain(spec.fixed_point) and plain(spec.dims) == 2
 
 
 @triton.constexpr_function
@@ -77,9 +77,10 @@ def steps_per_unit(size, SPEC: tl.constexpr):
 
 @triton.jit
 def reciprocal(e):
-    """2^31 / e as the sum of two floats, good to 2^-46."""
+    """2^31 / e as the sum of two floats, good to 2^-45."""
     high = 1.0 / e
-    return high * 2.0**31, exact_fma(-high, e, 1.0) * high * 2.0**31
+    rest = exact_fma(-high, e, 1.0)
+    return high * 2.0**31, tl.fma(rest, rest, rest) * high * 2.0**31
 
 
 @triton.jit
@@ -90,11 +91,18 @@ def product(a, b):
 
 
 @triton.jit
-def scaled(theta, n, inverse):
-    """theta n / (2 e) in units of 2^-32 as the sum of two floats, from ``reciprocal``'s two for e."""
+def scaled(theta, n, e, inverse, OWN: tl.constexpr):
+    """theta n / (2 e) in units of 2^-32 as the sum of two floats, from ``reciprocal``'s two for e.
+
+    OWN: the entry is of the output's own axis; exact if sizes are equal, so that identities and shifts are.
+    """
     high, low = product(theta, n)
     whole, rest = product(high, inverse[0])
-    return whole, tl.fma(low, inverse[0], tl.fma(high, inverse[1], rest))
+    rest = tl.fma(low, inverse[0], tl.fma(high, inverse[1], rest))
+    if OWN:
+        whole = tl.where(n == e, theta * 2.0**31, whole)
+        rest = tl.where(n == e, 0.0, rest)
+    return whole, rest
 
 
 @triton.jit
@@ -127,9 +135,11 @@ def affine_map(theta, sizes, SPEC: tl.constexpr):
     if not SPEC.fixed_point:
         return Map(float_rows(theta, sizes, SPEC), (), (), False)
     else:
+        steps = ()
         inverses = ()
         for k in tl.static_range(SPEC.dims):
-            inverses += (reciprocal(steps_per_unit(sizes.output[k], SPEC).to(tl.float32)),)
+            steps += (steps_per_unit(sizes.output[k], SPEC).to(tl.float32),)
+            inverses += (reciprocal(steps[k]),)
         rows = ()
         entries = ()
         fits = True
@@ -138,7 +148,7 @@ def affine_map(theta, sizes, SPEC: tl.constexpr):
             row = ()
             reach = 0.0
             for k in tl.static_range(SPEC.dims):
-                entry = scaled(theta[r][k], n, inverses[k])
+                entry = scaled(theta[r][k], n, steps[k], inverses[k], r == k)
                 entries += (entry,)
                 row += (entry[0] * 2.0**-31 * 0.5,)
                 reach += tl.abs(row[k]) * (sizes.output[k] - 1).to(tl.float32)
@@ -174,7 +184,8 @@ def identity_map(sizes, SPEC: tl.constexpr):
         n = (sizes.input[r] - SPEC.align_corners).to(SPEC.compute)
         e = steps_per_unit(sizes.output[r], SPEC).to(SPEC.compute)
         if SPEC.fixed_point:
-            high, low = fixed(*scaled(n, 1.0, reciprocal(e)))
+            whole, rest = scaled(e * 0.0 + 1.0, n, e, reciprocal(e), True)
+            high, low = fixed(whole, rest)
             high_rows += ((high, (sizes.input[r] - 1).to(tl.int64) << 31),)
             low_rows += ((low, low * 0),)
         else:
@@ -260,40 +271,49 @@ def affine_places(map, out, sizes, SPEC: tl.constexpr):
 
 # -------------------------------------------------------------------------------- block after block
 @triton.jit
-def starts_of(map, column, row, sizes, SPEC: tl.constexpr):
-    """The coordinates of the block at ``column`` and ``row``, and what they grow by to the next block, as ``Fixed``.
+def start_and_growth(high, low, u, own, TERMS: tl.constexpr, SPEC: tl.constexpr):
+    """A row's coordinate at ``u``, the first block's, and what it grows by to the next block, as ``Fixed``.
 
-    Nothing where coordinates do not go by steps. What growth is rounded by adds up, and the starts are moved so that
-    it is 0 in the middle, block 7: in blocks 0 to 14 it is at most 7 x 2^-33.
+    own: high and low of the entry by y. What growth is rounded by adds up; the start is moved so that it is 0 in the
+    middle, and nowhere more than 6 x 2^-33.
     """
+    rest = own[1].to(tl.int64) * (2 * SPEC.rows)
+    grown = own[0] * (2 * SPEC.rows)
+    if not keeps_rests(SPEC):
+        rest += 2**26
+    growth_rest = (rest & (2**27 - 1)).to(tl.int32)
+    start = fixed_sum(high, low, u, TERMS)
+    start_rest = start.low + low[TERMS] + 2**26
+    if not keeps_rests(SPEC):
+        start_rest += (growth_rest - 2**26) * MIDDLE
+    start = Fixed(start.high + high[TERMS] + (start_rest >> 27), start_rest & (2**27 - 1))
+    return start, Fixed(grown + (rest >> 27), growth_rest)
+
+
+@triton.jit
+def starts_of(map, column, row, sizes, SPEC: tl.constexpr):
+    """``start_and_growth`` of each axis; nothing where coordinates do not go by steps."""
     starts = ()
-    growth = ()
     if has_starts(SPEC):
         out, _ = pixels_from(column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
         u = doubled_pixels(out, sizes, SPEC)
-        for r in tl.static_range(SPEC.dims):
-            rest = map.low[r][1].to(tl.int64) * (2 * SPEC.rows)
-            grown = map.high[r][1] * (2 * SPEC.rows)
-            if not keeps_rests(SPEC):
-                rest += 2**26
-            growth_rest = (rest & (2**27 - 1)).to(tl.int32)
-            start = fixed_sum(map.high[r], map.low[r], u, SPEC.dims)
-            start_rest = start.low + map.low[r][SPEC.dims] + 2**26
-            if not keeps_rests(SPEC):
-                start_rest += (growth_rest - 2**26) * MIDDLE
-            high = start.high + map.high[r][SPEC.dims] + (start_rest >> 27)
-            starts += (Fixed(high, start_rest & (2**27 - 1)),)
-            growth += (Fixed(grown + (rest >> 27), growth_rest),)
-    return starts, growth
+        for r in tl.static_range(2):
+            high = map.high[r]
+            low = map.low[r]
+            if SPEC.source == AFFINE:
+                starts += (start_and_growth(high, low, u, (high[1], low[1]), 2, SPEC),)
+            else:  # a flow's x does not depend on y
+                own = (high[0] * r, low[0] * r)
+                starts += (start_and_growth(high, low, (u[r],), own, 1, SPEC),)
+    return starts
 
 
 @triton.jit
 def stepped_places(starts, step, SPEC: tl.constexpr):
     """The places of the block that is ``step`` blocks below ``starts``, MOST_STEPS at most."""
     places = ()
-    for r in tl.static_range(SPEC.dims):
-        start = starts[0][r]
-        growth = starts[1][r]
+    for r in tl.static_range(2):
+        start, growth = starts[r]
         x = start.high + growth.high * step
         if keeps_rests(SPEC):
             x += ((start.low + growth.low * step).to(tl.uint32) >> 27).to(tl.int64)
@@ -318,13 +338,16 @@ def block_places(work, step, out, sizes, SPEC: tl.constexpr, INTERIOR: tl.conste
 
 # -------------------------------------------------------------------------------------------- flows
 @triton.jit
-def identity_place(map, out, sizes, AXIS: tl.constexpr, SPEC: tl.constexpr):
-    """Where the output's identity grid lies in the input, on one axis."""
-    u = (doubled(out[AXIS], sizes.output[AXIS]),)
-    if SPEC.fixed_point:
-        return fixed_place(fixed_coordinate(map.high[AXIS], map.low[AXIS], u, 1), SPEC)
-    else:
-        return place_of(float_coordinate(map.rows[AXIS], u, 1, SPEC), sizes.input[AXIS], AXIS, SPEC)
+def identity_places(map, out, sizes, SPEC: tl.constexpr):
+    """Where the output's identity grid lies in the input, on each axis."""
+    places = ()
+    for r in tl.static_range(SPEC.dims):
+        u = (doubled(out[r], sizes.output[r]),)
+        if SPEC.fixed_point:
+            places += (fixed_place(fixed_coordinate(map.high[r], map.low[r], u, 1), SPEC),)
+        else:
+            places += (place_of(float_coordinate(map.rows[r], u, 1, SPEC), sizes.input[r], r, SPEC),)
+    return places
 
 
 @triton.jit
