@@ -247,6 +247,9 @@ def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]
     if device.type != "cpu" and "splits" not in fields:
         waves = fields.get("waves", WAVES)
         tile = tile._replace(splits=_splits(device, problem.images, channels, rows, columns, tile, waves))
+    if device.type != "cpu" and "steps" not in fields:
+        waves = fields.get("waves", WAVES)
+        tile = tile._replace(steps=_steps(device, problem.images, rows, columns, tile, waves))
     return tile, _settled(device, problem._replace(kernel="gather search"), search)[0]
 
 

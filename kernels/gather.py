@@ -23,8 +23,8 @@ import triton.language as tl
 
 from . import configs
 from .device import sources
-from .device.affine import affine_places
-from .device.arithmetic import AFFINE, BICUBIC, BILINEAR, BORDER, INFINITY, larger, rounded, smaller
+from .device.affine import affine_places, doubled_pixels, fixed_coordinate
+from .device.arithmetic import AFFINE, BICUBIC, BILINEAR, BORDER, INFINITY, clamp, larger, rounded, smaller
 from .device.bounds import box_in_units, image_bounds, preimage
 from .device.copies import (
     MOST_COPIES,
@@ -35,7 +35,7 @@ from .device.copies import (
     copy_of,
     has_copies,
 )
-from .device.interpolation import axis_taps, tap_count, weight_of_pixel
+from .device.interpolation import axis_taps, cubic_weight, tap_count, weight_of_pixel
 from .device.padding import is_periodic, padding_of
 from .device.tiles import (
     blocks_of,
@@ -45,9 +45,18 @@ from .device.tiles import (
     pixels_from,
     place_of_program,
     row_range,
+    steps_from,
 )
-from .host.parameters import axes, channel_dim, has_fixed_point, image_strides, output_strides, source_strides
+from .host.parameters import (
+    axes,
+    channel_dim,
+    has_fixed_point,
+    image_strides,
+    output_strides,
+    source_strides,
+)
 from .launch import Plan, compute_dtypes, index_dtype, planned, vector_width
+from .modes import Interpolation, Padding
 from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling, Work, constant, plain
 
 # Blocks of outputs whose bounds are computed at a time.
@@ -69,7 +78,8 @@ class Candidates(NamedTuple):
 
     map: the transform's. bounds: of all outputs (``bounds.image_bounds``). ranges, copies: the copies of the image
     that are read (``copies.copies_within``). first, most: where padding shows nothing again, each lane's first output
-    along each axis and how many it visits. cost: how many outputs a lane visits, a float; infinite without a bound.
+    along each axis and how many it visits. distances: of ``weighs_by_distance``, how far from its pixel that output is
+    read. cost: how many outputs a lane visits, a float; infinite without a bound.
     """
 
     map: Any
@@ -78,6 +88,7 @@ class Candidates(NamedTuple):
     copies: Any
     first: Any
     most: Any
+    distances: Any
     cost: Any
 
 
@@ -90,7 +101,7 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
-def places_by(map, out, sizes, SPEC: tl.constexpr):
+def map_places(map, out, sizes, SPEC: tl.constexpr):
     """Where outputs ``out`` are read by a map: the same numbers as the forward kernel's."""
     if SPEC.source == AFFINE:
         return affine_places(map, out, sizes, SPEC)
@@ -141,20 +152,22 @@ def product(numbers, SPEC: tl.constexpr):
 
 
 @triton.jit
-def find_candidates(params, n, t, pixels, sizes, SPEC: tl.constexpr):
-    """The ``Candidates`` of transform t of image n."""
+def map_and_bounds(params, n, t, sizes, SPEC: tl.constexpr):
+    """The map of transform t of image n, and where all its outputs are read."""
     map = sources.map_of(params, n, t, sizes, SPEC)
-    last = ()
     first = ()
+    last = ()
     for axis in tl.static_range(SPEC.dims):
         first += (sizes.output[axis] * 0,)
         last += (sizes.output[axis] - 1,)
     low, high = box_in_units(first, last, sizes, SPEC)
-    bounds = image_bounds(map, low, high, sizes, SPEC)
-    if not has_copies(SPEC):
-        first, most = candidates_of(map, bounds, pixels, (0, 0, 0), sizes, SPEC)
-        return Candidates(map, bounds, (), 1, first, most, product(most, SPEC))
-    else:
+    return map, image_bounds(map, low, high, sizes, SPEC)
+
+
+@triton.jit
+def find_candidates(map, bounds, pixels, sizes, SPEC: tl.constexpr):
+    """The ``Candidates`` of a block of pixels."""
+    if has_copies(SPEC):
         ranges, copies = copies_within(bounds, sizes, SPEC)
         cost = tl.full([], INFINITY, SPEC.compute)
         if copies <= MOST_COPIES:
@@ -163,29 +176,101 @@ def find_candidates(params, n, t, pixels, sizes, SPEC: tl.constexpr):
                 number = copy_number(i, ranges, SPEC)
                 first, most = candidates_of(map, bounds, pixels, number, sizes, SPEC)
                 cost += product(most, SPEC)
-        return Candidates(map, bounds, ranges, copies, (), (), cost)
+        return Candidates(map, bounds, ranges, copies, (), (), (), cost)
+    else:
+        first, most = candidates_of(map, bounds, pixels, (0, 0, 0), sizes, SPEC)
+        cost = product(most, SPEC)
+        distances = ()
+        if weighs_by_distance(SPEC):
+            cost = tl.where(map.fits, cost, INFINITY)
+            distances = distances_of(map, first, pixels, sizes, SPEC)
+        return Candidates(map, bounds, (), 1, first, most, distances, cost)
 
 
 @triton.jit
-def add_candidate(sums, places, pixels, number, offset, gradients, sizes, SPEC: tl.constexpr):
-    """``sums`` plus what each pixel gets from an output that is read at ``places``."""
-    weight = weight_of_pixel(places, pixels.q, sizes, SPEC)
-    kept = weight != 0.0
-    for axis in tl.static_range(SPEC.dims):
-        if is_periodic(SPEC, axis):
-            kept = kept & (copy_of(places[axis], sizes.input[axis], SPEC) == number[axis].to(tl.int32))
+def add_weighted(sums, weight, offset, gradients, sizes, SPEC: tl.constexpr):
+    """``sums`` plus ``weight`` times d output at ``offset``. A gradient of weight 0 adds nothing, not even a NaN."""
     new = ()
     for k in tl.static_range(SPEC.unroll):
         c, exists = channel_block(gradients.block * SPEC.unroll + k, sizes.channels, SPEC)
         pointer = gradients.pointer + c * gradients.strides.c + offset
-        g = tl.load(pointer, kept & exists, other=0.0).to(SPEC.compute)
+        g = tl.load(pointer, (weight != 0.0) & exists, other=0.0).to(SPEC.compute)
         new += (sums[k] + weight * g,)
     return new
 
 
+# ---------------------------------------------------------------------------------- weights by distance
+@triton.constexpr_function
+def weighs_by_distance(spec):
+    """Whether a weight depends on how far from the pixel an output is read, and that is a line of the output's place:
+    of affine maps under zeros padding, but for nearest samples, which jump."""
+    smooth = plain(spec.interpolation) != Interpolation.NEAREST
+    return smooth and plain(spec.fixed_point) and all(p == Padding.ZEROS for p in plain(spec.padding))
+
+
 @triton.jit
-def add_by_pixel(sums, map, pixels, number, first, most, gradients, sizes, SPEC: tl.constexpr):
-    """``sums`` plus what each pixel gets from its ``most`` outputs from ``first`` on, read in copy ``number``."""
+def distances_of(map, first, pixels, sizes, SPEC: tl.constexpr):
+    """How far from its pixel each lane's output ``first`` is read, along each axis.
+
+    Exact for one output of the tile; from there to the others, entries rounded to 2^-32 are enough.
+    """
+    anchor = ()
+    for k in tl.static_range(SPEC.dims):
+        anchor += (tl.min(tl.min(first[k], 1), 0),)
+    u = doubled_pixels(anchor, sizes, SPEC)
+    distances = ()
+    for r in tl.static_range(SPEC.dims):
+        x = fixed_coordinate(map.high[r], map.low[r], u, SPEC.dims) - (pixels.low[r].to(tl.int64) << 32)
+        x -= (pixels.q[r] - pixels.low[r]).to(tl.int64) << 32
+        for k in tl.static_range(SPEC.dims):
+            further = (2 * (first[k] - anchor[k])).to(tl.uint32)  # not negative: half of the product is unsigned
+            x += further.to(tl.int64) * (map.high[r][k] + (map.low[r][k] >> 26).to(tl.int64))
+        distances += (x.to(SPEC.compute) * 2.0**-32,)
+    return distances
+
+
+@triton.jit
+def distance_weight(map, distances, further, SPEC: tl.constexpr):
+    """The weight of the output that is ``further`` outputs from the one at ``distances``, along each axis."""
+    weight = 1.0
+    for r in tl.static_range(SPEC.dims):
+        distance = 0.0
+        for k in tl.static_range(SPEC.dims):
+            distance += map.rows[r][k] * (2.0 * further[k])
+        distance = tl.abs(distances[r] + distance)
+        if SPEC.interpolation == BILINEAR:
+            weight *= clamp(1.0 - distance, 0.0, 1.0)
+        else:
+            weight *= cubic_weight(distance)
+    return weight
+
+
+# ------------------------------------------------------------------------------------ pixel by pixel
+@triton.jit
+def candidate_weight(found, first, further, pixels, number, sizes, SPEC: tl.constexpr):
+    """The weight with which the output ``further`` outputs from ``first`` reads each pixel in copy ``number``."""
+    if weighs_by_distance(SPEC):
+        return distance_weight(found.map, found.distances, further, SPEC)
+    else:
+        out = ()
+        for axis in tl.static_range(SPEC.dims):
+            out += (first[axis] + further[axis],)
+        places = map_places(found.map, out, sizes, SPEC)
+        weight = weight_of_pixel(places, pixels.q, sizes, SPEC)
+        for axis in tl.static_range(SPEC.dims):
+            if is_periodic(SPEC, axis):
+                here = copy_of(places[axis], sizes.input[axis], SPEC) == number[axis].to(tl.int32)
+                weight = tl.where(here, weight, 0.0)
+        return weight
+
+
+@triton.jit
+def add_by_pixel(sums, found, pixels, number, range_of, gradients, sizes, SPEC: tl.constexpr):
+    """``sums`` plus what each pixel gets from its outputs that are read in copy ``number``.
+
+    range_of: the first output and the most of them, along each axis.
+    """
+    first, most = range_of
     VECTOR: tl.constexpr = SPEC.vector_output
     strides = gradients.strides.pixel
     offset = offset_of(first, strides, VECTOR, SPEC)
@@ -196,12 +281,9 @@ def add_by_pixel(sums, map, pixels, number, first, most, gradients, sizes, SPEC:
         for y in range(most[1]):
             line = tl.cast(strides[2], SPEC.index) * z + tl.cast(strides[1], SPEC.index) * y
             for x in range(most[0]):
-                out = (first[0] + x, first[1] + y)
-                if SPEC.dims == 3:
-                    out += (first[2] + z,)
-                places = places_by(map, out, sizes, SPEC)
-                at = tl.multiple_of(offset + (line + tl.cast(strides[0], SPEC.index) * x), (VECTOR, VECTOR))
-                sums = add_candidate(sums, places, pixels, number, at, gradients, sizes, SPEC)
+                weight = candidate_weight(found, first, (x, y, z), pixels, number, sizes, SPEC)
+                at = offset + (line + tl.cast(strides[0], SPEC.index) * x)
+                sums = add_weighted(sums, weight, tl.multiple_of(at, (VECTOR, VECTOR)), gradients, sizes, SPEC)
     return sums
 
 
@@ -268,7 +350,7 @@ def add_block(sums, map, block, column_blocks, pixels, gradients, sizes, SPEC: t
     column = (block % column_blocks) * SPEC.block_columns
     row = first_row(block // column_blocks, SPEC.block_rows, SPEC)
     out, mask = pixels_from(column, row, sizes.output, SPEC.block_rows, SPEC.block_columns, SPEC)
-    places = places_by(map, out, sizes, SPEC)
+    places = map_places(map, out, sizes, SPEC)
     x0, x1, hit_x = pixels_read(places[0], pixels, sizes, 0, SPEC)
     y0, y1, hit_y = pixels_read(places[1], pixels, sizes, 1, SPEC)
     hit = mask & hit_x & hit_y
@@ -336,17 +418,25 @@ def add_transform(sums, found, pixels, gradients, sizes, SPEC: tl.constexpr):
     """``sums`` plus what each pixel gets from the outputs of one transform."""
     if found.cost <= SPEC.most_candidates:
         if not has_copies(SPEC):
-            sums = add_by_pixel(
-                sums, found.map, pixels, (0, 0, 0), found.first, found.most, gradients, sizes, SPEC
-            )
+            candidates = (found.first, found.most)
+            sums = add_by_pixel(sums, found, pixels, (0, 0, 0), candidates, gradients, sizes, SPEC)
         else:
             for i in range(found.copies.to(tl.int32)):
                 number = copy_number(i, found.ranges, SPEC)
-                first, most = candidates_of(found.map, found.bounds, pixels, number, sizes, SPEC)
-                sums = add_by_pixel(sums, found.map, pixels, number, first, most, gradients, sizes, SPEC)
+                candidates = candidates_of(found.map, found.bounds, pixels, number, sizes, SPEC)
+                sums = add_by_pixel(sums, found, pixels, number, candidates, gradients, sizes, SPEC)
     else:
         sums = add_by_output(sums, found.map, pixels, gradients, sizes, SPEC)
     return sums
+
+
+@triton.jit
+def pixels_of_tile(column, row, sizes, SPEC: tl.constexpr):
+    """The ``Pixels`` of the block at ``column`` and ``row``."""
+    q, exists = pixels_from(column, row, sizes.input, SPEC.rows, SPEC.columns, SPEC)
+    first_yz, last_yz = row_range(row, SPEC.rows, sizes.input, SPEC)
+    last_x = tl.minimum(column + SPEC.columns, sizes.input[0]) - 1
+    return Pixels(q, exists, (column,) + first_yz, (last_x,) + last_yz)
 
 
 @triton.jit(**SPECIALIZATION)
@@ -356,7 +446,7 @@ def gather_backward_kernel(
     stride_grad_n, stride_grad_c, stride_grad_x, stride_grad_y, stride_grad_z,
     stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4,
     in_width, in_height, in_depth, out_width, out_height, out_depth, batch, transforms, channels,
-    column_tiles, row_tiles, splits, split_blocks,
+    column_tiles, row_tiles, splits, split_blocks, steps,
     SPEC: tl.constexpr,
 ):  # fmt: skip
     """d input, every pixel written once, in its own type. Tiles are of the input; batch is that of its images."""
@@ -369,33 +459,35 @@ def gather_backward_kernel(
     stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
     params = Params(source_ptr, stride_source, source_ptr, 0)
 
-    tiling = Tiling(column_tiles, row_tiles, splits, split_blocks, 1)
+    tiling = Tiling(column_tiles, row_tiles, splits, split_blocks, steps)
     column_tile, row_tile, split, image = place_of_program(tiling)
     n = image.to(tl.int64)
     column = column_tile * SPEC.columns
-    row = first_row(row_tile, SPEC.rows, SPEC)
-    q, exists = pixels_from(column, row, in_size, SPEC.rows, SPEC.columns, SPEC)
-    first_yz, last_yz = row_range(row, SPEC.rows, in_size, SPEC)
-    last_x = tl.minimum(column + SPEC.columns, in_width) - 1
-    pixels = Pixels(q, exists, (column,) + first_yz, (last_x,) + last_yz)
-    target = grad_input.pointer + tl.multiple_of(n * stride_grad_n, SPEC.vector_grad)
-    target += offset_of(q, stride_grad, SPEC.vector_grad, SPEC)
-    first, last = blocks_of(split, tiling, channels, SPEC)
-    if finds_once(SPEC):
-        found = find_candidates(params, n, n * 0, pixels, sizes, SPEC)
-    for block in range(first, last):
-        sums = ()
-        for _ in tl.static_range(SPEC.unroll):
-            sums += (tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute),)
-        for t in range(transforms):
-            if not finds_once(SPEC):
-                found = find_candidates(params, n, tl.cast(t, tl.int64), pixels, sizes, SPEC)
-            begin = tl.multiple_of(n * stride_output_n + tl.cast(t, tl.int64) * stride_output_t, SPEC.vector_output)
-            gradients = Gradients(grad_output_ptr + begin, output, block)
-            sums = add_transform(sums, found, pixels, gradients, sizes, SPEC)
-        for k in tl.static_range(SPEC.unroll):
-            c, real = channel_block(block * SPEC.unroll + k, channels, SPEC)
-            tl.store(target + c * stride_grad_c, rounded(sums[k], grad_input.pointer), exists & real)
+    first = first_row(row_tile, steps * SPEC.rows, SPEC)
+    blocks = blocks_of(split, tiling, channels, SPEC)
+    map, bounds = map_and_bounds(params, n, n * 0, sizes, SPEC)
+    for step in range(steps_from(first, steps, in_size, SPEC)):
+        pixels = pixels_of_tile(column, first + step * SPEC.rows, sizes, SPEC)
+        target = grad_input.pointer + tl.multiple_of(n * stride_grad_n, SPEC.vector_grad)
+        target += offset_of(pixels.q, stride_grad, SPEC.vector_grad, SPEC)
+        if finds_once(SPEC):
+            found = find_candidates(map, bounds, pixels, sizes, SPEC)
+        for block in range(blocks[0], blocks[1]):
+            sums = ()
+            for _ in tl.static_range(SPEC.unroll):
+                sums += (tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute),)
+            for t in range(transforms):
+                if not SPEC.one_transform:
+                    map, bounds = map_and_bounds(params, n, tl.cast(t, tl.int64), sizes, SPEC)
+                if not finds_once(SPEC):
+                    found = find_candidates(map, bounds, pixels, sizes, SPEC)
+                begin = n * stride_output_n + tl.cast(t, tl.int64) * stride_output_t
+                begin = tl.multiple_of(begin, SPEC.vector_output)
+                gradients = Gradients(grad_output_ptr + begin, output, block)
+                sums = add_transform(sums, found, pixels, gradients, sizes, SPEC)
+            for k in tl.static_range(SPEC.unroll):
+                c, real = channel_block(block * SPEC.unroll + k, channels, SPEC)
+                tl.store(target + c * stride_grad_c, rounded(sums[k], grad_input.pointer), pixels.exists & real)
 
 
 @planned
@@ -429,10 +521,11 @@ def _plan(
     blocks = triton.cdiv(channels, block)
     split_blocks = triton.cdiv(blocks, tile.splits)
     splits = triton.cdiv(blocks, split_blocks)
-    column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
+    column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows * tile.steps)
     transforms = grad_output.shape[1] if grad_output.dim() > grad_input.dim() else 1
     compute = compute_dtypes(grad_input, params)[0]
     sizes = grad_input.shape[2:], grad_output.shape[-dims:]
+    index = index_dtype(grad_output, grad_input, params, rows=max(rows, sizes[1][:-1].numel()))
     return Plan(
         gather_backward_kernel,
         batch * splits * column_tiles * row_tiles,
@@ -452,6 +545,7 @@ def _plan(
         row_tiles=row_tiles,
         splits=splits,
         split_blocks=split_blocks,
+        steps=tile.steps,
         SPEC=Spec(
             source=int(source),
             interpolation=int(interpolation),
@@ -459,9 +553,7 @@ def _plan(
             align_corners=int(align_corners),
             dims=dims,
             compute=compute,
-            index=index_dtype(
-                grad_output, grad_input, params, rows=max(rows, grad_output.shape[-dims:-1].numel())
-            ),
+            index=index,
             fixed_point=has_fixed_point(source, compute, *sizes),
             rows=tile.rows,
             columns=tile.columns,

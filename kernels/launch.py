@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .host.parameters import channel_dim, image_span
 
 INT32_MAX = 2**31 - 1
 MOST_PROGRAMS = 2**31 - 1  # of a launch, along the first axis of its grid
@@ -35,17 +36,6 @@ def index_dtype(*tensors: torch.Tensor, rows: int = 0) -> tl.dtype:
     """
     spans = (rows, *map(image_span, tensors))
     return tl.int32 if max(spans) <= INT32_MAX else tl.int64
-
-
-def image_span(tensor: torch.Tensor) -> int:
-    """Elements from the first to the last of one image (of every dimension but the first), both included."""
-    return 1 + sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
-    )
-
-
-def channel_dim(tensor: torch.Tensor, dims: int) -> int:
-    return tensor.dim() - dims - 1
 
 
 def vector_width(tensor: torch.Tensor, dims: int) -> int:

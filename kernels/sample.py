@@ -21,7 +21,7 @@ import triton.language as tl
 
 from . import configs
 from .device import sources
-from .device.affine import starts_of
+from .device.affine import MOST_STEPS, starts_of
 from .device.arithmetic import TPS, rounded
 from .device.bounds import has_interior_path, is_interior
 from .device.interpolation import slopes_of_axes, taps_of_axes
@@ -322,7 +322,7 @@ def cut(
     split_blocks = triton.cdiv(blocks, tile.splits)
     splits = triton.cdiv(blocks, split_blocks)
     # a spline's partial sums are those of one block of pixels, and its basis outweighs what steps share
-    steps = 1 if not stepped or source == Source.TPS else tile.steps
+    steps = 1 if not stepped or source == Source.TPS else min(tile.steps, MOST_STEPS)
     column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows * steps)
     compute = compute_dtypes(gathered, params)[0]
     index = index_dtype(*tensors, params, rows=rows)

@@ -5,7 +5,7 @@ With u_k = 2 o_k - (W'_k - 1), whole numbers, output pixel o reads the coordinat
     x_r = sum over k of  A_rk u_k + C_r,    A_rk = theta_rk n_r / (2 e_k),    C_r = theta_r n_r / 2 + (W_r - 1) / 2
 
 on axis r, where n_r = W_r and e_k = W'_k, less 1 where corners are aligned. Coordinates are int64 with 32
-fractional bits: the high word is the pixel, the low word the fraction. Entries have 28 bits more, in words of their
+fractional bits: the high word is the pixel, the low word the fraction. Entries have 27 bits more, in words of their
 own, so that a coordinate is rounded once however large u is. ``MATH.md`` bounds the errors.
 
 A flow displaces the map with theta = 1. Maps that leave the range of fixed point, and float64, go through floats.
@@ -16,21 +16,24 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..modes import Source
+from ..modes import Interpolation, Source
 from ..spec import Place, constant, plain
-from .arithmetic import exact_fma
+from .arithmetic import AFFINE, exact_fma
 from .padding import place_of
 from .tiles import pixels_from
 
 # Coordinates that fixed point holds with room to spare are below this.
 REACH = constant(2.0**30)
+# Coordinates may be carried on over so many blocks of pixels.
+MOST_STEPS = 13
+MIDDLE = constant(MOST_STEPS // 2)
 
 
 class Map(NamedTuple):
     """An affine map from u to input pixels, one row for each axis of the input, (A_x, A_y[, A_z], C).
 
     A flow's rows are (A, C), along its own axis. rows: in the compute type. high, low: the same in fixed point, in
-    units of 2^-32 (int64) and 2^-60 (int32, not negative); nothing without ``SPEC.fixed_point``. fits: whether fixed
+    units of 2^-32 (int64) and 2^-59 (int32, not negative); nothing without ``SPEC.fixed_point``. fits: whether fixed
     point holds all coordinates.
     """
 
@@ -40,10 +43,24 @@ class Map(NamedTuple):
     fits: Any
 
 
+class Fixed(NamedTuple):
+    """Fixed-point numbers before they are rounded: int64 in units of 2^-32, and what is left in units of 2^-59."""
+
+    high: Any
+    low: Any
+
+
 @triton.constexpr_function
 def has_starts(spec):
     """Whether the coordinates of a tile follow from those of its first block by steps: rows of a volume wrap."""
-    return plain(spec.source) == Source.AFFINE and plain(spec.dims) == 2 and plain(spec.fixed_point)
+    return plain(spec.fixed_point) and plain(spec.dims) == 2
+
+
+@triton.constexpr_function
+def keeps_rests(spec):
+    """Whether steps are as exact as the coordinates of single pixels, to the bit: nearest samples jump, and the gather
+    has to find them where the forward kernel took them."""
+    return plain(spec.interpolation) == Interpolation.NEAREST
 
 
 @triton.jit
@@ -60,9 +77,10 @@ def steps_per_unit(size, SPEC: tl.constexpr):
 
 @triton.jit
 def reciprocal(e):
-    """2^31 / e as the sum of two floats, good to 2^-46."""
+    """2^31 / e as the sum of two floats, good to 2^-45."""
     high = 1.0 / e
-    return high * 2.0**31, exact_fma(-high, e, 1.0) * high * 2.0**31
+    rest = exact_fma(-high, e, 1.0)
+    return high * 2.0**31, tl.fma(rest, rest, rest) * high * 2.0**31
 
 
 @triton.jit
@@ -73,20 +91,27 @@ def product(a, b):
 
 
 @triton.jit
-def scaled(theta, n, inverse):
-    """theta n / (2 e) in units of 2^-32 as the sum of two floats, from ``reciprocal``'s two for e."""
+def scaled(theta, n, e, inverse, OWN: tl.constexpr):
+    """theta n / (2 e) in units of 2^-32 as the sum of two floats, from ``reciprocal``'s two for e.
+
+    OWN: the entry is of the output's own axis; exact if sizes are equal, so that identities and shifts are.
+    """
     high, low = product(theta, n)
     whole, rest = product(high, inverse[0])
-    return whole, tl.fma(low, inverse[0], tl.fma(high, inverse[1], rest))
+    rest = tl.fma(low, inverse[0], tl.fma(high, inverse[1], rest))
+    if OWN:
+        whole = tl.where(n == e, theta * 2.0**31, whole)
+        rest = tl.where(n == e, 0.0, rest)
+    return whole, rest
 
 
 @triton.jit
 def fixed(a, b):
-    """a + b, in units of 2^-32, as a whole number (int64) and what is left in units of 2^-60 (int32)."""
+    """a + b, in units of 2^-32, as a whole number (int64) and what is left in units of 2^-59 (int32)."""
     down_a = tl.floor(a)
     down_b = tl.floor(b)
     rest = (a - down_a) + (b - down_b)
-    return down_a.to(tl.int64) + down_b.to(tl.int64), (rest * 2.0**28).to(tl.int32)
+    return down_a.to(tl.int64) + down_b.to(tl.int64), (rest * 2.0**27).to(tl.int32)
 
 
 @triton.jit
@@ -110,9 +135,11 @@ def affine_map(theta, sizes, SPEC: tl.constexpr):
     if not SPEC.fixed_point:
         return Map(float_rows(theta, sizes, SPEC), (), (), False)
     else:
+        steps = ()
         inverses = ()
         for k in tl.static_range(SPEC.dims):
-            inverses += (reciprocal(steps_per_unit(sizes.output[k], SPEC).to(tl.float32)),)
+            steps += (steps_per_unit(sizes.output[k], SPEC).to(tl.float32),)
+            inverses += (reciprocal(steps[k]),)
         rows = ()
         entries = ()
         fits = True
@@ -121,7 +148,7 @@ def affine_map(theta, sizes, SPEC: tl.constexpr):
             row = ()
             reach = 0.0
             for k in tl.static_range(SPEC.dims):
-                entry = scaled(theta[r][k], n, inverses[k])
+                entry = scaled(theta[r][k], n, steps[k], inverses[k], r == k)
                 entries += (entry,)
                 row += (entry[0] * 2.0**-31 * 0.5,)
                 reach += tl.abs(row[k]) * (sizes.output[k] - 1).to(tl.float32)
@@ -157,7 +184,8 @@ def identity_map(sizes, SPEC: tl.constexpr):
         n = (sizes.input[r] - SPEC.align_corners).to(SPEC.compute)
         e = steps_per_unit(sizes.output[r], SPEC).to(SPEC.compute)
         if SPEC.fixed_point:
-            high, low = fixed(*scaled(n, 1.0, reciprocal(e)))
+            whole, rest = scaled(e * 0.0 + 1.0, n, e, reciprocal(e), True)
+            high, low = fixed(whole, rest)
             high_rows += ((high, (sizes.input[r] - 1).to(tl.int64) << 31),)
             low_rows += ((low, low * 0),)
         else:
@@ -167,14 +195,21 @@ def identity_map(sizes, SPEC: tl.constexpr):
 
 # --------------------------------------------------------------------------------------- coordinates
 @triton.jit
-def fixed_coordinate(high, low, u, TERMS: tl.constexpr):
-    """A row's fixed-point coordinate at ``u``, TERMS whole numbers, rounded once."""
-    total = high[TERMS]
-    rest = low[TERMS].to(tl.int64) + 2**27
-    for k in tl.static_range(TERMS):
+def fixed_sum(high, low, u, TERMS: tl.constexpr):
+    """What u, TERMS whole numbers, add to a row's coordinate."""
+    total = u[0].to(tl.int64) * high[0]
+    rest = u[0].to(tl.int64) * low[0].to(tl.int64)
+    for k in tl.static_range(1, TERMS):
         total += u[k].to(tl.int64) * high[k]
         rest += u[k].to(tl.int64) * low[k].to(tl.int64)
-    return total + (rest >> 28)
+    return Fixed(total + (rest >> 27), (rest & (2**27 - 1)).to(tl.int32))
+
+
+@triton.jit
+def fixed_coordinate(high, low, u, TERMS: tl.constexpr):
+    """A row's coordinate at ``u`` in units of 2^-32, rounded once."""
+    at = fixed_sum(high, low, u, TERMS)
+    return at.high + high[TERMS] + ((at.low + low[TERMS] + 2**26) >> 27)
 
 
 @triton.jit
@@ -236,29 +271,53 @@ def affine_places(map, out, sizes, SPEC: tl.constexpr):
 
 # -------------------------------------------------------------------------------- block after block
 @triton.jit
-def starts_of(map, column, row, sizes, SPEC: tl.constexpr):
-    """The fixed-point coordinates of the block at ``column`` and ``row``, and what they grow by to the next block.
+def start_and_growth(high, low, u, own, TERMS: tl.constexpr, SPEC: tl.constexpr):
+    """A row's coordinate at ``u``, the first block's, and what it grows by to the next block, as ``Fixed``.
 
-    Nothing where coordinates do not go by steps.
+    own: high and low of the entry by y. What growth is rounded by adds up; the start is moved so that it is 0 in the
+    middle, and nowhere more than 6 x 2^-33.
     """
+    rest = own[1].to(tl.int64) * (2 * SPEC.rows)
+    grown = own[0] * (2 * SPEC.rows)
+    if not keeps_rests(SPEC):
+        rest += 2**26
+    growth_rest = (rest & (2**27 - 1)).to(tl.int32)
+    start = fixed_sum(high, low, u, TERMS)
+    start_rest = start.low + low[TERMS] + 2**26
+    if not keeps_rests(SPEC):
+        start_rest += (growth_rest - 2**26) * MIDDLE
+    start = Fixed(start.high + high[TERMS] + (start_rest >> 27), start_rest & (2**27 - 1))
+    return start, Fixed(grown + (rest >> 27), growth_rest)
+
+
+@triton.jit
+def starts_of(map, column, row, sizes, SPEC: tl.constexpr):
+    """``start_and_growth`` of each axis; nothing where coordinates do not go by steps."""
     starts = ()
-    growth = ()
     if has_starts(SPEC):
         out, _ = pixels_from(column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
         u = doubled_pixels(out, sizes, SPEC)
-        for r in tl.static_range(SPEC.dims):
-            starts += (fixed_coordinate(map.high[r], map.low[r], u, SPEC.dims),)
-            rest = map.low[r][1].to(tl.int64) * (2 * SPEC.rows) + 2**27
-            growth += (map.high[r][1] * (2 * SPEC.rows) + (rest >> 28),)
-    return starts, growth
+        for r in tl.static_range(2):
+            high = map.high[r]
+            low = map.low[r]
+            if SPEC.source == AFFINE:
+                starts += (start_and_growth(high, low, u, (high[1], low[1]), 2, SPEC),)
+            else:  # a flow's x does not depend on y
+                own = (high[0] * r, low[0] * r)
+                starts += (start_and_growth(high, low, (u[r],), own, 1, SPEC),)
+    return starts
 
 
 @triton.jit
 def stepped_places(starts, step, SPEC: tl.constexpr):
-    """The fixed-point places of the block that is ``step`` blocks below ``starts``."""
+    """The places of the block that is ``step`` blocks below ``starts``, MOST_STEPS at most."""
     places = ()
-    for r in tl.static_range(SPEC.dims):
-        places += (fixed_place(starts[0][r] + starts[1][r] * step, SPEC),)
+    for r in tl.static_range(2):
+        start, growth = starts[r]
+        x = start.high + growth.high * step
+        if keeps_rests(SPEC):
+            x += ((start.low + growth.low * step).to(tl.uint32) >> 27).to(tl.int64)
+        places += (fixed_place(x, SPEC),)
     return places
 
 
@@ -279,13 +338,16 @@ def block_places(work, step, out, sizes, SPEC: tl.constexpr, INTERIOR: tl.conste
 
 # -------------------------------------------------------------------------------------------- flows
 @triton.jit
-def identity_place(map, out, sizes, AXIS: tl.constexpr, SPEC: tl.constexpr):
-    """Where the output's identity grid lies in the input, on one axis."""
-    u = (doubled(out[AXIS], sizes.output[AXIS]),)
-    if SPEC.fixed_point:
-        return fixed_place(fixed_coordinate(map.high[AXIS], map.low[AXIS], u, 1), SPEC)
-    else:
-        return place_of(float_coordinate(map.rows[AXIS], u, 1, SPEC), sizes.input[AXIS], AXIS, SPEC)
+def identity_places(map, out, sizes, SPEC: tl.constexpr):
+    """Where the output's identity grid lies in the input, on each axis."""
+    places = ()
+    for r in tl.static_range(SPEC.dims):
+        u = (doubled(out[r], sizes.output[r]),)
+        if SPEC.fixed_point:
+            places += (fixed_place(fixed_coordinate(map.high[r], map.low[r], u, 1), SPEC),)
+        else:
+            places += (place_of(float_coordinate(map.rows[r], u, 1, SPEC), sizes.input[r], r, SPEC),)
+    return places
 
 
 @triton.jit

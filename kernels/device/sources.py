@@ -15,7 +15,18 @@ from triton.language.extra import libdevice
 
 from ..modes import Source
 from ..spec import plain
-from .affine import affine_map, affine_places, block_places, displaced, doubled, identity_map, identity_place, steps_per_unit
+from .affine import (
+    affine_map,
+    affine_places,
+    block_places,
+    displaced,
+    doubled,
+    has_starts,
+    identity_map,
+    identity_places,
+    stepped_places,
+    steps_per_unit,
+)
 from .arithmetic import AFFINE, FLOW, GRID, PROJECTIVE, TPS, divided, larger, rounded, true_divide, whole_quotient
 from .padding import place_of
 from .tiles import existing, offset_of, pixels_from
@@ -392,24 +403,34 @@ def coordinates_of(params, work, out, mask, sizes, SPEC: tl.constexpr):
 
 
 @triton.jit
+def places_by(coordinates, identity, out, sizes, SPEC: tl.constexpr):
+    """The places of a source's own coordinates of the pixels ``out``, of one output.
+
+    identity: of a flow, where the output's identity grid lies.
+    """
+    places = ()
+    for axis in tl.static_range(SPEC.dims):
+        size = sizes.input[axis]
+        if SPEC.source == FLOW:
+            places += (displaced(identity[axis], coordinates[axis], size, axis, SPEC),)
+        else:
+            places += (place_of(unnormalise(coordinates[axis], size, SPEC), size, axis, SPEC),)
+    return places
+
+
+@triton.jit
 def places_at(params, work, out, mask, sizes, SPEC: tl.constexpr):
     """Where any pixels ``out`` are read: a ``Place`` for each axis, for each output of the group."""
     if SPEC.source == AFFINE:
         return (affine_places(work.map, out, sizes, SPEC),)
     else:
         coordinates = coordinates_of(params, work, out, mask, sizes, SPEC)
+        identity = ()
+        if SPEC.source == FLOW:
+            identity = identity_places(work.map, out, sizes, SPEC)
         found = ()
         for g in tl.static_range(SPEC.group):
-            places = ()
-            for axis in tl.static_range(SPEC.dims):
-                size = sizes.input[axis]
-                if SPEC.source == FLOW:
-                    place = identity_place(work.map, out, sizes, axis, SPEC)
-                    places += (displaced(place, coordinates[g][axis], size, axis, SPEC),)
-                else:
-                    x = unnormalise(coordinates[g][axis], size, SPEC)
-                    places += (place_of(x, size, axis, SPEC),)
-            found += (places,)
+            found += (places_by(coordinates[g], identity, out, sizes, SPEC),)
         return found
 
 
@@ -418,6 +439,9 @@ def places_of(params, work, step, out, mask, sizes, SPEC: tl.constexpr, INTERIOR
     """``places_at`` of a program's block ``step``, whose pixels are ``out``."""
     if SPEC.source == AFFINE:
         return (block_places(work, step, out, sizes, SPEC, INTERIOR),)
+    elif SPEC.source == FLOW and has_starts(SPEC):
+        coordinates = coordinates_of(params, work, out, mask, sizes, SPEC)
+        return (places_by(coordinates[0], stepped_places(work.starts, step, SPEC), out, sizes, SPEC),)
     else:
         return places_at(params, work, out, mask, sizes, SPEC)
 

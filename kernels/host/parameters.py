@@ -61,6 +61,13 @@ def has_fixed_point(source: int, compute: tl.dtype, *sizes: Sequence[int]) -> bo
     )
 
 
+def image_span(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last of one image (of every dimension but the first), both included."""
+    return 1 + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
+    )
+
+
 def num_controls(control_points: torch.Tensor | None) -> int:
     return 0 if control_points is None else control_points.shape[0]
 
