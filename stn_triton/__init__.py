@@ -4,6 +4,9 @@ Importing the package needs no GPU and starts nothing: Triton is imported at the
 matplotlib at the first drawing.
 """
 
+from . import versions  # first: what is too old fails in other ways further on
+
+# isort: split
 from . import export, nn, transforms, viz
 from .functional import (
     affine_grid,
@@ -17,6 +20,8 @@ from .functional import (
 )
 from .kernels.tuning import autotune
 from .patch import patch_torch
+
+del versions
 
 __version__ = "0.1.0"
 
