@@ -18,7 +18,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,11 +185,21 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def update(
-    path: Path, about: Mapping[str, Any], entries: Mapping[str, Any], facts: Mapping[str, str] = _EMPTY_FACTS
+    path: Path,
+    about: Mapping[str, Any],
+    entries: Mapping[str, Any],
+    facts: Mapping[str, str] = _EMPTY_FACTS,
+    *,
+    without: Collection[str] = (),
 ) -> dict[str, Any]:
     """Adds entries to a table, whatever other processes add meanwhile; returns its content.
 
     A file that cannot be used is set aside first, under another name.
+
+    Args:
+        about: what else the table is to say.
+        facts: see :func:`read`.
+        without: keys of entries that are to go.
     """
     import filelock  # PyTorch brings it; nothing else here needs it
 
@@ -199,7 +209,8 @@ def update(
         found, wrong = _read(path, facts)
         if wrong is not None:
             _set_aside(path, wrong)
-        known = found["entries"] if found is not None else {}
+        found_entries = found["entries"] if found is not None else {}
+        known = {key: entry for key, entry in found_entries.items() if key not in without}
         content = {**about, "format": FORMAT, "entries": {**known, **entries}}
         write(path, content)
     return content

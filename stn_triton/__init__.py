@@ -4,7 +4,7 @@ Importing the package needs no GPU and starts nothing: Triton is imported at the
 matplotlib at the first drawing.
 """
 
-from . import versions  # first: what is too old fails in other ways further on
+from . import versions as versions  # first: what is too old fails in other ways further on
 
 # isort: split
 from . import export, nn, transforms, viz
@@ -20,8 +20,6 @@ from .functional import (
 )
 from .kernels.tuning import autotune
 from .patch import patch_torch
-
-del versions
 
 __version__ = "0.1.0"
 

@@ -52,8 +52,8 @@ class patch_torch(Block[None]):
     in several threads: the last one to end restores PyTorch's kernels, unless ``enable`` was called.
 
     A block is entered and left whole or not at all. An interrupt (Ctrl-C, any signal whose handler raises)
-    leaves in force what was before the block, at the latest when its exception has been dealt with. ``enable``
-    and ``disable`` that are interrupted leave the old state or the new one.
+    leaves in force what was before the block, at the latest when its exception has been dealt with. An
+    interrupted ``enable`` or ``disable`` leaves the old state or the new one.
 
     PyTorch does not guard the registration of operators against calls in other threads: best turn it on
     before they start. Inside a compiled function it cannot be turned on; what the compiler writes code for

@@ -18,13 +18,14 @@ TRITON = (3, 6)
 
 
 def triton_version() -> str | None:
-    """Of the Triton that ``import triton`` would bring, "unknown" if it does not tell; None: there is none."""
-    if "triton" in sys.modules:
-        return str(getattr(sys.modules["triton"], "__version__", "unknown")) if sys.modules["triton"] else None
-    spec = importlib.util.find_spec("triton")
+    """Of what ``import triton`` would bring, "unknown" if it does not tell; None if there is none."""
+    module = sys.modules.get("triton")
+    if module is not None:
+        return str(getattr(module, "__version__", "unknown"))
+    spec = None if "triton" in sys.modules else importlib.util.find_spec("triton")
     if spec is None:
         return None
-    # The source tells what will run, whatever the distribution is called: PyTorch has had several names for it.
+    # The source tells what will run, whatever the distribution is called: PyTorch has several names for it.
     if spec.origin and spec.origin.endswith(".py"):
         try:
             source = Path(spec.origin).read_text(encoding="utf-8")
@@ -46,7 +47,8 @@ def _refuse_older(name: str, found: str | None, oldest: tuple[int, int]) -> None
     """
     numbers = re.match(r"(\d+)\.(\d+)", found or "")
     if numbers and (int(numbers[1]), int(numbers[2])) < oldest:
-        raise ImportError(f"stn_triton needs {name} {oldest[0]}.{oldest[1]} or later, and finds {name} {found}")
+        needed = ".".join(map(str, oldest))
+        raise ImportError(f"stn_triton needs {name} {needed} or later, and finds {name} {found}")
 
 
 _refuse_older("PyTorch", str(torch.__version__), TORCH)
