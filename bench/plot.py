@@ -167,7 +167,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
                 path = folder / f"{name}.{suffix}"
                 metadata = {"Date": None} if suffix == "svg" else {"Software": None}
                 with replacing(path) as part:
-                    figure.savefig(part, format=suffix, dpi=160, metadata=metadata)
+                    figure.savefig(part, dpi=160, metadata=metadata)
                 written.append(path)
             plt.close(figure)
     return written

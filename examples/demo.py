@@ -456,7 +456,7 @@ def draw_figure(columns: Sequence[Column], digits: straighten.Straightened, outp
         axes.imshow(zoomed[0].clamp(0, 1).permute(1, 2, 0).cpu().numpy(), aspect="auto")
         write(left + k * (across + 3), top + down + 17, mode)
     with replacing(output) as part:
-        figure.savefig(part, format=output.suffix[1:] or "png", dpi=100)
+        figure.savefig(part, dpi=100)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

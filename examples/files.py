@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,10 @@ def load(path: Path, remedy: str, **options: Any) -> Any:
         DataError: the file is damaged.
     """
     with reading(path, remedy):
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()  # PyTorch writes checksums and does not look at them
+        if wrong is not None:
+            raise ValueError(f"the checksum of {wrong} in it is wrong")
         return torch.load(path, weights_only=True, **options)
 
 

@@ -176,7 +176,7 @@ class Panel(NamedTuple):
 def save_picture(path: Path, panels: Sequence[Panel], title: str, columns: int = 10) -> None:
     """A PNG: inputs with the transformers' grids, and below each what the transformers made of it."""
     with replacing(path) as part:
-        _draw(panels, title, columns).savefig(part, format=path.suffix[1:], dpi=80)
+        _draw(panels, title, columns).savefig(part, dpi=80)
 
 
 def save_animation(path: Path, frames: Sequence[tuple[str, Sequence[Panel]]], columns: int = 10) -> None:
@@ -193,13 +193,7 @@ def save_animation(path: Path, frames: Sequence[tuple[str, Sequence[Panel]]], co
     durations = [150] * (len(images) - 1) + [2000]  # milliseconds
     with replacing(path) as part:
         images[0].save(
-            part,
-            format=path.suffix[1:],
-            save_all=True,
-            append_images=images[1:],
-            duration=durations,
-            loop=0,
-            optimize=True,
+            part, save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True
         )
 
 

@@ -92,8 +92,8 @@ class Block(Generic[T]):
     """A context manager and decorator. It may be entered again, inside itself and in other threads.
 
     ``with`` blocks are entered and left whole or not at all: an interrupt leaves what was before the block.
-    (If the object is kept elsewhere, an interrupt just before ``__exit__`` begins leaves the block open for as
-    long.)
+    (If the object is kept elsewhere, an interrupt just before ``__exit__`` begins leaves the block open until
+    the object goes.)
     """
 
     def __init__(self, kind: Blocks[T] | LocalBlocks[T], says: T) -> None:

@@ -20,7 +20,7 @@ _writing: set[str] = set()  # names of this process
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file or folder to, which takes the place of ``path`` when the block has ended.
+    """A path of the same name to write a file or folder to, which replaces ``path`` when the block has ended.
 
     A block that fails leaves what was there. What processes left that were killed inside is swept away by the
     next one. A link is followed. The mode is that of a new file, by the process's umask.
@@ -28,24 +28,19 @@ def replacing(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
-    part = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.part")
-    _writing.add(part.name)
+    scratch = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    part = scratch / path.name
+    _writing.add(scratch.name)
     try:
+        scratch.mkdir()
         yield part
         if part.is_file():
             with part.open("r+b") as file:
                 os.fsync(file.fileno())  # else a power failure could leave an empty file
         os.replace(part, path)
     finally:
-        _remove(part)
-        _writing.discard(part.name)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        _writing.discard(scratch.name)
 
 
 def _sweep(path: Path) -> None:
@@ -57,8 +52,8 @@ def _sweep(path: Path) -> None:
         try:
             here = match[1] == _HOST
             if (here and not _runs(int(match[2]))) or time.time() - left.stat().st_mtime > _DAY:
-                _remove(left)
-        except OSError:  # another process was first, or may and this one may not
+                shutil.rmtree(left, ignore_errors=True)
+        except FileNotFoundError:  # another process was first
             continue
 
 

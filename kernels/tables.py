@@ -97,7 +97,7 @@ def _wrong_field(name: str, value: Any) -> str | None:
     """What is wrong with a field; None if nothing is."""
     limit = LIMITS.get(name)
     if limit is None:
-        return f"no field is called {name!r}"
+        return f"no field is called {_short(name)}"
     fits = type(value) is int and limit.low <= value <= limit.high
     if fits and (limit.any or value & (value - 1) == 0):
         return None

@@ -196,7 +196,14 @@ def test_import_starts_nothing(tmp_path):
     """`import stn_triton` loads no Triton, initialises no CUDA and starts neither a thread nor a process."""
     loaded = run("-c", IMPORT_EFFECTS, cwd=tmp_path, PYTHONPATH=ROOT).split()
     assert "stn_triton" in loaded
-    banned = ("triton", "matplotlib", "skimage", "torch.distributed.tensor", "stn_triton.kernels.sample")
+    banned = (
+        "triton",
+        "matplotlib",
+        "filelock",
+        "skimage",
+        "torch.distributed.tensor",
+        "stn_triton.kernels.sample",
+    )
     assert not [name for name in loaded if name.startswith(banned)]
 
 
