@@ -190,7 +190,7 @@ def read_structure(content: bytes) -> list[Number]:
             fields = {key: values(field) for key, field in file[box].items()}
             sides = torch.tensor([fields[key] for key in ("left", "top", "width", "height")])
             called, labels = "".join(map(chr, file[name][()].ravel())), fields["label"]
-            if Path(called).name != called:
+            if not called or Path(called).name != called:
                 raise ValueError(f"{called!r} is no name of a file")
             if sides.shape[1] != len(labels) or not sides.isfinite().all():
                 raise ValueError(f"of {called} the boxes are not one for each of {len(labels)} digits")

@@ -87,17 +87,18 @@ def official(folder, monkeypatch):  # noqa: F811
     return content
 
 
-@pytest.mark.parametrize("how", [*DAMAGE, "a folder"])
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+@pytest.mark.parametrize(
+    "packed, how",
+    [(True, how) for how in [*DAMAGE, "a folder"]]
+    + [(False, how) for how in [*sorted(DAMAGE.keys() - {"flipped"}), "a folder"]],  # other digits are digits
+)
 def test_damaged_digits(digits, how, name, packed):
     path = digits / name
     if packed:
         path = path.with_name(f"{name}.gz")
         path.write_bytes(gzip.compress((digits / name).read_bytes()))
         (digits / name).unlink()
-    elif how == "flipped":
-        pytest.skip("other digits are digits")
     damage(path, how)
     with refused(path, "MNIST's four IDX files anew", "--data"):
         load_mnist(digits, stand_in=True)
