@@ -15,6 +15,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
+from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -198,23 +199,25 @@ def whole(change: Callable[[], None]) -> None:
     An interrupt while it runs is raised here, and it goes on.
     """
     failures: list[BaseException] = []
-    done = _thread.allocate_lock()
-    done.acquire()
+    done: SimpleQueue[Any] = SimpleQueue()
+    token = _Token()
+    ended = weakref.ref(token, done.put)  # the thread holds it until it ends, even if it never gets to run
 
-    def run() -> None:
+    def run(token: _Token) -> None:
+        del token  # or the traceback of a failure would hold it
         try:
             change()
         except BaseException as error:
             failures.append(error)
-        finally:
-            done.release()
 
     try:
         if sys.is_finalizing():  # a thread would not get to run
             raise RuntimeError
-        _thread.start_new_thread(run, ())
+        _thread.start_new_thread(run, (token,))
     except RuntimeError:  # none to be had
-        run()
-    done.acquire()
+        run(token)
+    del token
+    done.get()
+    del ended
     if failures:
         raise failures[0]

@@ -25,6 +25,9 @@ def replacing(path: Path) -> Iterator[Path]:
     A block that fails leaves what was there. What processes left that were killed inside is swept away by the
     next one. A link is followed. The mode is that of a new file, by the process's umask.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # /dev/stdout and the like
+        yield path
+        return
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)

@@ -253,12 +253,17 @@ class UserTable:
         self._lock = threading.Lock()
         self._warned = False
 
+    def remember(self, key: str, fields: Fields) -> None:
+        """Keeps an entry in memory alone."""
+        with self._lock:
+            self.entries = {**self.entries, key: fields}
+        changed()
+
     def add(self, key: str, entry: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """Keeps an entry, here and in the file, to which other processes add theirs. Raises nothing: what was
         called is the user's function, which works without."""
+        self.remember(key, entry["fields"])
         with self._lock:
-            self.entries = {**self.entries, key: entry["fields"]}
-            changed()
             try:
                 if self.path is None:
                     raise FileNotFoundError(self._wrong)

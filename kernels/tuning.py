@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import statistics
 import threading
 import time
@@ -118,8 +119,9 @@ def _tune_one(
         with configs.override(problem.kernel, **fields):
             try:
                 return clock(run, device)
-            except _refusals():
-                return float("inf")
+            except Exception as error:  # too many registers, programs or bytes: this one is not to be had
+                _log.debug("%s: %s: %s", problem.key, fields, error)
+                return math.inf
 
     start = chosen._asdict()
     if isinstance(chosen, Tile):  # these two follow from how many programs are wanted
@@ -128,15 +130,10 @@ def _tune_one(
     fields, best, first = search(problem, start, cost)
     _log.info("%s: %s, %.4f ms for %.4f ms by the rules", problem.key, fields, best, first)
     entry = {"fields": fields, "rules": start, "milliseconds": best, "milliseconds_by_the_rules": first}
-    table.add(problem.key, entry, tables.about(device))
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    """What says that a configuration is not possible: too many registers, programs or bytes, no code."""
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources, PTXASError
-
-    return OutOfResources, PTXASError, CompilationError, torch.OutOfMemoryError, ValueError
+    if math.isfinite(best):
+        table.add(problem.key, entry, tables.about(device))
+    else:  # the call will fail as well, and say why
+        table.remember(problem.key, fields)
 
 
 def search(

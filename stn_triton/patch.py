@@ -111,10 +111,9 @@ class _Patch:
 
     def settle(self) -> None:
         """Registers or removes the kernels, as is wanted; returns when that is done, whoever does it."""
-        settling = self._settling
-        if settling == _thread.get_ident():  # from within: _settle looks again
+        if self._settling == _thread.get_ident():  # from within: _settle looks again
             return
-        if settling is not None or (self._library is not None) != self._wanted():
+        while self._settling is not None or (self._library is not None) != self._wanted():
             whole(self._settle)
 
     def _settle(self) -> None:

@@ -398,6 +398,14 @@ def test_a_folder_too(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
 
 
+def test_what_is_no_file_is_written_to():
+    read, write = os.pipe()
+    files.write_text(Path(f"/dev/fd/{write}"), "one")
+    os.close(write)
+    with open(read) as file:
+        assert file.read() == "one"
+
+
 def test_threads_that_write_one_file(tmp_path):
     path, wrong = tmp_path / "x.txt", []
 
