@@ -53,6 +53,7 @@ from torch import Tensor
 from bench.assembly import Code, Instruction, Line, Loop, parse_amdgcn, parse_sass, traffic
 from stn_triton.kernels import derivatives, gather, grid, sample, specialisations
 from stn_triton.kernels import sorted as sorted_kernels
+from stn_triton.kernels.files import replacing
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 from stn_triton.kernels.specialisations import TARGETS, Launch
 
@@ -573,7 +574,8 @@ class Budget(NamedTuple):
             lines.append(f"    {json.dumps(name)}: {{\n      " + ",\n      ".join(rows) + "\n    }")
         rest = ",\n".join(f"    {json.dumps(exception)}" for exception in self.exceptions)
         head = f'{{\n  "triton": {json.dumps(self.triton)},\n  "exceptions": [\n{rest}\n  ],\n  "cases": {{\n'
-        BUDGET.write_text(head + ",\n".join(lines) + "\n  }\n}\n")
+        with replacing(BUDGET) as part:
+            part.write_text(head + ",\n".join(lines) + "\n  }\n}\n")
 
     def excused(self, rule: str, name: str, target: str) -> bool:
         return any(
@@ -782,7 +784,8 @@ def main() -> int:
     results = dict(zip(work, run_all(work, options.jobs)))
     if options.json:
         data = [{"target": target, "case": name, **row} for (target, name), row in results.items()]
-        Path(options.json).write_text(json.dumps({"triton": triton.__version__, "cases": data}, indent=1))
+        with replacing(Path(options.json)) as part:
+            part.write_text(json.dumps({"triton": triton.__version__, "cases": data}, indent=1))
     if options.check:
         found = complaints(results, budget)
         for line in [*found, HELP] if found else []:

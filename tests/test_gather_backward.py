@@ -1,7 +1,6 @@
 """d image by gather: every way to find the outputs that read a pixel, against scatter in float64."""
 
 import itertools
-import os
 import warnings
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from common import assert_close, place, random_theta
+from common import assert_close, number_of, place, random_theta
 
 from stn_triton import reference
 from stn_triton.kernels import configs, sources
@@ -497,7 +496,7 @@ def test_minors_that_cancel(device, zoom, flatness):
 
 
 # ------------------------------------------------------------------------------------------ accuracy
-FUZZ = int(os.environ.get("STN_FUZZ", "0")) or (2000 if torch.accelerator.is_available() else 64)
+FUZZ = number_of("STN_FUZZ", 0) or (2000 if torch.accelerator.is_available() else 64)
 
 
 @pytest.mark.parametrize("source", [Source.AFFINE, Source.PROJECTIVE], ids=["affine", "projective"])
