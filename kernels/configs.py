@@ -13,7 +13,7 @@ import torch
 
 from . import tables
 from .blocks import Block, LocalBlocks
-from .modes import Interpolation, Source
+from .modes import MOST_STEPS, Interpolation, Source
 
 
 class Problem(NamedTuple):
@@ -192,10 +192,9 @@ def choose(device: torch.device, problem: Problem) -> Tile:
         columns_tile = min(power_of_2(columns), pixels)
         tile = Tile(pixels // columns_tile, columns_tile, width, 1, 4, 1, 1)
     else:
-        # Lanes along x: a mild warp then gathers neighbouring addresses. Two pixels per lane share the set-up
-        # of a program, the loads of its parameters.
+        # Two pixels per lane share the set-up of a program, the loads of its parameters.
         pixels = 256 if taps <= 8 and not backward else 128
-        columns_tile = min(power_of_2(columns), 32)
+        columns_tile = min(power_of_2(columns), _patch_columns(element_size))
         unroll = channels if channels <= 4 else 4
         if taps > 8:
             unroll = min(unroll, 2 if taps <= 16 else 1)
@@ -237,7 +236,7 @@ def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]
         # Sixteen sums a lane, or four pixels.
         unroll = min(max(channels, 1), 8)
         pixels = 128 if unroll <= 4 else 64
-        columns_tile = min(power_of_2(columns), 32)
+        columns_tile = min(power_of_2(columns), _patch_columns(problem.element_size))
         tile = Tile(pixels // columns_tile, columns_tile, 1, unroll, 1, 1, 1)
         search = Gather(1, 32, 512)
     tile, fields = _settled(device, problem, tile)
@@ -248,6 +247,15 @@ def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]
         waves = fields.get("waves", WAVES)
         tile = tile._replace(steps=_steps(device, problem.images, rows, columns, tile, waves))
     return tile, _settled(device, problem._replace(kernel="gather search"), search)[0]
+
+
+def _patch_columns(element_size: int) -> int:
+    """The columns of a planar tile: as many as fill the 32 bytes of a sector that is stored.
+
+    A warp of pixels in a row touches a cache line for each of them once the map turns; a patch of 8 x 4 or 16 x 2
+    touches few, whatever the angle.
+    """
+    return max(32 // element_size, 8)
 
 
 def prefers_sorted(device: torch.device, problem: Problem) -> bool:
@@ -273,8 +281,7 @@ def _splits(
 def _steps(device: torch.device, images: int, rows: int, columns: int, tile: Tile, waves: int) -> int:
     """As many as leave ``waves`` programs to each processor, and the blocks of a program not far apart."""
     programs = images * -(-rows // tile.rows) * -(-columns // tile.columns)
-    spare = programs // (waves * _processors(device.type, device.index))
-    return max(1, min(8, power_of_2(spare + 1) // 2))
+    return max(1, min(MOST_STEPS, programs // (waves * _processors(device.type, device.index))))
 
 
 def _interpreter_tile(channels: int, rows: int, columns: int) -> Tile:

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from . import configs
 from .device import sources
-from .device.affine import MOST_STEPS, starts_of
+from .device.affine import starts_of
 from .device.arithmetic import TPS, rounded
 from .device.bounds import has_interior_path, is_interior
 from .device.interpolation import slopes_of_axes, taps_of_axes
@@ -47,7 +47,7 @@ from .host.parameters import (
     source_strides,
 )
 from .launch import INT32_MAX, Plan, compute_dtypes, has_fast_log, index_dtype, planned, vector_width
-from .modes import Source
+from .modes import MOST_STEPS, Source
 from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling, Work, constant
 
 # ``is_interior`` costs about as much as it saves in two blocks of pixels and channels. (In the interpreter, which

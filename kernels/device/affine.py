@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..modes import Interpolation, Source
+from ..modes import MOST_STEPS, Interpolation, Source
 from ..spec import Place, constant, plain
 from .arithmetic import AFFINE, exact_fma
 from .padding import place_of
@@ -24,8 +24,6 @@ from .tiles import pixels_from
 
 # Coordinates that fixed point holds with room to spare are below this.
 REACH = constant(2.0**30)
-# Coordinates may be carried on over so many blocks of pixels.
-MOST_STEPS = 13
 MIDDLE = constant(MOST_STEPS // 2)
 
 
