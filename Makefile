@@ -44,7 +44,7 @@ lint: ## check style and types
 	exit $$status
 
 compile: ## compile every kernel specialisation for GPUs that need not be there
-	@py=$$(.ci/venv test) && "$$py" -m stn_triton.kernels.specialisations --all
+	@py=$$(.ci/venv test) && "$$py" -m bench.specialisations --all
 
 # With OPTIONAL=1 a Triton that cannot be had is reported, but is no failure. The directory comes into being
 # complete or not at all.

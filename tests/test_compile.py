@@ -14,7 +14,7 @@ SHARDS = 8
 def compile_specialisations(*arguments):
     """Runs the module in a process of its own: here the kernels belong to the interpreter."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "stn_triton.kernels.specialisations", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "bench.specialisations", *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
 
 
@@ -31,7 +31,7 @@ def test_every_pair_of_options_is_compiled():
     """The subset really holds each possible pair, and each case is a possible one."""
     code = """
 import itertools
-from stn_triton.kernels import specialisations as s
+from bench import specialisations as s
 cases = list(s.pairwise_cases())
 assert all(s.possible(case) for case in cases)
 for kernel, axes in s.SUBSET_AXES.items():
@@ -50,7 +50,8 @@ for kernel, axes in s.SUBSET_AXES.items():
 SPLINE = """
 import itertools, pathlib, subprocess, sys, tempfile
 import torch, triton
-from stn_triton.kernels import sample, specialisations
+from bench import specialisations
+from stn_triton.kernels import sample
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 for controls, batch, backward in itertools.product((16, 64), (1, 4), (False, True)):

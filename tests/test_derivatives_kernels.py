@@ -27,6 +27,7 @@ from common import (
 )
 
 from stn_triton import reference
+from bench.specialisations import field_of
 from stn_triton.kernels import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
@@ -390,7 +391,7 @@ def test_wide_offsets(device, monkeypatch):
     seen = []
 
     def spy(kernel, programs, device, *args, **kwargs):
-        seen.append(kwargs["INDEX"])
+        seen.append(field_of(kwargs["SPEC"], "index"))
         launch.run(kernel, programs, device, *args, **kwargs)
 
     monkeypatch.setattr(launch, "runner", spy)

@@ -190,7 +190,7 @@ def test_the_way_back_follows_deterministic_mode(launched):
             torch.autograd.grad(output, image, torch.ones_like(output))
         finally:
             torch.use_deterministic_algorithms(before)
-        kinds.append("sorted_sum_kernel" in launched)
+        kinds.append("sort_sums_kernel" in launched)
     assert kinds == [False, True, False, True]
 
 

@@ -86,8 +86,9 @@ def wheel(checkout):
 
 
 def modules_of(package):
-    """The files of the package's modules, relative to its directory."""
-    return {path.name for path in (ROOT / package).glob("*.py")}
+    """The files of the package's modules and of its packages' own, relative to its directory."""
+    root = ROOT / package
+    return {str(path.relative_to(root)) for path in root.rglob("*.py")}
 
 
 @needs_build
@@ -125,7 +126,7 @@ import stn_triton, stn_triton.kernels
 from importlib.machinery import PathFinder
 assert PathFinder.find_spec("kernels", [sys.argv[1]]) is None, "a top-level package `kernels` was installed"
 if importlib.util.find_spec("triton"):
-    for module in pkgutil.iter_modules(stn_triton.kernels.__path__, "stn_triton.kernels."):
+    for module in pkgutil.walk_packages(stn_triton.kernels.__path__, "stn_triton.kernels."):
         importlib.import_module(module.name)
 print(stn_triton.__version__, stn_triton.__file__, stn_triton.kernels.__file__, sep="\\n")
 """
@@ -277,6 +278,19 @@ def test_imports_run_one_way(layer, package, path):
         if within(f"{package}.{path.stem}", PURE):
             known = top in ("stn_triton", "torch") or top in sys.stdlib_module_names
             assert known, f"{package}.{path.stem} imports {name}, and may import only torch"
+
+
+DEVICE = ROOT / "kernels" / "device"
+
+
+@pytest.mark.parametrize("path", sorted(DEVICE.glob("*.py")), ids=lambda path: path.stem)
+def test_device_code_knows_triton_alone(path):
+    """No torch, no launchers: kernels import it, never the other way round."""
+    allowed = tuple(f"stn_triton.kernels.{name}." for name in ("device", "modes", "spec"))
+    for name in imports_of(path, "stn_triton.kernels.device"):
+        top = name.partition(".")[0]
+        known = top == "triton" or top in sys.stdlib_module_names or f"{name}.".startswith(allowed)
+        assert known, f"{path.name} imports {name}"
 
 
 def test_readme_snippets_run():

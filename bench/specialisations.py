@@ -1,6 +1,6 @@
 """Every specialisation of the kernels that can be launched, compiled for GPUs that need not be there.
 
-    python -m stn_triton.kernels.specialisations [--all] [--target sm_90] [--shard 1/8] [--list]
+    python -m bench.specialisations [--all] [--target sm_90] [--shard 1/8] [--list]
 
 The launchers themselves choose what is compiled: they are called with tensors that have a shape, strides
 and a dtype but no memory, and each launch is compiled instead of run. The interpreter accepts programs
@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from . import derivatives, gather, grid, launch, sample
-from .modes import Interpolation, Padding, Source
-from .sort import sorted_backward
+from stn_triton.kernels import derivatives, gather, grid, launch, sample
+from stn_triton.kernels.modes import Interpolation, Padding, Source
+from stn_triton.kernels.sort import sorted_backward
+from stn_triton.kernels.spec import Spec
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -104,14 +106,14 @@ AXES: dict[str, dict[str, tuple]] = {
         **WIDTHS,
     },
     "derivatives": {
-        # of the samples along a tangent, what moved, or both; of both gradients, either or both
+        # of the samples along a tangent of the image, of the coordinates, or both; of both gradients, either or both
         "wanted": (
             "along_tangent",
-            "along_moved",
+            "along_coord_tangent",
             "along_both",
             "input",
             "coordinates_tangent",
-            "coordinates_moved",
+            "coordinates_coord_tangent",
             "both",
         ),
         "source": tuple(Source),
@@ -119,8 +121,8 @@ AXES: dict[str, dict[str, tuple]] = {
         **MODES,
         **WIDTHS,
     },
-    "sorted": {
-        "moved": (False, True),
+    "sort": {
+        "coord_tangent": (False, True),
         "source": tuple(Source),
         "dtypes": tuple(itertools.product(DTYPES, DTYPES)),
         **MODES,
@@ -150,7 +152,7 @@ SUBSET_AXES["derivatives"] |= {
     "layout": tuple(layout for layout in LAYOUTS if layout.channels in (3, 5, 64)),
     "columns": (1, 8, 32),
 }
-SUBSET_AXES["sorted"] |= {
+SUBSET_AXES["sort"] |= {
     "layout": (
         Layout(3, False, False),
         Layout(64, False, False),
@@ -176,7 +178,7 @@ def possible(case: Case) -> bool:
         return False
     if source in (Source.GRID, Source.FLOW) and case.get("transforms", 1) > 1:
         return False
-    if case.get("moved") and case.get("interpolation") == Interpolation.NEAREST:
+    if case.get("coord_tangent") and case.get("interpolation") == Interpolation.NEAREST:
         return False
     dtypes = case.get("dtypes")
     if source == Source.GRID and dtypes is not None and dtypes[0] != dtypes[1]:
@@ -272,7 +274,7 @@ def _parameters(case: Case, dtype: torch.dtype, size: tuple[int, ...], batch: in
     return _tensor(shapes[source], dtype, **PLAIN), control_points
 
 
-def _sorted(case: Case, size: tuple[int, ...]) -> None:
+def _sort(case: Case, size: tuple[int, ...]) -> None:
     """Calls the launcher of the sorted backward; both images have the size ``size``."""
     layout, (dtype, params_dtype) = case["layout"], case["dtypes"]
     batch, transforms = case["batch"], case["transforms"]
@@ -284,13 +286,13 @@ def _sorted(case: Case, size: tuple[int, ...]) -> None:
     output = output[..., : size[-1]]
     if transforms > 1:
         output, params = (tensor.unflatten(0, (batch, transforms)) for tensor in (output, params))
-    moved, total = None, dtype
-    if case["moved"]:
+    coord_tangent, total = None, dtype
+    if case["coord_tangent"]:
         total = launch.compute_dtypes(output, params)[1]
-        moved = _tensor((batch, transforms, *size, len(size)), total, **PLAIN)
+        coord_tangent = _tensor((batch, transforms, *size, len(size)), total, **PLAIN)
     input = _tensor((batch, layout.channels, *size), total, last=layout.input_last, **memory)
     modes = case["source"], case["interpolation"], case["padding"], case["align_corners"]
-    sorted_backward(output, params, control_points, input, *modes, moved)
+    sorted_backward(output, params, control_points, input, *modes, coord_tangent)
 
 
 def compile_case(case: Case) -> list[Any]:
@@ -308,8 +310,8 @@ def compile_case(case: Case) -> list[Any]:
             grid.grid_backward(target, params, control_points, case["source"], align_corners, control)
         return _compiled[start:]
 
-    if case["kernel"] == "sorted":
-        _sorted(case, size)
+    if case["kernel"] == "sort":
+        _sort(case, size)
         return _compiled[start:]
 
     layout, (dtype, params_dtype) = case["layout"], case["dtypes"]
@@ -347,24 +349,24 @@ def _compile_derivatives(
     layout: Layout,
     memory: dict[str, bool],
 ) -> None:
-    """The tangent has the output's layout; what moved is dense."""
+    """The tangent has the output's layout; that of the coordinates is dense."""
     dims, compute = input.dim() - 2, launch.compute_dtypes(input, params)[1]
     shape, dtype = tuple(input.shape), input.dtype
-    tangent = moved = total = None
-    if wanted not in ("along_moved", "input", "coordinates_moved"):
+    tangent = coord_tangent = total = None
+    if wanted not in ("along_coord_tangent", "input", "coordinates_coord_tangent"):
         tangent = _tensor(shape, dtype, last=layout.output_last, **memory)
     if wanted not in ("along_tangent", "coordinates_tangent"):
         rows = (shape[0], 1, *output.shape[2:], dims)
-        moved = _tensor(rows, compute, last=False, wide=False, aligned=True)
+        coord_tangent = _tensor(rows, compute, last=False, wide=False, aligned=True)
     if wanted in ("input", "both"):
         total = _tensor(shape, compute, last=layout.input_last, **memory)
-    image = None if moved is None or wanted == "input" else input
+    image = None if coord_tangent is None or wanted == "input" else input
     if wanted.startswith("along"):
-        derivatives.sample_jvp(image, tangent, params, control_points, moved, output, *modes)
+        derivatives.sample_jvp(image, tangent, params, control_points, coord_tangent, output, *modes)
     else:
         by_coordinates = wanted != "input"
         derivatives.sample_hvp(
-            output, image, tangent, params, control_points, moved, total, *modes, by_coordinates
+            output, image, tangent, params, control_points, coord_tangent, total, *modes, by_coordinates
         )
 
 
@@ -377,6 +379,12 @@ class Launch(NamedTuple):
     compiled: Any
     programs: int
     arguments: dict[str, Any]
+
+
+def field_of(spec: Spec, name: str) -> Any:
+    """The value of a ``Spec``'s field, compiled or interpreted."""
+    value = getattr(spec, name)
+    return value.value if isinstance(value, tl.constexpr) else value
 
 
 class _Driver:
