@@ -5,7 +5,6 @@ Pure Python: importing this module imports neither torch nor triton.
 
 from enum import IntEnum
 
-
 # Blocks of pixels, one below the other, over which coordinates may be carried on (``device/affine.py``).
 MOST_STEPS = 13
 

@@ -1,13 +1,12 @@
 """Coordinates that are exact where the mathematics is, and within 2^-30 of a pixel elsewhere.
 
-First the fixed-point coordinates themselves, against rational arithmetic on the given float32 parameters. Then what
-follows: identity, whole-pixel shifts and flips between equal sizes, and whole- and half-pixel flows, read, weigh and
-slope as in float64, whatever the size.
+First the fixed-point coordinates themselves, against rational arithmetic on the given float32 parameters.
+Then what follows: identity, whole-pixel shifts and flips between equal sizes, and whole- and half-pixel
+flows, read, weigh and slope as in float64, whatever the size.
 """
 
 from fractions import Fraction
 
-import pytest
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +27,8 @@ def coordinates_kernel(
 ):  # fmt: skip
     """Of each output pixel and axis the fixed-point coordinate, (batch, [D,] H, W, dims), and the place made of it.
 
-    Pixels are visited as the samplers visit them: ``steps`` blocks below each other from the first one's coordinates.
+    Pixels are visited as the samplers visit them: ``steps`` blocks below each other from the first one's
+    coordinates.
     """
     sizes = Sizes((in_width, in_height, in_depth), (out_width, out_height, out_depth), batch, 1, 1)
     stride = SPEC.dims + 1
@@ -42,7 +42,9 @@ def coordinates_kernel(
     work = Work(b, outputs, map, column, row, steps, starts, (0, 1), False, 0, 0, 1)
     tl.store(fits_ptr + b, tl.cast(map.fits, tl.int32))
     for step in range(steps):
-        out, mask = tiles.pixels_from(column, row + step * SPEC.rows, sizes.output, SPEC.rows, SPEC.columns, SPEC)
+        out, mask = tiles.pixels_from(
+            column, row + step * SPEC.rows, sizes.output, SPEC.rows, SPEC.columns, SPEC
+        )
         places = affine.block_places(work, step, out, sizes, SPEC, False)
         pixel = tiles.offset_of(out, (1, out_width, out_width.to(SPEC.index) * out_height), 1, SPEC)
         at = (b.to(tl.int64) * tiles_pixels(sizes, SPEC) + pixel) * SPEC.dims

@@ -355,7 +355,9 @@ def bound_kernel(
         places = affine.float_places(map, out, sizes, SPEC)
         for axis in tl.static_range(SPEC.dims):
             tl.store(index_ptr + at + axis, tl.where(map.fits, fixed[axis].index, places[axis].index))
-            tl.store(fraction_ptr + at + axis, tl.where(map.fits, fixed[axis].fraction, places[axis].fraction))
+            tl.store(
+                fraction_ptr + at + axis, tl.where(map.fits, fixed[axis].fraction, places[axis].fraction)
+            )
     else:
         work = Work(0, (), map, 0, 0, 1, (), (0, 1), False, 0, 0, 1)
         places = sources.places_at((), work, out, True, sizes, SPEC)[0]
