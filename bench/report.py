@@ -54,6 +54,7 @@ from bench import specialisations
 from bench.assembly import Code, Instruction, Line, Loop, parse_amdgcn, parse_sass, traffic
 from bench.specialisations import TARGETS, Launch, field_of
 from stn_triton.kernels import derivatives, gather, grid, sample, sort
+from stn_triton.kernels.files import replacing
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
 BUDGET = Path(__file__).with_name("budget.json")
@@ -587,7 +588,8 @@ class Budget(NamedTuple):
             lines.append(f"    {json.dumps(name)}: {{\n      " + ",\n      ".join(rows) + "\n    }")
         rest = ",\n".join(f"    {json.dumps(exception)}" for exception in self.exceptions)
         head = f'{{\n  "triton": {json.dumps(self.triton)},\n  "exceptions": [\n{rest}\n  ],\n  "cases": {{\n'
-        BUDGET.write_text(head + ",\n".join(lines) + "\n  }\n}\n")
+        with replacing(BUDGET) as part:
+            part.write_text(head + ",\n".join(lines) + "\n  }\n}\n")
 
     def excused(self, rule: str, name: str, target: str) -> bool:
         return any(
@@ -796,7 +798,8 @@ def main() -> int:
     results = dict(zip(work, run_all(work, options.jobs)))
     if options.json:
         data = [{"target": target, "case": name, **row} for (target, name), row in results.items()]
-        Path(options.json).write_text(json.dumps({"triton": triton.__version__, "cases": data}, indent=1))
+        with replacing(Path(options.json)) as part:
+            part.write_text(json.dumps({"triton": triton.__version__, "cases": data}, indent=1))
     if options.check:
         found = complaints(results, budget)
         for line in [*found, HELP] if found else []:

@@ -106,7 +106,8 @@ AXES: dict[str, dict[str, tuple]] = {
         **WIDTHS,
     },
     "derivatives": {
-        # of the samples along a tangent of the image, of the coordinates, or both; of both gradients, either or both
+        # of the samples along a tangent of the image, of the coordinates, or both; of both gradients, either
+        # or both
         "wanted": (
             "along_tangent",
             "along_coord_tangent",

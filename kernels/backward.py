@@ -84,7 +84,15 @@ def second(
     by_coordinates = None
     if total is not None or coordinates_grad:
         by_coordinates = sample_hvp(
-            grad_output, input, tangent, params, control_points, coord_tangent, total, *modes, coordinates_grad
+            grad_output,
+            input,
+            tangent,
+            params,
+            control_points,
+            coord_tangent,
+            total,
+            *modes,
+            coordinates_grad,
         )
     _round(total, grad_input)
     return by_coordinates

@@ -5,16 +5,15 @@ table has been tuned for the architecture (``tables``) what it says instead. Not
 ``tuning``'s, when asked for.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Hashable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
 from . import tables
-from .modes import Interpolation, Source
+from .blocks import Block, LocalBlocks
+from .modes import MOST_STEPS, Interpolation, Source
 
 
 class Problem(NamedTuple):
@@ -107,32 +106,21 @@ class Sum(NamedTuple):
 
 
 # What fields are to be, of two the later one, and of which kernel: None is all.
-_forced: ContextVar[tuple[tuple[str | None, str, int], ...]] = ContextVar("forced", default=())
-_seen: ContextVar[list[tuple[Problem, NamedTuple]] | None] = ContextVar("seen", default=None)
+_forced: LocalBlocks[tuple[tuple[str | None, str, int], ...]] = LocalBlocks("forced")
+_seen: LocalBlocks[list[tuple[Problem, NamedTuple]]] = LocalBlocks("seen")
 
 WAVES = 8  # programs wanted for each processor, see _splits and _steps
 
 
-@contextmanager
-def override(kernel: str | None = None, **fields: int) -> Iterator[None]:
+def override(kernel: str | None = None, **fields: int) -> Block[tuple[tuple[str | None, str, int], ...]]:
     """Replace fields of what is chosen inside the block (for one kernel only, if named); the results must not
     depend on it."""
-    token = _forced.set((*_forced.get(), *((kernel, name, value) for name, value in fields.items())))
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+    return Block(_forced, tuple((kernel, name, value) for name, value in fields.items()))
 
 
-@contextmanager
-def observe() -> Iterator[list[tuple[Problem, NamedTuple]]]:
-    """Inside, whatever is chosen is noted."""
-    seen: list[tuple[Problem, NamedTuple]] = []
-    token = _seen.set(seen)
-    try:
-        yield seen
-    finally:
-        _seen.reset(token)
+def observe() -> Block[list[tuple[Problem, NamedTuple]]]:
+    """Inside, whatever is chosen is noted in the list that the block gives."""
+    return Block(_seen, [])
 
 
 def state() -> Hashable:
@@ -140,14 +128,16 @@ def state() -> Hashable:
 
     None while ``observe`` watches, whom nothing that is kept may escape.
     """
-    if _seen.get() is not None:
+    if _seen.values():
         return None
-    return _forced.get(), tables.version if tables.live else -1, tables.ignoring > 0
+    return _forced.values(), tables.version if tables.live.open else -1, bool(tables.ignoring.open)
 
 
 def _overridden(kernel: str) -> dict[str, int]:
     """What ``override`` says of a kernel."""
-    return {name: value for meant, name, value in _forced.get() if meant in (None, kernel)}
+    return {
+        name: value for says in _forced.values() for meant, name, value in says if meant in (None, kernel)
+    }
 
 
 def power_of_2(n: int) -> int:
@@ -168,12 +158,19 @@ def _processors(device_type: str, device_index: int | None) -> int:
 
 def _settled(device: torch.device, problem: Problem, rules: Any) -> tuple[Any, Mapping[str, Any]]:
     """The rules' choice with what a table and then ``override`` say instead, and all that they say."""
-    fields = {**tables.lookup(device, lambda: problem.key), **_overridden(problem.kernel)}
-    chosen = rules._replace(**{name: value for name, value in fields.items() if name in rules._fields})
-    seen = _seen.get()
-    if seen is not None:
+    tuned, overridden = tables.lookup(device, lambda: problem.key), _overridden(problem.kernel)
+    chosen = _replaced(rules, tuned)
+    if tuned and tables.lanes(chosen._asdict()) > tables.MOST_LANES:
+        tables.refuse(device, problem.key, f"with the rules' {rules} they make a block too large")
+        tuned, chosen = {}, rules
+    chosen = _replaced(chosen, overridden)
+    for seen in _seen.values()[-1:]:
         seen.append((problem, chosen))
-    return chosen, fields
+    return chosen, {**tuned, **overridden}
+
+
+def _replaced(chosen: Any, fields: Mapping[str, int]) -> Any:
+    return chosen._replace(**{name: value for name, value in fields.items() if name in chosen._fields})
 
 
 def choose(device: torch.device, problem: Problem) -> Tile:
@@ -195,10 +192,9 @@ def choose(device: torch.device, problem: Problem) -> Tile:
         columns_tile = min(power_of_2(columns), pixels)
         tile = Tile(pixels // columns_tile, columns_tile, width, 1, 4, 1, 1)
     else:
-        # Lanes along x: a mild warp then gathers neighbouring addresses. Two pixels per lane share the set-up
-        # of a program, the loads of its parameters.
+        # Two pixels per lane share the set-up of a program, the loads of its parameters.
         pixels = 256 if taps <= 8 and not backward else 128
-        columns_tile = min(power_of_2(columns), 32)
+        columns_tile = min(power_of_2(columns), _patch_columns(element_size))
         unroll = channels if channels <= 4 else 4
         if taps > 8:
             unroll = min(unroll, 2 if taps <= 16 else 1)
@@ -240,7 +236,7 @@ def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]
         # Sixteen sums a lane, or four pixels.
         unroll = min(max(channels, 1), 8)
         pixels = 128 if unroll <= 4 else 64
-        columns_tile = min(power_of_2(columns), 32)
+        columns_tile = min(power_of_2(columns), _patch_columns(problem.element_size))
         tile = Tile(pixels // columns_tile, columns_tile, 1, unroll, 1, 1, 1)
         search = Gather(1, 32, 512)
     tile, fields = _settled(device, problem, tile)
@@ -251,6 +247,15 @@ def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]
         waves = fields.get("waves", WAVES)
         tile = tile._replace(steps=_steps(device, problem.images, rows, columns, tile, waves))
     return tile, _settled(device, problem._replace(kernel="gather search"), search)[0]
+
+
+def _patch_columns(element_size: int) -> int:
+    """The columns of a planar tile: as many as fill the 32 bytes of a sector that is stored.
+
+    A warp of pixels in a row touches a cache line for each of them once the map turns; a patch of 8 x 4 or 16
+    x 2 touches few, whatever the angle.
+    """
+    return max(32 // element_size, 8)
 
 
 def prefers_sorted(device: torch.device, problem: Problem) -> bool:
@@ -276,8 +281,7 @@ def _splits(
 def _steps(device: torch.device, images: int, rows: int, columns: int, tile: Tile, waves: int) -> int:
     """As many as leave ``waves`` programs to each processor, and the blocks of a program not far apart."""
     programs = images * -(-rows // tile.rows) * -(-columns // tile.columns)
-    spare = programs // (waves * _processors(device.type, device.index))
-    return max(1, min(8, power_of_2(spare + 1) // 2))
+    return max(1, min(MOST_STEPS, programs // (waves * _processors(device.type, device.index))))
 
 
 def _interpreter_tile(channels: int, rows: int, columns: int) -> Tile:

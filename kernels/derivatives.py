@@ -1,8 +1,8 @@
 """Forward mode and second derivatives of the sampler: along a direction, never as matrices.
 
-Of an output pixel with weights w_k(p), as in ``sample.py``, the direction is a tangent of the image, I', and a tangent
-of the source's coordinates, in pixels m = (m_x, m_y[, m_z]). The coordinates are still found in registers; the way
-they depend on the parameters is the caller's.
+Of an output pixel with weights w_k(p), as in ``sample.py``, the direction is a tangent of the image, I', and
+a tangent of the source's coordinates, in pixels m = (m_x, m_y[, m_z]). The coordinates are still found in
+registers; the way they depend on the parameters is the caller's.
 
     jvp[n, t, c, o]            = sum over k of  w_k I'[n, c, index_k] + w_k[m] I[n, c, index_k]
 
@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 
 from .device import sources
+from .device.arithmetic import rounded
 from .device.direction import interpolate_grad_tangent, interpolate_tangent, scatter_tangent, weight_tangents
 from .device.interpolation import curvatures_of_axes, slopes_of_axes, taps_of_axes
 from .device.sampling import interpolate, interpolate_grad
-from .device.tiles import channel_block, existing, offset_of
-from .device.arithmetic import rounded
+from .device.tiles import channel_block, offset_of
 from .host import parameters
 from .host.parameters import coordinate_strides, image_strides, num_controls, output_strides, source_strides
 from .launch import Plan, compute_dtypes, planned, vector_width
@@ -166,7 +166,11 @@ def hvp_block(images, by_coord_ptr, coord, stride_coord_t, params, work, sizes, 
                     plane = grad_image + c * grad_input.strides.c
                     scatter_tangent(plane, values[k], taps, tangents, grad_input.strides, kept & exists, SPEC)
         if SPEC.coord_grad:
-            total = (tl.sum(by_x, 1, keep_dims=True), tl.sum(by_y, 1, keep_dims=True), tl.sum(by_z, 1, keep_dims=True))
+            total = (
+                tl.sum(by_x, 1, keep_dims=True),
+                tl.sum(by_y, 1, keep_dims=True),
+                tl.sum(by_z, 1, keep_dims=True),
+            )
             total = sources.scaled_to_pixels(total, sizes, SPEC)
             sources.dense_store(by_coord_ptr, total, out, kept, work.b + g, work.split, sizes, SPEC, True)
 
@@ -187,14 +191,17 @@ def sample_hvp_kernel(
     """How d input and d coordinates change along (tangent, coord), either or both.
 
     input_ptr: read only for ``coord_grad`` with ``coord_tangent``. tangent_ptr: only for ``coord_grad`` with
-    ``tangent``. grad_input_ptr: zeros in the compute type, added to only for ``input_grad``, with ``coord_tangent``.
-    by_coord_ptr: (splits, batch, [D,] H, W, dims) in the compute type, written only for ``coord_grad``.
+    ``tangent``. grad_input_ptr: zeros in the compute type, added to only for ``input_grad``, with
+    ``coord_tangent``. by_coord_ptr: (splits, batch, [D,] H, W, dims) in the compute type, written only for
+    ``coord_grad``.
     """
     in_size = (in_width, in_height, in_depth)
     sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels)
     tiling = Tiling(column_tiles, row_tiles, splits, split_blocks, steps)
     stride_output = (stride_output_x, stride_output_y, stride_output_z)
-    grad_output = Image(grad_output_ptr, Strides(stride_output_n, stride_output_t, stride_output_c, stride_output))
+    grad_output = Image(
+        grad_output_ptr, Strides(stride_output_n, stride_output_t, stride_output_c, stride_output)
+    )
     stride_input = (stride_input_x, stride_input_y, stride_input_z)
     input = Image(input_ptr, Strides(stride_input_n, 0, stride_input_c, stride_input))
     stride_tangent = (stride_tangent_x, stride_tangent_y, stride_tangent_z)
@@ -208,7 +215,14 @@ def sample_hvp_kernel(
 
     work = work_of(params, sizes, tiling, SPEC)
     hvp_block(
-        (grad_output, input, tangent, grad_input), by_coord_ptr, coord, stride_coord_t, params, work, sizes, SPEC
+        (grad_output, input, tangent, grad_input),
+        by_coord_ptr,
+        coord,
+        stride_coord_t,
+        params,
+        work,
+        sizes,
+        SPEC,
     )
 
 
@@ -278,9 +292,9 @@ def sample_jvp(
 ) -> None:
     """Fills ``output``, (N, C, ...) or (N, T, C, ...), with the derivative of samples along a direction.
 
-    ``tangent``: that of ``input``, of any strides; None is 0. ``coord_tangent``, (N, T, ..., dims) of any strides and
-    in the compute type: the tangent of the source's coordinates, normalised (a flow's: in pixels), x first; None is
-    0, and then no ``input`` is needed. One of the two must be given.
+    ``tangent``: that of ``input``, of any strides; None is 0. ``coord_tangent``, (N, T, ..., dims) of any
+    strides and in the compute type: the tangent of the source's coordinates, normalised (a flow's: in
+    pixels), x first; None is 0, and then no ``input`` is needed. One of the two must be given.
     """
     tensors = output, input, tangent, params, control_points, coord_tangent
     plan = _jvp_plan(tensors, source, interpolation, padding, align_corners)
@@ -379,9 +393,9 @@ def sample_hvp(
 ) -> torch.Tensor | None:
     """The Hessian of <grad_output, samples> by image and coordinates, times a direction as of ``sample_jvp``.
 
-    Adds its image part to ``grad_input`` (zeros, in the compute type) if given, which needs ``coord_tangent``.
-    Returns its part by the source's coordinates, (N, T, ..., dims) in the compute type, if asked for; ``input`` is
-    needed only for this one, and only with ``coord_tangent``.
+    Adds its image part to ``grad_input`` (zeros, in the compute type) if given, which needs
+    ``coord_tangent``. Returns its part by the source's coordinates, (N, T, ..., dims) in the compute type, if
+    asked for; ``input`` is needed only for this one, and only with ``coord_tangent``.
     """
     tensors = grad_output, input, tangent, params, control_points, coord_tangent, grad_input
     modes = source, interpolation, padding, align_corners

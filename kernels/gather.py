@@ -2,17 +2,18 @@
 
     d input[n, c, q] = sum over transforms t and outputs o of  weight_q(p(o)) g[n, t, c, o]
 
-A program owns a tile of input pixels q. For each transform it bounds the outputs that can read them, visits these in a
-fixed order, weighs each with the forward's own places, and writes every pixel once, in its final type: no atomics, no
-scratch, the same bits each time. There are two ways to visit:
+A program owns a tile of input pixels q. For each transform it bounds the outputs that can read them, visits
+these in a fixed order, weighs each with the forward's own places, and writes every pixel once, in its final
+type: no atomics, no scratch, the same bits each time. There are two ways to visit:
 
 * *by pixel*: every lane has a pixel, and goes through the few outputs in its preimage (``bounds.preimage``);
-* *by output*, where that would be too many (much zoomed or folded maps, borders that many outputs are clamped to,
-  near-singular maps, horizons, NaN): blocks of outputs are bounded, those that may touch the tile are evaluated with a
-  lane for each output, and summed for each pixel of the tile that they do touch.
+* *by output*, where that would be too many (much zoomed or folded maps, borders that many outputs are clamped
+to,
+  near-singular maps, horizons, NaN): blocks of outputs are bounded, those that may touch the tile are
+  evaluated with a lane for each output, and summed for each pixel of the tile that they do touch.
 
-Which of them is decided for each tile and transform on the device. The result does not depend on it but for rounding.
-``MATH.md`` has the proof of the bounds and the most work there can be.
+Which of them is decided for each tile and transform on the device. The result does not depend on it but for
+rounding. ``MATH.md`` has the proof of the bounds and the most work there can be.
 """
 
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ NOWHERE = constant(2**30)
 
 
 class Pixels(NamedTuple):
-    """A program's tile of input pixels: each lane's, whether it exists, and the first and last along each axis."""
+    """A block of input pixels: each lane's, whether it exists, the first and last along each axis."""
 
     q: Any
     exists: Any
@@ -76,10 +77,11 @@ class Pixels(NamedTuple):
 class Candidates(NamedTuple):
     """The outputs that can read a tile.
 
-    map: the transform's. bounds: of all outputs (``bounds.image_bounds``). ranges, copies: the copies of the image
-    that are read (``copies.copies_within``). first, most: where padding shows nothing again, each lane's first output
-    along each axis and how many it visits. distances: of ``weighs_by_distance``, how far from its pixel that output is
-    read. cost: how many outputs a lane visits, a float; infinite without a bound.
+    map: the transform's. bounds: of all outputs (``bounds.image_bounds``). ranges, copies: the copies of the
+    image that are read (``copies.copies_within``). first, most: where padding shows nothing again, each
+    lane's first output along each axis and how many it visits. distances: of ``weighs_by_distance``, how far
+    from its pixel that output is read. cost: how many outputs a lane visits, a float; infinite without a
+    bound.
     """
 
     map: Any
@@ -114,7 +116,9 @@ def map_places(map, out, sizes, SPEC: tl.constexpr):
 @triton.jit
 def candidates_of(map, bounds, pixels, number, sizes, SPEC: tl.constexpr):
     """The first output that can read each pixel in copy ``number``, and the most of them along each axis."""
-    RADIUS: tl.constexpr = 2.0 if SPEC.interpolation == BICUBIC else (1.0 if SPEC.interpolation == BILINEAR else 0.5)
+    RADIUS: tl.constexpr = (
+        2.0 if SPEC.interpolation == BICUBIC else (1.0 if SPEC.interpolation == BILINEAR else 0.5)
+    )
     center = ()
     radius = ()
     for axis in tl.static_range(SPEC.dims):
@@ -189,7 +193,10 @@ def find_candidates(map, bounds, pixels, sizes, SPEC: tl.constexpr):
 
 @triton.jit
 def add_weighted(sums, weight, offset, gradients, sizes, SPEC: tl.constexpr):
-    """``sums`` plus ``weight`` times d output at ``offset``. A gradient of weight 0 adds nothing, not even a NaN."""
+    """``sums`` plus ``weight`` times d output at ``offset``.
+
+    A gradient of weight 0 adds nothing, not even a NaN.
+    """
     new = ()
     for k in tl.static_range(SPEC.unroll):
         c, exists = channel_block(gradients.block * SPEC.unroll + k, sizes.channels, SPEC)
@@ -202,8 +209,10 @@ def add_weighted(sums, weight, offset, gradients, sizes, SPEC: tl.constexpr):
 # ---------------------------------------------------------------------------------- weights by distance
 @triton.constexpr_function
 def weighs_by_distance(spec):
-    """Whether a weight depends on how far from the pixel an output is read, and that is a line of the output's place:
-    of affine maps under zeros padding, but for nearest samples, which jump."""
+    """Whether a weight is a function of how far from the pixel an output is read, and that goes by steps.
+
+    So it is of affine maps under zeros padding, but for nearest samples, which jump.
+    """
     smooth = plain(spec.interpolation) != Interpolation.NEAREST
     return smooth and plain(spec.fixed_point) and all(p == Padding.ZEROS for p in plain(spec.padding))
 
@@ -223,7 +232,9 @@ def distances_of(map, first, pixels, sizes, SPEC: tl.constexpr):
         x = fixed_coordinate(map.high[r], map.low[r], u, SPEC.dims) - (pixels.low[r].to(tl.int64) << 32)
         x -= (pixels.q[r] - pixels.low[r]).to(tl.int64) << 32
         for k in tl.static_range(SPEC.dims):
-            further = (2 * (first[k] - anchor[k])).to(tl.uint32)  # not negative: half of the product is unsigned
+            further = (2 * (first[k] - anchor[k])).to(
+                tl.uint32
+            )  # not negative: half of the product is unsigned
             x += further.to(tl.int64) * (map.high[r][k] + (map.low[r][k] >> 26).to(tl.int64))
         distances += (x.to(SPEC.compute) * 2.0**-32,)
     return distances
@@ -248,7 +259,7 @@ def distance_weight(map, distances, further, SPEC: tl.constexpr):
 # ------------------------------------------------------------------------------------ pixel by pixel
 @triton.jit
 def candidate_weight(found, first, further, pixels, number, sizes, SPEC: tl.constexpr):
-    """The weight with which the output ``further`` outputs from ``first`` reads each pixel in copy ``number``."""
+    """The weight with which the output ``further`` from ``first`` reads each pixel in copy ``number``."""
     if weighs_by_distance(SPEC):
         return distance_weight(found.map, found.distances, further, SPEC)
     else:
@@ -283,7 +294,9 @@ def add_by_pixel(sums, found, pixels, number, range_of, gradients, sizes, SPEC: 
             for x in range(most[0]):
                 weight = candidate_weight(found, first, (x, y, z), pixels, number, sizes, SPEC)
                 at = offset + (line + tl.cast(strides[0], SPEC.index) * x)
-                sums = add_weighted(sums, weight, tl.multiple_of(at, (VECTOR, VECTOR)), gradients, sizes, SPEC)
+                sums = add_weighted(
+                    sums, weight, tl.multiple_of(at, (VECTOR, VECTOR)), gradients, sizes, SPEC
+                )
     return sums
 
 
@@ -388,7 +401,7 @@ def add_block(sums, map, block, column_blocks, pixels, gradients, sizes, SPEC: t
 
 @triton.jit
 def add_by_output(sums, map, pixels, gradients, sizes, SPEC: tl.constexpr):
-    """``sums`` plus what each pixel gets, with a lane for each output of the blocks that may touch the tile."""
+    """``sums`` plus what each pixel gets, with a lane for each output of blocks that may touch the tile."""
     column_blocks = tl.cdiv(sizes.output[0], SPEC.block_columns)
     output_rows = sizes.output[1].to(SPEC.index)
     if SPEC.dims == 3:
@@ -408,7 +421,9 @@ def add_by_output(sums, map, pixels, gradients, sizes, SPEC: tl.constexpr):
 # ------------------------------------------------------------------------------------------------ kernel
 @triton.constexpr_function
 def finds_once(spec):
-    """Whether all blocks of channels share one search. With channels last, the pixels found would be carried in
+    """Whether all blocks of channels share one search.
+
+    With channels last, the pixels found would be carried in
     another layout than vectors have, and exchanged in the inner loop."""
     return plain(spec.channels) == 1 and plain(spec.one_transform)
 
@@ -449,7 +464,10 @@ def gather_backward_kernel(
     column_tiles, row_tiles, splits, split_blocks, steps,
     SPEC: tl.constexpr,
 ):  # fmt: skip
-    """d input, every pixel written once, in its own type. Tiles are of the input; batch is that of its images."""
+    """d input, every pixel written once, in its own type.
+
+    Tiles are of the input; batch is that of its images.
+    """
     in_size = (in_width, in_height, in_depth)
     sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels)
     stride_output = (stride_output_x, stride_output_y, stride_output_z)
@@ -487,7 +505,9 @@ def gather_backward_kernel(
                 sums = add_transform(sums, found, pixels, gradients, sizes, SPEC)
             for k in tl.static_range(SPEC.unroll):
                 c, real = channel_block(block * SPEC.unroll + k, channels, SPEC)
-                tl.store(target + c * stride_grad_c, rounded(sums[k], grad_input.pointer), pixels.exists & real)
+                tl.store(
+                    target + c * stride_grad_c, rounded(sums[k], grad_input.pointer), pixels.exists & real
+                )
 
 
 @planned

@@ -26,9 +26,10 @@ def grid_kernel(
     out_width, out_height, out_depth, batch, transforms, column_tiles, row_tiles,
     SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Writes the grid; or, for ``source_grad``, reads its gradient there and reduces it to that of the source.
+    """Writes the grid; for ``source_grad``, reads its gradient there and reduces it to the source's.
 
-    grid_ptr: (batch, [D,] H, W, dims), stride_grid_k by component. partial_ptr: as in ``sample_backward_kernel``.
+    grid_ptr: (batch, [D,] H, W, dims), stride_grid_k by component. partial_ptr: as in
+    ``sample_backward_kernel``.
     """
     sizes = Sizes((1, 1, 1), (out_width, out_height, out_depth), batch, transforms, 1)
     stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
@@ -51,7 +52,9 @@ def grid_kernel(
         for k in tl.static_range(SPEC.dims):
             gradient += (tl.load(target + stride_k * k, mask, other=0.0).to(SPEC.compute),)
         sums = sources.zero_sums(SPEC)
-        sums = sources.add_gradient(partial_ptr, sums, params, work, b * 0, (gradient,), out, mask, sizes, SPEC)
+        sums = sources.add_gradient(
+            partial_ptr, sums, params, work, b * 0, (gradient,), out, mask, sizes, SPEC
+        )
         sources.store_sums(partial_ptr, sums, work, (1.0, 1.0, 1.0), sizes, SPEC)
     else:
         coordinates = sources.coordinates_of(params, work, out, mask, sizes, SPEC)

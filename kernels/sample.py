@@ -9,8 +9,8 @@ Backward, from g = d loss / d output:
     d input[n, c, index_k(p)] += weight_k(p) g[n, t, c, o]
     d p                        = sum over c and k of  weight_k'(p) input[n, c, index_k(p)] g[n, t, c, o]
 
-and d p goes on to the source (``sources.add_gradient``). Pixels are a column and channels a row of every block:
-shapes are [pixels, 1], [1, channels] and [pixels, channels].
+and d p goes on to the source (``sources.add_gradient``). Pixels are a column and channels a row of every
+block: shapes are [pixels, 1], [1, channels] and [pixels, channels].
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ import triton.language as tl
 
 from . import configs
 from .device import sources
-from .device.affine import MOST_STEPS, starts_of
+from .device.affine import starts_of
 from .device.arithmetic import TPS, rounded
 from .device.bounds import has_interior_path, is_interior
 from .device.interpolation import slopes_of_axes, taps_of_axes
@@ -47,11 +47,11 @@ from .host.parameters import (
     source_strides,
 )
 from .launch import INT32_MAX, Plan, compute_dtypes, has_fast_log, index_dtype, planned, vector_width
-from .modes import Source
+from .modes import MOST_STEPS, Source
 from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling, Work, constant
 
-# ``is_interior`` costs about as much as it saves in two blocks of pixels and channels. (In the interpreter, which
-# has no costs that matter, both paths are taken.)
+# ``is_interior`` costs about as much as it saves in two blocks of pixels and channels. (In the interpreter,
+# which has no costs that matter, both paths are taken.)
 INTERIOR_MIN_BLOCKS = constant(3 if not triton.knobs.runtime.interpret else 1)
 
 
@@ -76,15 +76,16 @@ def work_of(params, sizes, tiling, SPEC: tl.constexpr):
         if interior:
             interior = is_interior(map, column, row, steps * SPEC.rows, sizes, SPEC)
     tiles = tiling.columns * tiling.rows
+    starts = starts_of(map, column, row, sizes, SPEC)
     return Work(
-        group * SPEC.group, outputs, map, column, row, steps, starts_of(map, column, row, sizes, SPEC), blocks,
-        interior, split, split * tiles + row_tile * tiling.columns + column_tile, tiling.splits * tiles,
+        group * SPEC.group, outputs, map, column, row, steps, starts, blocks, interior, split,
+        split * tiles + row_tile * tiling.columns + column_tile, tiling.splits * tiles,
     )  # fmt: skip
 
 
 @triton.jit
 def pixels_of(work, step, params, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
-    """Block ``step`` of a program's pixels: which, whether they exist, and where each output reads the input."""
+    """Block ``step`` of a program: which pixels, whether they exist, and where each output is read."""
     row = work.row + step * SPEC.rows
     out, mask = pixels_from(work.column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
     return out, mask, sources.places_of(params, work, step, out, mask, sizes, SPEC, INTERIOR)
@@ -130,7 +131,9 @@ def forward_block(input, output, params, work, step, sizes, SPEC: tl.constexpr, 
             for k in tl.static_range(SPEC.unroll):
                 c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
                 plane = image + c * input.strides.c
-                values += (interpolate(plane, taps, input.strides, exists, SPEC.vector_input, SPEC, INTERIOR),)
+                values += (
+                    interpolate(plane, taps, input.strides, exists, SPEC.vector_input, SPEC, INTERIOR),
+                )
             for k in tl.static_range(SPEC.unroll):
                 c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
                 tl.store(target + c * output.strides.c, rounded(values[k], output.pointer), kept & exists)
@@ -232,14 +235,16 @@ def sample_backward_kernel(
     """d input by scatter and d params, either or both.
 
     input_ptr: read only for ``source_grad``. grad_input_ptr: zeros in the compute type, added to only for
-    ``input_grad``. partial_ptr: the buffer of ``parameters.gradient_buffer``, only for ``source_grad``; with room for
-    the control points' gradient for ``control_grad``.
+    ``input_grad``. partial_ptr: the buffer of ``parameters.gradient_buffer``, only for ``source_grad``; with
+    room for the control points' gradient for ``control_grad``.
     """
     in_size = (in_width, in_height, in_depth)
     sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels)
     tiling = Tiling(column_tiles, row_tiles, splits, split_blocks, steps)
     stride_output = (stride_output_x, stride_output_y, stride_output_z)
-    grad_output = Image(grad_output_ptr, Strides(stride_output_n, stride_output_t, stride_output_c, stride_output))
+    grad_output = Image(
+        grad_output_ptr, Strides(stride_output_n, stride_output_t, stride_output_c, stride_output)
+    )
     stride_input = (stride_input_x, stride_input_y, stride_input_z)
     input = Image(input_ptr, Strides(stride_input_n, 0, stride_input_c, stride_input))
     stride_grad = (stride_grad_x, stride_grad_y, stride_grad_z)
@@ -294,9 +299,9 @@ def cut(
 ) -> Cut:
     """The tile that ``configs`` chooses for a problem, and all that follows from it.
 
-    ``gathered`` is the image that is read or added to at the sampled coordinates: its layout decides. ``dense``: a
-    gradient by the coordinates is written out as it is, whatever the source. ``stepped``: the kernel goes through
-    several blocks of pixels.
+    ``gathered`` is the image that is read or added to at the sampled coordinates: its layout decides.
+    ``dense``: a gradient by the coordinates is written out as it is, whatever the source. ``stepped``: the
+    kernel goes through several blocks of pixels.
     """
     source, interpolation, padding, align_corners = modes
     dims = gathered.dim() - 2

@@ -2,9 +2,9 @@
 
 For any coordinate source, always the same bits (``MATH.md`` has the proof):
 
-1. ``sort_keys_kernel``, for each output pixel: its places, and as its key the cell they lie in, an input pixel;
-2. a stable sort of the keys, and a table of where each cell's outputs begin;
-3. ``sort_sums_kernel``, for each input pixel: only outputs of the cells around it read it; they are added up in the
+1. ``sort_keys_kernel``, for each output pixel: its places, and as its key the cell they lie in, an input
+pixel; 2. a stable sort of the keys, and a table of where each cell's outputs begin; 3. ``sort_sums_kernel``,
+for each input pixel: only outputs of the cells around it read it; they are added up in the
    list's order, and the sum is stored once.
 
 Pixels are a column and channels a row of every block, as in ``sample.py``.
@@ -21,7 +21,15 @@ from .derivatives import coord_tangent_of
 from .device import sources
 from .device.arithmetic import in_bounds, rounded
 from .device.interpolation import at_pixel, axis_slopes, axis_taps, tap_count
-from .device.tiles import blocks_of, channel_block, existing, first_row, offset_of, pixels_from, place_of_program
+from .device.tiles import (
+    blocks_of,
+    channel_block,
+    existing,
+    first_row,
+    offset_of,
+    pixels_from,
+    place_of_program,
+)
 from .host import parameters
 from .host.parameters import (
     axes,
@@ -36,8 +44,8 @@ from .launch import INT32_MAX, compute_dtypes, has_fast_log, index_dtype, launch
 from .modes import Interpolation, Source
 from .spec import SPECIALIZATION, Image, Params, Place, Sizes, Spec, Strides, Tiling, Work, constant
 
-# Images are done together as long as their outputs are not more than this: beyond, memory would grow and nothing be
-# gained.
+# Images are done together as long as their outputs are not more than this: beyond, memory would grow and
+# nothing be gained.
 OUTPUTS_AT_ONCE = 2**24
 # PyTorch sorts fewer than 2^31 at once; what is more than this is several lists.
 LIST_LENGTH = 2**30
@@ -48,9 +56,9 @@ ALONE = constant(32)
 class Outputs(NamedTuple):
     """The outputs of one image, as they stand in one list.
 
-    order: their numbers, sorted. before: the number of the first of the image, among the list's. indices, fractions:
-    what ``sort_keys_kernel`` wrote of them. gradients: where their first channel is; stride_c, sizes, strides: how
-    their channels and pixels lie, along ``SPEC.axes`` axes, innermost first.
+    order: their numbers, sorted. before: the number of the first of the image, among the list's. indices,
+    fractions: what ``sort_keys_kernel`` wrote of them. gradients: where their first channel is; stride_c,
+    sizes, strides: how their channels and pixels lie, along ``SPEC.axes`` axes, innermost first.
     """
 
     order: Any
@@ -68,8 +76,8 @@ class Outputs(NamedTuple):
 def axis_cell(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
     """The cell of a place, in [0, size), and whether any pixel is read from there.
 
-    It is the lower one of the pixels that the one tap or the two middle taps read: of n taps, pixel q is one in cells
-    q - n // 2 to q - n // 2 + n - 1 alone.
+    It is the lower one of the pixels that the one tap or the two middle taps read: of n taps, pixel q is one
+    in cells q - n // 2 to q - n // 2 + n - 1 alone.
     """
     TAPS: tl.constexpr = tap_count(SPEC)
     taps = axis_taps(place, size, AXIS, SPEC)
@@ -108,14 +116,16 @@ def sort_keys_kernel(
     keys_ptr, indices_ptr, fractions_ptr, coord_ptr, source_ptr, control_ptr,
     stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4, num_controls,
     stride_coord_0, stride_coord_1, stride_coord_2, stride_coord_3, stride_coord_4, stride_coord_t,
-    in_width, in_height, in_depth, out_width, out_height, out_depth, batch, transforms, column_tiles, row_tiles,
+    in_width, in_height, in_depth, out_width, out_height, out_depth, batch, transforms,
+    column_tiles, row_tiles,
     SPEC: tl.constexpr,
 ):  # fmt: skip
     """The cell that each output pixel lies in, and its places.
 
-    keys_ptr: image x cells + cell, or images x cells where nothing is read; outputs in the order (image, transform,
-    pixel). indices_ptr, fractions_ptr: in the same order, for each axis; with ``coord_tangent`` after the fractions
-    the tangents of the coordinates, in pixels. coord_ptr: those tangents, in the source's unit.
+    keys_ptr: image x cells + cell, or images x cells where nothing is read; outputs in the order (image,
+    transform, pixel). indices_ptr, fractions_ptr: in the same order, for each axis; with ``coord_tangent``
+    after the fractions the tangents of the coordinates, in pixels. coord_ptr: those tangents, in the source's
+    unit.
     """
     KEY: tl.constexpr = keys_ptr.dtype.element_ty
     FRACTIONS: tl.constexpr = 2 * SPEC.dims if SPEC.coord_tangent else SPEC.dims
@@ -177,7 +187,8 @@ def load_place(outputs, i, read, AXIS: tl.constexpr, SPEC: tl.constexpr):
 def output_weight(outputs, i, read, q, sizes, SPEC: tl.constexpr):
     """The weight of the outputs ``i`` in the sums of pixels ``q``; 0 where not ``read``.
 
-    For ``coord_tangent`` it is the weight's tangent: sum over axes of m_a slope_a times the other axes' weights.
+    For ``coord_tangent`` it is the weight's tangent: sum over axes of m_a slope_a times the other axes'
+    weights.
     """
     x, x_slope = weight_and_slope(load_place(outputs, i, read, 0, SPEC), q[0], sizes.input[0], 0, SPEC)
     y, y_slope = weight_and_slope(load_place(outputs, i, read, 1, SPEC), q[1], sizes.input[1], 1, SPEC)
@@ -215,8 +226,8 @@ def output_offset(i, sizes, strides, SPEC: tl.constexpr):
 def add_outputs(sums, position, read, q, outputs, block, sizes, SPEC: tl.constexpr):
     """Adds to ``sums``, (unroll of) [pixels, channels], one output each: weight x gradient.
 
-    position: the outputs' places in the list, [pixels, 1]. A gradient of weight 0 is not read: what is no number stays
-    where it was.
+    position: the outputs' places in the list, [pixels, 1]. A gradient of weight 0 is not read: what is no
+    number stays where it was.
     """
     i = (tl.load(outputs.order + position, read, other=0) - outputs.before).to(SPEC.index)
     weight = output_weight(outputs, i, read, q, sizes, SPEC)
@@ -310,10 +321,11 @@ def sort_sums_kernel(
 ):  # fmt: skip
     """grad_input = for each input pixel the sum of the outputs that read it. Tiles are of input pixels.
 
-    grad_output_ptr: strides by image, channel and along the axes of its pixels (output_size_*), innermost first.
-    grad_input_ptr: written with stride_input_*. indices_ptr, fractions_ptr: what ``sort_keys_kernel`` wrote.
-    order_ptr: the numbers of the outputs, sorted, in ``lists`` lists of ``length``, each from 0 on. starts_ptr: for
-    each list where each of images x cells begins in it, and where the last one ends. outputs: pixels of an image.
+    grad_output_ptr: strides by image, channel and along the axes of its pixels (output_size_*), innermost
+    first. grad_input_ptr: written with stride_input_*. indices_ptr, fractions_ptr: what ``sort_keys_kernel``
+    wrote. order_ptr: the numbers of the outputs, sorted, in ``lists`` lists of ``length``, each from 0 on.
+    starts_ptr: for each list where each of images x cells begins in it, and where the last one ends. outputs:
+    pixels of an image.
     """
     FRACTIONS: tl.constexpr = 2 * SPEC.dims if SPEC.coord_tangent else SPEC.dims
     TAPS: tl.constexpr = tap_count(SPEC)
@@ -535,8 +547,8 @@ def sorted_backward(
 ) -> None:
     """Fills ``grad_input``, of any strides and dtype, with d image: always the same bits.
 
-    ``coord_tangent``, (N, T, *size, dims) of any strides: a tangent of the source's coordinates (normalised; of a
-    flow, in pixels). Then it is the tangent of d image, which is linear in it.
+    ``coord_tangent``, (N, T, *size, dims) of any strides: a tangent of the source's coordinates (normalised;
+    of a flow, in pixels). Then it is the tangent of d image, which is linear in it.
     """
     dims, size = grad_input.dim() - 2, grad_output.shape[2 - grad_input.dim() :]
     images, cells = grad_input.shape[0], grad_input.shape[2:].numel()

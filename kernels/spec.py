@@ -1,8 +1,8 @@
 """What a kernel is compiled for (``Spec``), and the tuples that its run-time values travel in.
 
 Every kernel has one constexpr argument, its ``Spec``. All branches on it are resolved by the compiler, and
-device functions hand it on whole. Run-time values that belong together are named tuples. Tuples over axes are x
-first: (x, y) or (x, y, z). Tuples over a group hold one entry for each output of the group.
+device functions hand it on whole. Run-time values that belong together are named tuples. Tuples over axes are
+x first: (x, y) or (x, y, z). Tuples over a group hold one entry for each output of the group.
 """
 
 from dataclasses import dataclass, fields
@@ -43,7 +43,8 @@ class Spec:
     index: tl.dtype  # of offsets within one image
     fixed_point: bool = False  # affine coordinates, and a flow's identity, are fixed-point numbers
     fast_log: bool = False  # a spline's logarithm is the hardware's
-    # the tile: rows x columns pixels, ``unroll`` blocks of ``channels`` at a time, the same of ``group`` outputs
+    # the tile: rows x columns pixels, ``unroll`` blocks of ``channels`` at a time, the same of ``group``
+    # outputs
     rows: int = 1
     columns: int = 1
     channels: int = 1
@@ -96,8 +97,8 @@ class Image(NamedTuple):
 class Params(NamedTuple):
     """A source's parameters: their pointer and five strides; a spline's control points and their number.
 
-    Strides of matrices and coefficients: by image, transform, row and column. Of a grid, a flow and a tangent of
-    coordinates: by image, component, x, y and z.
+    Strides of matrices and coefficients: by image, transform, row and column. Of a grid, a flow and a tangent
+    of coordinates: by image, component, x, y and z.
     """
 
     pointer: Any
@@ -119,8 +120,9 @@ class Sizes(NamedTuple):
 class Tiling(NamedTuple):
     """How programs share the work.
 
-    A program does ``steps`` blocks of pixels, one below the other, of a tile; there are ``columns`` x ``rows``
-    tiles. ``splits`` programs share the channels of a tile, and each does ``split_blocks`` blocks of them.
+    A program does ``steps`` blocks of pixels, one below the other, of a tile; there are ``columns`` x
+    ``rows`` tiles. ``splits`` programs share the channels of a tile, and each does ``split_blocks`` blocks of
+    them.
     """
 
     columns: Any
@@ -175,9 +177,9 @@ class Taps(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------- specialisation
-# Sizes, strides and counts never make a new kernel. Of the arguments below, named alike in all kernels, Triton
-# compiles for no particular value. The exceptions are strides by channel, and strides along x where an image is
-# read or added to at sampled places: whether these are 1 decides which addresses are neighbours.
+# Sizes, strides and counts never make a new kernel. Of the arguments below, named alike in all kernels,
+# Triton compiles for no particular value. The exceptions are strides by channel, and strides along x where an
+# image is read or added to at sampled places: whether these are 1 decides which addresses are neighbours.
 _AXES = "xyz"
 CHANNEL_STRIDES = tuple(f"stride_{tensor}_c" for tensor in ("input", "output", "grad", "tangent"))
 ROW_STRIDES = ("stride_input_x", "stride_grad_x", "stride_tangent_x")
@@ -185,12 +187,27 @@ UNSPECIALIZED = (
     *(f"{pointer}_ptr" for pointer in ("source", "control", "partial", "coord", "by_coord")),
     *(f"stride_source_{i}" for i in range(5)),
     *(f"stride_coord_{i}" for i in (*range(5), "t")),
-    *(f"stride_{tensor}_{axis}" for tensor in ("input", "output", "grad", "tangent") for axis in "nt" + _AXES),
+    *(
+        f"stride_{tensor}_{axis}"
+        for tensor in ("input", "output", "grad", "tangent")
+        for axis in "nt" + _AXES
+    ),
     *(f"stride_output_{axis}" for axis in range(4)),
     *(f"output_size_{axis}" for axis in range(3)),
     *(f"stride_grid_{axis}" for axis in "nk" + _AXES),
     *(f"{image}_{size}" for image in ("in", "out") for size in ("width", "height", "depth")),
-    *("indices_ptr", "fractions_ptr", "num_controls", "batch", "transforms", "channels", "images", "outputs", "length", "lists"),
+    *(
+        "indices_ptr",
+        "fractions_ptr",
+        "num_controls",
+        "batch",
+        "transforms",
+        "channels",
+        "images",
+        "outputs",
+        "length",
+        "lists",
+    ),
     *("column_tiles", "row_tiles", "splits", "split_blocks", "steps"),
 )
 SPECIALIZATION: dict[str, Any] = {

@@ -18,14 +18,17 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 
 from . import configs, tables
+from .blocks import Block, LocalBlocks
 from .configs import Problem, Tile
 from .modes import Source
+from .tables import BLOCK as BLOCK
+from .tables import MOST_LANES as MOST_LANES
+from .tables import lanes
 
 _Launcher = TypeVar("_Launcher", bound=Callable[..., Any])
 Fields = Mapping[str, int]
@@ -34,27 +37,22 @@ _log = logging.getLogger("stn_triton")
 
 MARGIN = 0.97  # what counts as faster
 MOST_CALLS = 4096  # kept of each launcher
-MOST_LANES = 16384  # elements of a block: beyond, no kernel of ours keeps them in registers
 
 
-@contextmanager
-def autotune() -> Iterator[None]:
+def autotune() -> Block[None]:
     """Inside, kernels whose configuration has not been tuned yet are tuned when they are first called.
 
     The first call for each bucket of sizes then takes long, many kernels being compiled and timed, and
     synchronises; later ones, in this process and in others that ask for it, use what was found. It is kept in
     the directory that the environment variable ``STN_TRITON_CACHE`` names, by default ``stn_triton`` in the
-    user's cache directory. All threads are concerned. Nothing is tuned while a CUDA graph is captured, or
+    user's cache directory; where nothing can be written, in memory, after a warning. Several processes may
+    write to one table at once. All threads are concerned. Nothing is tuned while a CUDA graph is captured, or
     where deterministic algorithms are asked for: the last bits of sums over tiles, those of the parameters'
-    gradients, depend on the tile. On the CPU the block does nothing.
+    gradients, depend on the tile. On the CPU the block does nothing. A context manager and decorator.
 
     Outside such blocks nothing is tuned, and only the tables shipped with the package are used.
     """
-    tables.set_live(1)
-    try:
-        yield
-    finally:
-        tables.set_live(-1)
+    return Block(tables.live, None)
 
 
 def tunable(launcher: _Launcher) -> _Launcher:
@@ -63,7 +61,7 @@ def tunable(launcher: _Launcher) -> _Launcher:
 
     @functools.wraps(launcher)
     def launch(*args: Any) -> Any:
-        if tables.live:
+        if tables.live.open:
             device = next(argument.device for argument in args if isinstance(argument, torch.Tensor))
             call = device, *map(_layout, args)
             if (configs.state(), call) not in tuned and _can_tune(device):
@@ -84,34 +82,30 @@ def _layout(argument: Any) -> Any:
 
 
 def _can_tune(device: torch.device) -> bool:
-    if device.type in ("cpu", "meta") or getattr(_searching, "active", False):
+    if device.type in ("cpu", "meta") or _searching.values():
         return False
     if torch.are_deterministic_algorithms_enabled():
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
-_searching = threading.local()
+_searching: LocalBlocks[None] = LocalBlocks("searching")
 _one_at_a_time = threading.Lock()  # kernels of another thread would be in the times
 
 
 def _tune(run: Callable[[], Any], device: torch.device) -> None:
     """Tunes all that ``run`` chooses and the user's table does not have."""
     table = tables.user_table(device)
-    with _one_at_a_time:
-        _searching.active = True
-        try:
-            while True:  # another way to sum brings other kernels
-                with configs.observe() as seen:
-                    run()
-                new = [(problem, chosen) for problem, chosen in seen if problem.key not in table.entries]
-                if not new:
-                    break
-                for problem, chosen in new:
-                    if problem.key not in table.entries:
-                        _tune_one(run, device, table, problem, chosen)
-        finally:
-            _searching.active = False
+    with _one_at_a_time, Block(_searching, None):
+        while True:  # another way to sum brings other kernels
+            with configs.observe() as seen:
+                run()
+            new = [(problem, chosen) for problem, chosen in seen if problem.key not in table.entries]
+            if not new:
+                break
+            for problem, chosen in new:
+                if problem.key not in table.entries:
+                    _tune_one(run, device, table, problem, chosen)
 
 
 def _tune_one(
@@ -125,8 +119,9 @@ def _tune_one(
         with configs.override(problem.kernel, **fields):
             try:
                 return clock(run, device)
-            except _refusals():
-                return float("inf")
+            except Exception as error:  # too many registers, programs or bytes: this one is not to be had
+                _log.debug("%s: %s: %s", problem.key, fields, error)
+                return math.inf
 
     start = chosen._asdict()
     if isinstance(chosen, Tile):  # these two follow from how many programs are wanted
@@ -135,14 +130,10 @@ def _tune_one(
     fields, best, first = search(problem, start, cost)
     _log.info("%s: %s, %.4f ms for %.4f ms by the rules", problem.key, fields, best, first)
     entry = {"fields": fields, "rules": start, "milliseconds": best, "milliseconds_by_the_rules": first}
-    table.add(problem.key, entry, tables.about(device))
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    """What says that a configuration is not possible: too many registers, too many programs."""
-    from triton.runtime.errors import OutOfResources, PTXASError
-
-    return OutOfResources, PTXASError, ValueError
+    if math.isfinite(best):
+        table.add(problem.key, entry, tables.about(device))
+    else:  # the call will fail as well, and say why
+        table.remember(problem.key, fields)
 
 
 def search(
@@ -160,15 +151,12 @@ def search(
                 if tuple(candidate.items()) in tried:
                     continue
                 tried.add(tuple(candidate.items()))
-                if math.prod(candidate.get(name, 1) for name in BLOCK) > MOST_LANES:
+                if lanes(candidate) > MOST_LANES:
                     continue
                 spent = cost(candidate)
                 if spent < MARGIN * best:
                     current, best, improved = candidate, spent, True
     return current, best, first
-
-
-BLOCK = "rows", "columns", "channels", "unroll"  # whose product is what a program holds
 
 
 def _pixels(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:

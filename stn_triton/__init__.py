@@ -4,6 +4,9 @@ Importing the package needs no GPU and starts nothing: Triton is imported at the
 matplotlib at the first drawing.
 """
 
+from . import versions as versions  # first: what is too old fails in other ways further on
+
+# isort: split
 from . import export, nn, transforms, viz
 from .functional import (
     affine_grid,

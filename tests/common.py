@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import os
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,16 @@ TOLERANCE = {
     torch.float16: 1.0e-3,  # 2^-11 by rounding to nearest, twice that for what float32 did before
     torch.bfloat16: 8.0e-3,  # 2^-8, and the interpreter truncates where GPUs round: 2^-7
 }
+
+
+def number_of(variable, default):
+    """What an environment variable says, a whole number; the default where it says nothing."""
+    said = os.environ.get(variable, "")
+    if not said:
+        return default
+    if not said.isdecimal():
+        raise ValueError(f"{variable} must be a whole number, 0 or more, got {said!r}")
+    return int(said)
 
 
 def assert_close(actual, expected, dtype=None, scale=None):

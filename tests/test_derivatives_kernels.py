@@ -26,8 +26,8 @@ from common import (
     random_theta,
 )
 
-from stn_triton import reference
 from bench.specialisations import field_of
+from stn_triton import reference
 from stn_triton.kernels import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 

@@ -1,7 +1,6 @@
 """d image by gather: every way to find the outputs that read a pixel, against scatter in float64."""
 
 import itertools
-import os
 import warnings
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from common import assert_close, place, random_theta
+from common import assert_close, number_of, place, random_theta
 
 from stn_triton import reference
 from stn_triton.kernels import configs
@@ -356,7 +355,9 @@ def bound_kernel(
         places = affine.float_places(map, out, sizes, SPEC)
         for axis in tl.static_range(SPEC.dims):
             tl.store(index_ptr + at + axis, tl.where(map.fits, fixed[axis].index, places[axis].index))
-            tl.store(fraction_ptr + at + axis, tl.where(map.fits, fixed[axis].fraction, places[axis].fraction))
+            tl.store(
+                fraction_ptr + at + axis, tl.where(map.fits, fixed[axis].fraction, places[axis].fraction)
+            )
     else:
         work = Work(0, (), map, 0, 0, 1, (), (0, 1), False, 0, 0, 1)
         places = sources.places_at((), work, out, True, sizes, SPEC)[0]
@@ -509,7 +510,7 @@ def test_minors_that_cancel(device, fixed_point, zoom, flatness):
 
 
 # ------------------------------------------------------------------------------------------ accuracy
-FUZZ = int(os.environ.get("STN_FUZZ", "0")) or (2000 if torch.accelerator.is_available() else 64)
+FUZZ = number_of("STN_FUZZ", 0) or (2000 if torch.accelerator.is_available() else 64)
 
 
 @pytest.mark.parametrize("source", [Source.AFFINE, Source.PROJECTIVE], ids=["affine", "projective"])

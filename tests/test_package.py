@@ -197,7 +197,14 @@ def test_import_starts_nothing(tmp_path):
     """`import stn_triton` loads no Triton, initialises no CUDA and starts neither a thread nor a process."""
     loaded = run("-c", IMPORT_EFFECTS, cwd=tmp_path, PYTHONPATH=ROOT).split()
     assert "stn_triton" in loaded
-    banned = ("triton", "matplotlib", "skimage", "torch.distributed.tensor", "stn_triton.kernels.sample")
+    banned = (
+        "triton",
+        "matplotlib",
+        "filelock",
+        "skimage",
+        "torch.distributed.tensor",
+        "stn_triton.kernels.sample",
+    )
     assert not [name for name in loaded if name.startswith(banned)]
 
 
@@ -206,7 +213,8 @@ def test_import_starts_nothing(tmp_path):
 ANY = None
 ALLOWED_IMPORTS = {
     "kernels": {"kernels"},
-    "backend": set(),
+    "versions": set(),
+    "backend": {"kernels.blocks"},
     "checks": {"kernels.modes"},
     "distributed": {"kernels.modes"},
     "transforms": {"checks", "distributed"},
@@ -222,7 +230,7 @@ ALLOWED_IMPORTS = {
     "__main__": ANY,
 }
 # These are plain PyTorch: they run where Triton is not installed.
-PURE = {"checks", "distributed", "transforms", "reference", "kernels.modes"}
+PURE = {"versions", "checks", "distributed", "transforms", "reference", "kernels.modes"}
 
 
 def imports_of(path, package):

@@ -22,8 +22,8 @@ from common import (
 )
 
 import stn_triton as stn
-from stn_triton import reference
 from bench.specialisations import field_of
+from stn_triton import reference
 from stn_triton.kernels import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
@@ -65,7 +65,9 @@ def places(params, control_points, in_size, size, source, align_corners):
     return reference._places(*place, in_pixels=False)
 
 
-def expected(grad_output, grid, grad_input, source, interpolation, padding, align_corners, coord_tangent=None):
+def expected(
+    grad_output, grid, grad_input, source, interpolation, padding, align_corners, coord_tangent=None
+):
     """d image in float64, tap by tap; with ``coord_tangent`` its derivative along it, by forward differentiation."""
     n = grad_input.shape[0]
     g = grad_output.double().cpu()
@@ -128,7 +130,9 @@ def check(
     grad_output = (grad_output if transforms else grad_output.squeeze(1)).to(device, dtype)
     coord_tangent = torch.randn(grid.shape).to(device, compute) if move else None
     grad_input = torch.empty(batch, channels, *in_size, dtype=compute if move else dtype, device=device)
-    solve(grad_output, params, control_points, grad_input, *modes, coord_tangent=coord_tangent, **(tile or {}))
+    solve(
+        grad_output, params, control_points, grad_input, *modes, coord_tangent=coord_tangent, **(tile or {})
+    )
     assert_close(grad_input, expected(grad_output, grid, grad_input, *modes, coord_tangent=coord_tangent))
 
 
@@ -329,13 +333,25 @@ def test_layouts(device, dims, layout):
     params, _ = parameters(Source.AFFINE, 2, OUT_SIZE[dims], F32, "cpu", 2)
     params = place(params, layout, device=device)
     grad_output = place(torch.randn(2, 2, 3, *OUT_SIZE[dims]), layout, device=device)
-    coord_tangent = place(torch.randn(2, 2, *OUT_SIZE[dims], dims), layout, device=device) if dims == 3 else None
+    coord_tangent = (
+        place(torch.randn(2, 2, *OUT_SIZE[dims], dims), layout, device=device) if dims == 3 else None
+    )
     result = torch.empty(2, 3, *IN_SIZE[dims])
     grad_input = place(result, layout if layout in DENSE_LAYOUTS else "sliced", CANARY, device)
     modes = Source.AFFINE, Interpolation.BILINEAR, Padding.BORDER, True
     grid = places(params, None, IN_SIZE[dims], OUT_SIZE[dims], Source.AFFINE, True)
     with checked_addresses():
-        solve(grad_output, params, None, grad_input, *modes, coord_tangent=coord_tangent, rows=4, columns=8, channels=4)
+        solve(
+            grad_output,
+            params,
+            None,
+            grad_input,
+            *modes,
+            coord_tangent=coord_tangent,
+            rows=4,
+            columns=8,
+            channels=4,
+        )
     assert_close(grad_input, expected(grad_output, grid, grad_input, *modes, coord_tangent=coord_tangent))
     assert_band(grad_input, CANARY)
     for tensor in (grad_output, params, *(() if coord_tangent is None else (coord_tangent,))):

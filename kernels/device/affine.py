@@ -2,13 +2,15 @@
 
 With u_k = 2 o_k - (W'_k - 1), whole numbers, output pixel o reads the coordinate
 
-    x_r = sum over k of  A_rk u_k + C_r,    A_rk = theta_rk n_r / (2 e_k),    C_r = theta_r n_r / 2 + (W_r - 1) / 2
+    x_r = sum over k of  A_rk u_k + C_r,    A_rk = theta_rk n_r / (2 e_k),    C_r = theta_r n_r / 2 + (W_r -
+    1) / 2
 
 on axis r, where n_r = W_r and e_k = W'_k, less 1 where corners are aligned. Coordinates are int64 with 32
-fractional bits: the high word is the pixel, the low word the fraction. Entries have 27 bits more, in words of their
-own, so that a coordinate is rounded once however large u is. ``MATH.md`` bounds the errors.
+fractional bits: the high word is the pixel, the low word the fraction. Entries have 27 bits more, in words of
+their own, so that a coordinate is rounded once however large u is. ``MATH.md`` bounds the errors.
 
-A flow displaces the map with theta = 1. Maps that leave the range of fixed point, and float64, go through floats.
+A flow displaces the map with theta = 1. Maps that leave the range of fixed point, and float64, go through
+floats.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..modes import Interpolation, Source
+from ..modes import MOST_STEPS, Interpolation
 from ..spec import Place, constant, plain
 from .arithmetic import AFFINE, exact_fma
 from .padding import place_of
@@ -24,17 +26,15 @@ from .tiles import pixels_from
 
 # Coordinates that fixed point holds with room to spare are below this.
 REACH = constant(2.0**30)
-# Coordinates may be carried on over so many blocks of pixels.
-MOST_STEPS = 13
 MIDDLE = constant(MOST_STEPS // 2)
 
 
 class Map(NamedTuple):
     """An affine map from u to input pixels, one row for each axis of the input, (A_x, A_y[, A_z], C).
 
-    A flow's rows are (A, C), along its own axis. rows: in the compute type. high, low: the same in fixed point, in
-    units of 2^-32 (int64) and 2^-59 (int32, not negative); nothing without ``SPEC.fixed_point``. fits: whether fixed
-    point holds all coordinates.
+    A flow's rows are (A, C), along its own axis. rows: in the compute type. high, low: the same in fixed
+    point, in units of 2^-32 (int64) and 2^-59 (int32, not negative); nothing without ``SPEC.fixed_point``.
+    fits: whether fixed point holds all coordinates.
     """
 
     rows: Any
@@ -44,7 +44,7 @@ class Map(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """Fixed-point numbers before they are rounded: int64 in units of 2^-32, and what is left in units of 2^-59."""
+    """Fixed-point numbers, not yet rounded: int64 in units of 2^-32, and the rest in units of 2^-59."""
 
     high: Any
     low: Any
@@ -52,14 +52,16 @@ class Fixed(NamedTuple):
 
 @triton.constexpr_function
 def has_starts(spec):
-    """Whether the coordinates of a tile follow from those of its first block by steps: rows of a volume wrap."""
+    """Whether coordinates go from block to block by steps: in a volume, whose rows wrap, they do not."""
     return plain(spec.fixed_point) and plain(spec.dims) == 2
 
 
 @triton.constexpr_function
 def keeps_rests(spec):
-    """Whether steps are as exact as the coordinates of single pixels, to the bit: nearest samples jump, and the gather
-    has to find them where the forward kernel took them."""
+    """Whether steps give the same bits as single pixels.
+
+    Nearest samples jump, and the gather has to find them where the forward kernel took them.
+    """
     return plain(spec.interpolation) == Interpolation.NEAREST
 
 
@@ -274,8 +276,8 @@ def affine_places(map, out, sizes, SPEC: tl.constexpr):
 def start_and_growth(high, low, u, own, TERMS: tl.constexpr, SPEC: tl.constexpr):
     """A row's coordinate at ``u``, the first block's, and what it grows by to the next block, as ``Fixed``.
 
-    own: high and low of the entry by y. What growth is rounded by adds up; the start is moved so that it is 0 in the
-    middle, and nowhere more than 6 x 2^-33.
+    own: high and low of the entry by y. What growth is rounded by adds up; the start is moved so that it is 0
+    in the middle, and nowhere more than 6 x 2^-33.
     """
     rest = own[1].to(tl.int64) * (2 * SPEC.rows)
     grown = own[0] * (2 * SPEC.rows)
@@ -323,7 +325,10 @@ def stepped_places(starts, step, SPEC: tl.constexpr):
 
 @triton.jit
 def block_places(work, step, out, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr):
-    """``affine_places`` of a program's block ``step``, whose pixels are ``out``. INTERIOR: fixed point holds them."""
+    """``affine_places`` of a program's block ``step``, whose pixels are ``out``.
+
+    INTERIOR: fixed point holds them.
+    """
     if not has_starts(SPEC):
         return affine_places(work.map, out, sizes, SPEC)
     elif INTERIOR:

@@ -24,7 +24,8 @@ INFINITY = constant(float("inf"))
 
 
 # Of floats, device code takes these and never tl.maximum, tl.minimum and tl.clamp: of NaN and a number they
-# return the number everywhere. (Compiled, Triton's do so too, in one instruction; not so in every interpreter.)
+# return the number everywhere. (Compiled, Triton's do so too, in one instruction; not so in every
+# interpreter.)
 @triton.jit
 def larger(a, b):
     """The larger of two floats, of which the first is a block or a scalar tensor."""

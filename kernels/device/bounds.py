@@ -1,13 +1,13 @@
 """Where the outputs of a matrix read, and which outputs read a pixel: bounds that hold against rounding.
 
-``image_bounds`` is forward, from a box of outputs to the input; ``preimage`` is back, from a box of the input to
-outputs. Both err on the large side only: an output that reads a box is never left out, whatever float32 did to its
-coordinates, and what cannot be told apart from a singular map or a horizon has infinite bounds. NaN and infinities in
-the matrix do too. ``is_interior`` tells whether a block of outputs reads nothing outside the image. ``MATH.md`` has
-the proofs.
+``image_bounds`` is forward, from a box of outputs to the input; ``preimage`` is back, from a box of the input
+to outputs. Both err on the large side only: an output that reads a box is never left out, whatever float32
+did to its coordinates, and what cannot be told apart from a singular map or a horizon has infinite bounds.
+NaN and infinities in the matrix do too. ``is_interior`` tells whether a block of outputs reads nothing
+outside the image. ``MATH.md`` has the proofs.
 
-Outputs are counted in the units that the source's map takes: whole numbers u of an affine one (``affine.doubled``),
-normalised coordinates of a homography.
+Outputs are counted in the units that the source's map takes: whole numbers u of an affine one
+(``affine.doubled``), normalised coordinates of a homography.
 """
 
 import triton
@@ -88,8 +88,8 @@ def row_interval(row, low, high, sizes, SPEC: tl.constexpr):
 def image_bounds(map, low, high, sizes, SPEC: tl.constexpr):
     """For each axis (lower bound, upper bound, error) of the pixel coordinates of the outputs in a box.
 
-    ``low``, ``high``: the box's corners, in the map's units. The error is that of a coordinate, in pixels; the bounds
-    include it.
+    ``low``, ``high``: the box's corners, in the map's units. The error is that of a coordinate, in pixels;
+    the bounds include it.
     """
     rows = rows_of(map, SPEC)
     if SPEC.source == PROJECTIVE:
@@ -135,8 +135,8 @@ def image_bounds(map, low, high, sizes, SPEC: tl.constexpr):
 def has_interior_path(spec):
     """Whether a kernel has a second path for blocks that read nothing outside the image.
 
-    Of matrices that is known in advance. Of 64 taps two paths would be a large program, and float64 is bound by its
-    arithmetic.
+    Of matrices that is known in advance. Of 64 taps two paths would be a large program, and float64 is bound
+    by its arithmetic.
     """
     matrix = plain(spec.source) in (Source.AFFINE, Source.PROJECTIVE)
     return matrix and plain(tap_count(spec)) ** plain(spec.dims) <= 16 and plain(spec.compute) == tl.float32
@@ -293,7 +293,10 @@ def projective_preimage(rows, center, radius):
 
 @triton.jit
 def normalised_box(center, radius, sizes, SPEC: tl.constexpr):
-    """A box of the input in normalised units; an axis of one pixel with aligned corners is read from everywhere."""
+    """A box of the input in normalised units.
+
+    With aligned corners an axis of one pixel is read from everywhere.
+    """
     centers = ()
     radii = ()
     for axis in tl.static_range(SPEC.dims):

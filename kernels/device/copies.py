@@ -1,6 +1,7 @@
-"""Where padding shows the pixels of the image again: for the gather, which looks for all outputs that read a pixel.
+"""Where padding shows pixels again: for the gather, which looks for all outputs that read a pixel.
 
-Copies are numbered along each axis; number 0 is the image itself. Zeros and border padding have that one alone.
+Copies are numbered along each axis; number 0 is the image itself. Zeros and border padding have that one
+alone.
 """
 
 import triton
@@ -21,7 +22,7 @@ def has_copies(spec):
 
 @triton.jit
 def extent_of(size, SPEC: tl.constexpr):
-    """Where copy 0 begins, its lower mirror, and how long each copy is: between pixel centres or pixel edges."""
+    """Where copy 0 begins, its lower mirror, and how long copies are: between pixel centres or edges."""
     return -0.5 * (1 - SPEC.align_corners), tl.maximum(size - SPEC.align_corners, 1).to(SPEC.compute)
 
 

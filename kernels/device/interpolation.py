@@ -1,8 +1,8 @@
 """Interpolation along one axis: which pixels a place reads, and with what weight.
 
-``axis_taps``, ``axis_slopes`` and ``axis_curvatures`` are the whole interface: the taps, and the first and second
-derivatives of their weights by the coordinate that was not yet padded. Kernels take the tensor product over the
-axes, so an interpolation that is added here works in 2-D and 3-D, forward and backward.
+``axis_taps``, ``axis_slopes`` and ``axis_curvatures`` are the whole interface: the taps, and the first and
+second derivatives of their weights by the coordinate that was not yet padded. Kernels take the tensor product
+over the axes, so an interpolation that is added here works in 2-D and 3-D, forward and backward.
 """
 
 import triton

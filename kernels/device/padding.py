@@ -1,7 +1,7 @@
 """Padding: which pixel is read in place of one outside the image. All of it is arithmetic on whole numbers.
 
-Everything here is per axis. ``size`` is the input's extent along the axis; AXIS is 0 for x, 1 for y and 2 for z.
-To add a padding, give it a branch in ``pad_index`` (the taps of a cubic are padded one by one) and in
+Everything here is per axis. ``size`` is the input's extent along the axis; AXIS is 0 for x, 1 for y and 2 for
+z. To add a padding, give it a branch in ``pad_index`` (the taps of a cubic are padded one by one) and in
 ``pad_place`` (linear and nearest samples are taken at the padded place), and say here what it is like:
 ``is_periodic``. ``device/copies.py`` says where a padding shows a pixel again, which the gather needs.
 """
@@ -47,8 +47,9 @@ def residue(i, period):
 def place_of(x, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
     """The place of a pixel coordinate that is any float.
 
-    NaN and what lies too far for an int32 go to where nothing else is: past the lower end, or by their sign. Where
-    padding repeats, far coordinates are brought near by whole periods, and NaN and infinities read pixel 0.
+    NaN and what lies too far for an int32 go to where nothing else is: past the lower end, or by their sign.
+    Where padding repeats, far coordinates are brought near by whole periods, and NaN and infinities read
+    pixel 0.
     """
     if is_periodic(SPEC, AXIS):
         period = period_of(size, SPEC).to(SPEC.compute)
@@ -76,8 +77,8 @@ def pad_index(i, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
 def pad_place(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
     """The place read in place of ``place``, and the derivative of its coordinate by the one given.
 
-    The derivative is PyTorch's: 0 on the border itself, and the pixel next to a mirrored coordinate is the one
-    that lies above it in the image.
+    The derivative is PyTorch's: 0 on the border itself, and the pixel next to a mirrored coordinate is the
+    one that lies above it in the image.
     """
     i, t = place
     slope = tl.full(t.shape, 1.0, SPEC.compute)

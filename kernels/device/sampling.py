@@ -1,7 +1,7 @@
 """The taps of a block of pixels put together: values, their derivatives, and the transpose.
 
-A plane is a block of pointers to the first pixel of each channel, [1, channels]; results are [pixels, channels].
-``taps`` are those of x, y and z, ``slopes`` their weights' derivatives (``interpolation``).
+A plane is a block of pointers to the first pixel of each channel, [1, channels]; results are [pixels,
+channels]. ``taps`` are those of x, y and z, ``slopes`` their weights' derivatives (``interpolation``).
 """
 
 import triton
@@ -33,7 +33,9 @@ def tap_pointer(plane, taps, k, strides, VECTOR: tl.constexpr, SPEC: tl.constexp
 
 
 @triton.jit
-def load_tap(plane, taps, k, strides, exists, VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr):
+def load_tap(
+    plane, taps, k, strides, exists, VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr
+):
     """Tap k of a plane's channels, 0 where it is not to be read."""
     pointer = tap_pointer(plane, taps, k, strides, VECTOR, SPEC, INTERIOR)
     inside = exists & taps[2].inside[k[2]] & taps[1].inside[k[1]] & taps[0].inside[k[0]]
@@ -41,7 +43,9 @@ def load_tap(plane, taps, k, strides, exists, VECTOR: tl.constexpr, SPEC: tl.con
 
 
 @triton.jit
-def interpolate(plane, taps, strides, exists, VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
+def interpolate(
+    plane, taps, strides, exists, VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False
+):
     """The samples of a plane's channels."""
     x, y, z = taps
     value = tl.zeros([x.index[0].shape[0], plane.shape[1]], SPEC.compute)
@@ -58,7 +62,8 @@ def interpolate(plane, taps, strides, exists, VECTOR: tl.constexpr, SPEC: tl.con
 
 @triton.jit
 def interpolate_grad(
-    plane, taps, slopes, strides, exists, VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False
+    plane, taps, slopes, strides, exists,
+    VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False,
 ):  # fmt: skip
     """The derivatives of ``interpolate`` by x, y and z, built up axis by axis."""
     x, y, z = taps
@@ -88,7 +93,7 @@ def interpolate_grad(
 
 @triton.jit
 def add_differences(sums, g, plane, taps, strides, exists, SPEC: tl.constexpr, INTERIOR: tl.constexpr):
-    """``sums`` plus g times a plane's differences of neighbours: along the upper, the lower and the left side.
+    """``sums`` plus g times the differences of a plane's neighbours: upper, lower and left side.
 
     The right side's follows: right = left + lower - upper. Weights come in once a pixel, in ``gradient_of``.
     """
@@ -106,7 +111,7 @@ def add_differences(sums, g, plane, taps, strides, exists, SPEC: tl.constexpr, I
 def add_coordinate_gradient(
     sums, g, plane, taps, slopes, strides, exists, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False
 ):  # fmt: skip
-    """``sums`` plus what samples of a plane, whose gradient is ``g``, add to the gradient by the coordinates."""
+    """``sums`` plus what samples of a plane, with gradient ``g``, add to the coordinates' gradient."""
     if has_differences(SPEC):
         return add_differences(sums, g, plane, taps, strides, exists, SPEC, INTERIOR)
     else:

@@ -1,12 +1,12 @@
 """Coordinate sources: where in the input each output pixel is read, and the transpose.
 
-Forward: ``places_of``, with a branch for each source. Backward: ``add_gradient``, and ``store_sums`` for matrices,
-whose gradient is summed pixel by pixel over the blocks of a program. Every value has one writer, so that nothing
-is summed in an unpredictable order. ``host/parameters.py`` makes the buffers and reduces them.
+Forward: ``places_of``, with a branch for each source. Backward: ``add_gradient``, and ``store_sums`` for
+matrices, whose gradient is summed pixel by pixel over the blocks of a program. Every value has one writer, so
+that nothing is summed in an unpredictable order. ``host/parameters.py`` makes the buffers and reduces them.
 
-To add a source, add its code to ``modes.Source`` and a branch to each of the two, and to ``host/parameters.py``.
-No kernel changes. A program works on a group of outputs with the same pixels, so that what depends on the pixels
-alone is computed once.
+To add a source, add its code to ``modes.Source`` and a branch to each of the two, and to
+``host/parameters.py``. No kernel changes. A program works on a group of outputs with the same pixels, so that
+what depends on the pixels alone is computed once.
 """
 
 import triton
@@ -27,7 +27,18 @@ from .affine import (
     stepped_places,
     steps_per_unit,
 )
-from .arithmetic import AFFINE, FLOW, GRID, PROJECTIVE, TPS, divided, larger, rounded, true_divide, whole_quotient
+from .arithmetic import (
+    AFFINE,
+    FLOW,
+    GRID,
+    PROJECTIVE,
+    TPS,
+    divided,
+    larger,
+    rounded,
+    true_divide,
+    whole_quotient,
+)
 from .padding import place_of
 from .tiles import existing, offset_of, pixels_from
 
@@ -89,8 +100,9 @@ def unnormalise(x, size, SPEC: tl.constexpr):
 
 @triton.jit
 def scaled_to_pixels(values, sizes, SPEC: tl.constexpr):
-    """Changes of a source's coordinates as changes of pixel coordinates; or, as this scaling is its own transpose,
-    gradients by pixel coordinates as gradients by the source's. A flow's unit is the pixel.
+    """Changes of a source's coordinates as changes of pixel coordinates. A flow's unit is the pixel.
+
+    The scaling is its own transpose: it makes gradients by the source's coordinates of those by pixels.
     """
     if SPEC.source == FLOW:
         return values
@@ -170,8 +182,8 @@ def map_of(params, n, t, sizes, SPEC: tl.constexpr):
 def matrix_apply(row, pixels, SPEC: tl.constexpr):
     """The row times (x, y[, z], 1); the same bits wherever a product could be moved out of a loop.
 
-    The last entry comes last: in a crop it is the largest by far, and added earlier its rounding would be shared
-    by a row of outputs, whose sums it would not cancel in.
+    The last entry comes last: in a crop it is the largest by far, and added earlier its rounding would be
+    shared by a row of outputs, whose sums it would not cancel in.
     """
     total = row[SPEC.dims - 1] * pixels[SPEC.dims - 1]
     for k in tl.static_range(1, SPEC.dims):
@@ -183,8 +195,8 @@ def matrix_apply(row, pixels, SPEC: tl.constexpr):
 def projective_inverse(row, pixels, SPEC: tl.constexpr):
     """1 / w for w = row (x, y, 1), and 0 on the horizon, with a flag.
 
-    The horizon is where w cannot be told from 0: its terms cancel to within their rounding. The bound is relative,
-    so that it does not depend on the scale of the homography, which means nothing.
+    The horizon is where w cannot be told from 0: its terms cancel to within their rounding. The bound is
+    relative, so that it does not depend on the scale of the homography, which means nothing.
     """
     w = matrix_apply(row, pixels, SPEC)
     size = tl.abs(row[0] * pixels[0]) + tl.abs(row[1] * pixels[1]) + tl.abs(row[2])
@@ -223,7 +235,7 @@ def projective_backward(rows, gradients, pixels, SPEC: tl.constexpr):
 
 @triton.jit
 def zero_sums(SPEC: tl.constexpr):
-    """What ``add_gradient`` adds a matrix's gradient to: ``dims`` sums for each row and each pixel of a block."""
+    """What ``add_gradient`` adds a matrix's gradient to: ``dims`` sums for each row and pixel."""
     sums = ()
     if SPEC.source_grad:
         for _ in tl.static_range(matrix_rows(SPEC) * SPEC.dims):
@@ -235,8 +247,8 @@ def zero_sums(SPEC: tl.constexpr):
 def add_to_sums(sums, gradients, step, out, sizes, SPEC: tl.constexpr):
     """``sums`` with the gradients by a matrix's rows added, for each pixel.
 
-    A lane keeps its column from block to block, and in 2-D its rows are evenly apart: the sums of g and of g times
-    the block's number are enough. In 3-D they are of g, g u_y and g u_z.
+    A lane keeps its column from block to block, and in 2-D its rows are evenly apart: the sums of g and of g
+    times the block's number are enough. In 3-D they are of g, g u_y and g u_z.
     """
     new = ()
     for r in tl.static_range(matrix_rows(SPEC)):
@@ -251,7 +263,7 @@ def add_to_sums(sums, gradients, step, out, sizes, SPEC: tl.constexpr):
 
 @triton.jit
 def matrix_scales(sizes, SPEC: tl.constexpr):
-    """What ``store_sums`` scales gradients by that were taken by pixel coordinates; a homography's are not."""
+    """What ``store_sums`` multiplies by: an affine map's gradients were taken by pixel coordinates."""
     scales = ()
     for r in tl.static_range(matrix_rows(SPEC)):
         if SPEC.source == AFFINE:
@@ -304,8 +316,8 @@ def tps_log(squared, SPEC: tl.constexpr):
 def tps_coordinates(params, outputs, pixels, SPEC: tl.constexpr):
     """sum over k of w_k U(|p - c_k|^2) + A (x, y, 1), U(s) = s log s, for each output of the group.
 
-    Coefficients (num_controls + 3, 2): w, then the columns of A. Control points (num_controls, 2), contiguous. The
-    basis U is evaluated once for the group.
+    Coefficients (num_controls + 3, 2): w, then the columns of A. Control points (num_controls, 2),
+    contiguous. The basis U is evaluated once for the group.
     """
     stride_n, stride_t, stride_row, stride_col, _ = params.strides
     stride_row = tl.cast(stride_row, tl.int64)  # as in load_matrix
@@ -389,8 +401,8 @@ def tps_backward(partial, params, work, gradients, pixels, sizes, SPEC: tl.const
 def coordinates_of(params, work, out, mask, sizes, SPEC: tl.constexpr):
     """The source's own coordinates of the pixels ``out``, (x, y[, z]) in the compute type, for each output.
 
-    Normalised; of a flow, the displacement in pixels. NaN and infinities are possible. Matrices: ``work.map`` holds
-    their rows.
+    Normalised; of a flow, the displacement in pixels. NaN and infinities are possible. Matrices: ``work.map``
+    holds their rows.
     """
     if SPEC.source == GRID or SPEC.source == FLOW:
         return (dense_load(params, work.outputs[0][0], out, mask, SPEC),)
@@ -450,8 +462,8 @@ def places_of(params, work, step, out, mask, sizes, SPEC: tl.constexpr, INTERIOR
 def add_gradient(partial, sums, params, work, step, gradients, out, mask, sizes, SPEC: tl.constexpr):
     """From gradients by the source's coordinates, 0 outside ``mask``, to this program's share of d params.
 
-    Of an affine map the gradients may be in any unit: ``store_sums`` scales them. Returns ``sums``, with a matrix's
-    share added. The others' is stored here.
+    Of an affine map the gradients may be in any unit: ``store_sums`` scales them. Returns ``sums``, with a
+    matrix's share added. The others' is stored here.
     """
     if SPEC.source == GRID or SPEC.source == FLOW:
         dense_store(partial, gradients[0], out, mask, work.b, work.split, sizes, SPEC, SPEC.source == GRID)

@@ -34,7 +34,7 @@ def output_strides(tensor: torch.Tensor, dims: int) -> tuple[int, ...]:
 
 
 def coordinate_strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
-    """Strides of (N, T, ..., dims) by (image, component, x, y, z, transform), the last for its own argument."""
+    """Strides of (N, T, ..., dims) by (image, component, x, y, z, transform)."""
     if tensor is None:
         return (0,) * 6
     stride = tensor.stride()
