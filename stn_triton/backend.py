@@ -38,8 +38,7 @@ def select(device_type: str) -> Backend:
     Raises:
         ImportError: TRITON_INTERPRET asks for Triton's interpreter, and Triton cannot be imported.
     """
-    forced = _forced.values()
-    if forced:
+    if _forced.open and (forced := _forced.values()):
         return forced[-1]
     return _select(device_type, device_type == "cpu" and interpreting())
 
