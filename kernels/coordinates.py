@@ -4,19 +4,31 @@ Everything here is per axis. ``x`` is a pixel coordinate of the input (0 is the 
 pixel), ``size`` the input's extent along the axis. ``kernels/README.md`` derives the formulas.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from .modes import Interpolation, Padding
 
-BILINEAR = tl.constexpr(Interpolation.BILINEAR.value)
-NEAREST = tl.constexpr(Interpolation.NEAREST.value)
-BICUBIC = tl.constexpr(Interpolation.BICUBIC.value)
-ZEROS = tl.constexpr(Padding.ZEROS.value)
-BORDER = tl.constexpr(Padding.BORDER.value)
-REFLECTION = tl.constexpr(Padding.REFLECTION.value)
+
+def constant(value: Any) -> Any:
+    """A value of a module that device code reads: a ``tl.constexpr``, but interpreted the value itself.
+
+    The interpreter does not wrap arguments marked constexpr either. A constexpr to the left of a block
+    would wrap their result, and Triton 3.7 and 3.8 do not take that for a block.
+    """
+    return value if triton.knobs.runtime.interpret else tl.constexpr(value)
+
+
+BILINEAR = constant(Interpolation.BILINEAR.value)
+NEAREST = constant(Interpolation.NEAREST.value)
+BICUBIC = constant(Interpolation.BICUBIC.value)
+ZEROS = constant(Padding.ZEROS.value)
+BORDER = constant(Padding.BORDER.value)
+REFLECTION = constant(Padding.REFLECTION.value)
 # The interpreter has no libdevice, and rounds the product of a multiply-add.
-COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
+COMPILED = constant(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -32,9 +44,30 @@ def unnormalise_grad(size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def larger(a, b):
+    """The larger of two floats; of NaN and a number the number.
+
+    Compiled code has one instruction for it. The interpreter's ``tl.maximum`` returns NaN before Triton 3.8.
+    """
+    if COMPILED:
+        return tl.maximum(a, b)
+    else:
+        return tl.where((a < b) | (a != a), b, a)
+
+
+@triton.jit
+def smaller(a, b):
+    """The smaller of two floats; of NaN and a number the number."""
+    if COMPILED:
+        return tl.minimum(a, b)
+    else:
+        return tl.where((a > b) | (a != a), b, a)
+
+
+@triton.jit
 def clamp(x, low, high):
     """``x`` limited to [low, high]. NaN becomes ``low``: nothing after this can be NaN or infinite."""
-    return tl.minimum(tl.maximum(x, low), high)  # of NaN and a number these take the number
+    return smaller(larger(x, low), high)
 
 
 @triton.jit
@@ -105,7 +138,7 @@ def cubic_coordinate(x, size, PADDING: tl.constexpr, ALIGN_CORNERS: tl.constexpr
     """
     if PADDING == REFLECTION:
         low, span = reflection_bounds(size, ALIGN_CORNERS, COMPUTE)
-        period = tl.maximum(2 * span, 1.0)
+        period = larger(2 * span, 1.0)
         x = x - tl.floor((x - low) / period) * period
         near = clamp(x, low, (2 * size + 1).to(COMPUTE))
     else:

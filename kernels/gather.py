@@ -27,8 +27,12 @@ from .coordinates import (
     BORDER,
     REFLECTION,
     ZEROS,
+    clamp,
+    constant,
+    larger,
     pad_coordinate,
     reflection_bounds,
+    smaller,
     unnormalise,
     unnormalise_grad,
 )
@@ -39,10 +43,10 @@ from .sample import CHANNEL_STRIDES, UNSPECIALIZED, channel_block
 from .tiles import axes, output_pixels, pixel_offset, rounded, row_range, strides
 
 # Reflections of the image that are looked at one by one, at most.
-MOST_FOLDS = tl.constexpr(64)
+MOST_FOLDS = constant(64)
 # Blocks of outputs whose bounds are computed at a time.
-BLOCKS = tl.constexpr(128)
-NOWHERE = tl.constexpr(2**30)
+BLOCKS = constant(128)
+NOWHERE = constant(2**30)
 
 
 # ------------------------------------------------------------------------------------- one output
@@ -71,7 +75,7 @@ def axis_weight(
         if PADDING != ZEROS:
             x = pad_coordinate(x, size, PADDING, ALIGN_CORNERS, COMPUTE)
         # 1 - t and t with t = x - floor(x), as axis_taps has them, to half a rounding of 1
-        return tl.clamp(1.0 - tl.abs(x - tl.cast(q, COMPUTE)), 0.0, 1.0)
+        return clamp(1.0 - tl.abs(x - tl.cast(q, COMPUTE)), 0.0, 1.0)
     elif INTERPOLATION == BICUBIC and PADDING == ZEROS:
         # the taps' own distances 1 + t, t, 1 - t and 2 - t, to the bit
         return cubic_weight(tl.abs(x - tl.cast(q, COMPUTE)))
@@ -124,7 +128,7 @@ def input_coordinates(
 def fold_of(x, size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
     """The number of mirrors between ``x`` and the image, a float; 0 where the two mirrors coincide."""
     low, span = reflection_bounds(size, ALIGN_CORNERS, COMPUTE)
-    return tl.where(span > 0, tl.floor((x - low) / tl.maximum(span, 1.0)), 0.0)
+    return tl.where(span > 0, tl.floor((x - low) / larger(span, 1.0)), 0.0)
 
 
 @triton.jit
@@ -192,9 +196,9 @@ def candidates(
             place = unfolded(place, fold[axis], in_size[axis], ALIGN_CORNERS, COMPUTE)
         reach = RADIUS + bounds[axis][2]
         if PADDING == BORDER:  # all that lies beyond the border reads the border
-            low = tl.where(q[axis] == 0, tl.minimum(place - reach, bounds[axis][0]), place - reach)
+            low = tl.where(q[axis] == 0, smaller(place - reach, bounds[axis][0]), place - reach)
             last = in_size[axis] - 1
-            high = tl.where(q[axis] == last, tl.maximum(place + reach, bounds[axis][1]), place + reach)
+            high = tl.where(q[axis] == last, larger(place + reach, bounds[axis][1]), place + reach)
             place = 0.5 * (low + high)
             reach = 0.5 * (high - low)
         scale = unnormalise_grad(in_size[axis], ALIGN_CORNERS, COMPUTE)
@@ -440,7 +444,7 @@ def may_touch(
             told = fold == fold_of(most, in_size[axis], ALIGN_CORNERS, COMPUTE)
             one = unfolded(tile_low[axis].to(COMPUTE), fold, in_size[axis], ALIGN_CORNERS, COMPUTE)
             two = unfolded(tile_high[axis].to(COMPUTE), fold, in_size[axis], ALIGN_CORNERS, COMPUTE)
-            apart = told & ((most < tl.minimum(one, two)) | (least > tl.maximum(one, two)))
+            apart = told & ((most < smaller(one, two)) | (least > larger(one, two)))
         else:
             below = most < tile_low[axis].to(COMPUTE)
             above = least > tile_high[axis].to(COMPUTE)

@@ -18,6 +18,7 @@ from .coordinates import (
     NEAREST,
     REFLECTION,
     ZEROS,
+    constant,
     cubic_coordinate,
     in_bounds,
     pad_coordinate,
@@ -26,7 +27,7 @@ from .coordinates import (
 )
 from .modes import Interpolation
 
-CUBIC_A = tl.constexpr(-0.75)  # PyTorch's cubic convolution coefficient
+CUBIC_A = constant(-0.75)  # PyTorch's cubic convolution coefficient
 
 
 @triton.constexpr_function

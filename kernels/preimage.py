@@ -9,17 +9,17 @@ NaN and infinities in the matrix do too. ``kernels/README.md`` has the proof.
 import triton
 import triton.language as tl
 
-from .coordinates import unnormalise_grad
+from .coordinates import constant, larger, smaller, unnormalise_grad
 from .sources import PROJECTIVE
 
 # Sixteen roundings of float32: more than any coordinate or bound below goes through. float64 has fewer.
-ROUNDING = tl.constexpr(2.0**-19)
+ROUNDING = constant(2.0**-19)
 # A determinant below this part of its terms counts as 0, and so does a homography's denominator.
-SINGULAR = tl.constexpr(2.0**-12)
+SINGULAR = constant(2.0**-12)
 # Rows between these sizes have minors that neither overflow nor, but for what does not matter, underflow.
-LEAST = tl.constexpr(2.0**-40)
-MOST = tl.constexpr(2.0**40)
-INFINITY = tl.constexpr(float("inf"))
+LEAST = constant(2.0**-40)
+MOST = constant(2.0**40)
+INFINITY = constant(float("inf"))
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def is_regular(rows, determinant, size, ROWS: tl.constexpr, COLUMNS: tl.constexp
     for r in tl.static_range(ROWS):
         largest = tl.abs(rows[r][0])
         for j in tl.static_range(1, COLUMNS):
-            largest = tl.maximum(largest, tl.abs(rows[r][j]))
+            largest = larger(largest, tl.abs(rows[r][j]))
         regular = regular & (largest > LEAST) & (largest < MOST)
     return regular
 
@@ -201,8 +201,8 @@ def projective_preimage(rows, center, radius):
         for i in tl.static_range(2):
             wider += (
                 (
-                    tl.minimum(bounds[i][0], places[i][0] - places[i][1]),
-                    tl.maximum(bounds[i][1], places[i][0] + places[i][1]),
+                    smaller(bounds[i][0], places[i][0] - places[i][1]),
+                    larger(bounds[i][1], places[i][0] + places[i][1]),
                 ),
             )
         bounds = wider
@@ -240,8 +240,8 @@ def preimage(
         error = ROUNDING * (extent + 1.0)
         first = bounds[axis][0] * half + (0.5 * extent - error)
         last = bounds[axis][1] * half + (0.5 * extent + error)
-        # of a NaN and a number both functions take the number: NaN widens the range
-        first = tl.ceil(tl.minimum(tl.maximum(first, 0.0), extent + 1.0))
-        last = tl.floor(tl.maximum(tl.minimum(last, extent), -1.0))
+        # of NaN and a number both functions take the number: NaN widens the range
+        first = tl.ceil(smaller(larger(first, 0.0), extent + 1.0))
+        last = tl.floor(larger(smaller(last, extent), -1.0))
         pixels += ((first.to(tl.int32), last.to(tl.int32)),)
     return pixels

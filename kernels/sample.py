@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import configs, sources
-from .coordinates import COMPILED, NEAREST
+from .coordinates import COMPILED, NEAREST, constant
 from .interpolation import axis_tap_count, axis_taps, axis_taps_grad, tap_margins, taps_in_a_row
 from .launch import (
     INT32_MAX,
@@ -77,7 +77,7 @@ SPECIALIZATION = {
 
 # ``reads_inside`` costs about as much as it saves in two blocks of pixels and channels. (In the interpreter,
 # which has no costs that matter, both ways are taken.)
-WORTH_TELLING = tl.constexpr(3 if COMPILED else 1)
+WORTH_TELLING = constant(3 if COMPILED else 1)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import configs, sources
-from .coordinates import in_bounds, unnormalise_grad
+from .coordinates import constant, in_bounds, unnormalise_grad
 from .interpolation import at_pixel, axis_tap_count, axis_taps, axis_taps_grad
 from .launch import INT32_MAX, channel_dim, compute_dtypes, has_fast_log, index_dtype, launch, vector_width
 from .modes import Interpolation, Source
@@ -29,7 +29,7 @@ OUTPUTS_AT_ONCE = 2**24
 # PyTorch sorts fewer than 2^31 at once; what is more than this is several lists.
 LIST_LENGTH = 2**30
 # Outputs of one row of cells that an input pixel adds up alone; of what is left the whole program takes part.
-ALONE = tl.constexpr(32)
+ALONE = constant(32)
 
 UNSPECIALIZED = (
     "source_ptr",

@@ -24,15 +24,15 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .coordinates import COMPILED, unnormalise, unnormalise_grad
+from .coordinates import COMPILED, constant, larger, unnormalise, unnormalise_grad
 from .modes import Source
 from .tiles import axes, divided, existing, rounded
 
-GRID = tl.constexpr(Source.GRID.value)
-AFFINE = tl.constexpr(Source.AFFINE.value)
-PROJECTIVE = tl.constexpr(Source.PROJECTIVE.value)
-TPS = tl.constexpr(Source.TPS.value)
-FLOW = tl.constexpr(Source.FLOW.value)
+GRID = constant(Source.GRID.value)
+AFFINE = constant(Source.AFFINE.value)
+PROJECTIVE = constant(Source.PROJECTIVE.value)
+TPS = constant(Source.TPS.value)
+FLOW = constant(Source.FLOW.value)
 
 
 # -------------------------------------------------------------------------------- what sources share
@@ -275,7 +275,7 @@ def matrix_map(rows, pixels, SOURCE: tl.constexpr, DIMS: tl.constexpr, COMPUTE: 
 @triton.jit
 def tps_log(squared, FAST_LOG: tl.constexpr):
     """The logarithm of a squared distance, finite at 0: r^2 log r^2 is 0 there."""
-    positive = tl.maximum(squared, 1e-30)
+    positive = larger(squared, 1e-30)
     if FAST_LOG:
         return libdevice.fast_logf(positive)  # one MUFU.LG2, where tl.log is a polynomial
     else:
