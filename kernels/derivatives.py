@@ -313,7 +313,6 @@ def sample_jvp_kernel(
     COMPUTE: tl.constexpr,
     INDEX: tl.constexpr,
     GROUP: tl.constexpr,
-    FAST_LOG: tl.constexpr,
     TANGENT: tl.constexpr,
     MOVED: tl.constexpr,
     VECTOR_IN: tl.constexpr,
@@ -361,7 +360,6 @@ def sample_jvp_kernel(
         DIMS,
         INDEX,
         COMPUTE,
-        FAST_LOG,
     )
     moved = (
         moved_ptr,
@@ -503,7 +501,6 @@ def sample_hvp_kernel(
     COMPUTE: tl.constexpr,
     INDEX: tl.constexpr,
     GROUP: tl.constexpr,
-    FAST_LOG: tl.constexpr,
     TANGENT: tl.constexpr,
     MOVED: tl.constexpr,
     INPUT_GRAD: tl.constexpr,
@@ -557,7 +554,6 @@ def sample_hvp_kernel(
         DIMS,
         INDEX,
         COMPUTE,
-        FAST_LOG,
     )
     moved = (
         moved_ptr,

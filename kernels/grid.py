@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from . import configs, sources
-from .launch import Plan, compute_dtypes, has_fast_log, index_dtype, planned
-from .modes import Interpolation, Source
+from .launch import Plan, compute_dtypes, index_dtype, planned
+from .modes import Interpolation
 from .tiles import axes, output_pixels, pixel_offset, rounded
 
 UNSPECIALIZED = (
@@ -57,7 +57,6 @@ def grid_kernel(
     DIMS: tl.constexpr,
     COMPUTE: tl.constexpr,
     INDEX: tl.constexpr,
-    FAST_LOG: tl.constexpr,
     BACKWARD: tl.constexpr,
     CONTROL_GRAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -110,7 +109,6 @@ def grid_kernel(
             DIMS,
             INDEX,
             COMPUTE,
-            FAST_LOG,
         )
         sources.store_sums(grad_source_ptr, sums, b, tile, tiles, SOURCE, DIMS)
     else:
@@ -129,7 +127,6 @@ def grid_kernel(
             DIMS,
             INDEX,
             COMPUTE,
-            FAST_LOG,
         )
         for k in tl.static_range(DIMS):
             tl.store(target + k * stride_k, rounded(p[0][k], grid_ptr), mask)
@@ -187,7 +184,6 @@ def _plan(
         DIMS=dims,
         COMPUTE=compute[0],
         INDEX=index_dtype(grid, rows=rows),
-        FAST_LOG=source == Source.TPS and has_fast_log(grid.device, compute[0]),
         BACKWARD=backward,
         CONTROL_GRAD=control_grad,
         BLOCK_ROWS=tile.rows,

@@ -26,7 +26,6 @@ from .launch import (
     Plan,
     channel_dim,
     compute_dtypes,
-    has_fast_log,
     index_dtype,
     planned,
     vector_width,
@@ -367,7 +366,6 @@ def forward_block(
     COMPUTE: tl.constexpr,
     INDEX: tl.constexpr,
     GROUP: tl.constexpr,
-    FAST_LOG: tl.constexpr,
     VECTOR_IN: tl.constexpr,
     VECTOR_OUT: tl.constexpr,
     EVEN_CHANNELS: tl.constexpr,
@@ -400,7 +398,6 @@ def forward_block(
         DIMS,
         INDEX,
         COMPUTE,
-        FAST_LOG,
     )
     target_offset = tl.multiple_of(pixel_offset(out, stride_out, DIMS, INDEX), (VECTOR_OUT, VECTOR_OUT))
     for g in tl.static_range(GROUP):
@@ -488,7 +485,6 @@ def sample_forward_kernel(
     COMPUTE: tl.constexpr,
     INDEX: tl.constexpr,
     GROUP: tl.constexpr,
-    FAST_LOG: tl.constexpr,
     VECTOR_IN: tl.constexpr,
     VECTOR_OUT: tl.constexpr,
     EVEN_CHANNELS: tl.constexpr,
@@ -573,7 +569,6 @@ def sample_forward_kernel(
                 COMPUTE,
                 INDEX,
                 GROUP,
-                FAST_LOG,
                 VECTOR_IN,
                 VECTOR_OUT,
                 EVEN_CHANNELS,
@@ -610,7 +605,6 @@ def sample_forward_kernel(
                 COMPUTE,
                 INDEX,
                 GROUP,
-                FAST_LOG,
                 VECTOR_IN,
                 VECTOR_OUT,
                 EVEN_CHANNELS,
@@ -654,7 +648,6 @@ def backward_block(
     COMPUTE: tl.constexpr,
     INDEX: tl.constexpr,
     GROUP: tl.constexpr,
-    FAST_LOG: tl.constexpr,
     INPUT_GRAD: tl.constexpr,
     SOURCE_GRAD: tl.constexpr,
     CONTROL_GRAD: tl.constexpr,
@@ -693,7 +686,6 @@ def backward_block(
         DIMS,
         INDEX,
         COMPUTE,
-        FAST_LOG,
     )
     target_offset = tl.multiple_of(pixel_offset(out, stride_out, DIMS, INDEX), (VECTOR_OUT, VECTOR_OUT))
     by_pixels = ()
@@ -801,7 +793,6 @@ def backward_block(
             DIMS,
             INDEX,
             COMPUTE,
-            FAST_LOG,
         )
     return sums
 
@@ -858,7 +849,6 @@ def sample_backward_kernel(
     COMPUTE: tl.constexpr,
     INDEX: tl.constexpr,
     GROUP: tl.constexpr,
-    FAST_LOG: tl.constexpr,
     INPUT_GRAD: tl.constexpr,
     SOURCE_GRAD: tl.constexpr,
     CONTROL_GRAD: tl.constexpr,
@@ -954,7 +944,6 @@ def sample_backward_kernel(
                 COMPUTE,
                 INDEX,
                 GROUP,
-                FAST_LOG,
                 INPUT_GRAD,
                 SOURCE_GRAD,
                 CONTROL_GRAD,
@@ -1001,7 +990,6 @@ def sample_backward_kernel(
                 COMPUTE,
                 INDEX,
                 GROUP,
-                FAST_LOG,
                 INPUT_GRAD,
                 SOURCE_GRAD,
                 CONTROL_GRAD,
@@ -1085,7 +1073,6 @@ def _plan(
         "COMPUTE": compute,
         "INDEX": index,
         "GROUP": tile.group,
-        "FAST_LOG": source == Source.TPS and has_fast_log(gathered.device, compute),
         "EVEN_CHANNELS": channels % block == 0,
         "BLOCK_ROWS": tile.rows,
         "BLOCK_COLUMNS": tile.columns,

@@ -18,7 +18,7 @@ import triton.language as tl
 from . import configs, sources
 from .coordinates import constant, in_bounds, unnormalise_grad
 from .interpolation import at_pixel, axis_tap_count, axis_taps, axis_taps_grad
-from .launch import INT32_MAX, channel_dim, compute_dtypes, has_fast_log, index_dtype, launch, vector_width
+from .launch import INT32_MAX, channel_dim, compute_dtypes, index_dtype, launch, vector_width
 from .modes import Interpolation, Source
 from .sample import channel_block
 from .tiles import axes, existing, output_pixels, pixel_offset, rounded, strides
@@ -267,7 +267,6 @@ def sorted_keys_kernel(
     COMPUTE: tl.constexpr,
     INDEX: tl.constexpr,
     GROUP: tl.constexpr,
-    FAST_LOG: tl.constexpr,
     MOVED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -308,7 +307,6 @@ def sorted_keys_kernel(
         DIMS,
         INDEX,
         COMPUTE,
-        FAST_LOG,
     )
     cells = in_size[0].to(KEY) * in_size[1]
     pixels = out_size[0].to(tl.int64) * out_size[1]
@@ -595,7 +593,6 @@ def _keys(
         SOURCE=int(source),
         INDEX=index_dtype(params, *(() if moved is None else (moved,))) if small else tl.int64,
         GROUP=group,
-        FAST_LOG=source == Source.TPS and has_fast_log(keys.device, shared["COMPUTE"]),
         BLOCK_ROWS=tile.rows,
         BLOCK_COLUMNS=tile.columns,
         num_warps=tile.warps,
