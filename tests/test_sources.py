@@ -10,9 +10,10 @@ import triton.language as tl
 from common import MODES, PADDINGS, assert_close, away_from_kinks, witness
 
 import stn_triton as stn
-from stn_triton import ops, reference
+from stn_triton import ops
 from stn_triton.kernels import configs, sources
 from stn_triton.kernels.modes import Source
+from stn_triton.reference import coordinates
 
 align = pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
 padding = pytest.mark.parametrize("padding_mode", PADDINGS)
@@ -325,7 +326,7 @@ def test_spline_coordinates_err_as_pytorchs(device, side):
 
     def spline(dtype):
         arguments = coefficients.to(dtype), control_points.to(dtype)
-        return reference.coordinates(Source.TPS, *arguments, (24, 24), False, dtype).squeeze(1)
+        return coordinates(Source.TPS, *arguments, (24, 24), False, dtype).squeeze(1)
 
     ours = ops.grid(coefficients.to(device), control_points.to(device), Source.TPS, [24, 24], False)
     assert ours.dtype == torch.float32
