@@ -54,13 +54,6 @@ def vector_width(tensor: torch.Tensor, dims: int) -> int:
     return vector
 
 
-def has_fast_log(device: torch.device, compute: tl.dtype) -> bool:
-    """Whether the target has a logarithm in hardware that Triton can be told to use: NVIDIA's, in float32."""
-    if compute != tl.float32 or device.type == "cpu":
-        return False
-    return triton.runtime.driver.active.get_current_target().backend == "cuda"
-
-
 # A product and the sum it goes into are rounded once: more accurate, and faster.
 OPTIONS = {"enable_fp_fusion": True}
 

@@ -46,7 +46,7 @@ from .host.parameters import (
     output_strides,
     source_strides,
 )
-from .launch import INT32_MAX, Plan, compute_dtypes, has_fast_log, index_dtype, planned, vector_width
+from .launch import INT32_MAX, Plan, compute_dtypes, index_dtype, planned, vector_width
 from .modes import MOST_STEPS, Source
 from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling, Work, constant
 
@@ -354,7 +354,6 @@ def cut(
         "compute": compute,
         "index": index,
         "fixed_point": has_fixed_point(source, compute, gathered.shape[2:], output.shape[-dims:]),
-        "fast_log": source == Source.TPS and has_fast_log(gathered.device, compute),
         "rows": tile.rows,
         "columns": tile.columns,
         "channels": tile.channels,

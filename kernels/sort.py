@@ -40,7 +40,7 @@ from .host.parameters import (
     num_controls,
     source_strides,
 )
-from .launch import INT32_MAX, compute_dtypes, has_fast_log, index_dtype, launch, vector_width
+from .launch import INT32_MAX, compute_dtypes, index_dtype, launch, vector_width
 from .modes import Interpolation, Source
 from .spec import SPECIALIZATION, Image, Params, Place, Sizes, Spec, Strides, Tiling, Work, constant
 
@@ -435,7 +435,6 @@ def _keys(
             source=int(source),
             index=index_dtype(params, *tangents) if small else tl.int64,
             fixed_point=has_fixed_point(source, shared["compute"], input_size, size),
-            fast_log=source == Source.TPS and has_fast_log(keys.device, shared["compute"]),
             rows=tile.rows,
             columns=tile.columns,
             group=tile.group,

@@ -11,7 +11,7 @@ import torch
 
 from .kernels.blocks import Block, Blocks
 
-__all__ = ["Backend", "select", "use", "without_autocast"]
+__all__ = ["Backend", "has_autocast", "select", "use", "without_autocast"]
 
 Name = Literal["triton", "interpreter", "torch"]
 
@@ -86,8 +86,18 @@ def use(name: Name) -> Block[Backend]:
     return Block(_forced, Backend(name, "asked for by backend.use"))
 
 
+def has_autocast(device_type: str) -> bool:
+    """Whether ``torch.autocast`` takes this type of device.
+
+    The compiler of PyTorch 2.11 cannot trace the question. What it compiles for has autocast, but for meta.
+    """
+    if torch.compiler.is_compiling():
+        return device_type != "meta"
+    return torch.amp.is_autocast_available(device_type)
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Inside, operators compute in the type they are given, autocast or not."""
-    if torch.amp.is_autocast_available(device_type):
+    if has_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
