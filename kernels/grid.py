@@ -14,7 +14,7 @@ from .device.tiles import first_row, offset_of, pixels_from, place_of_program
 from .host import parameters
 from .host.parameters import axes, num_controls, source_strides
 from .launch import Plan, compute_dtypes, index_dtype, planned
-from .modes import Interpolation, Source
+from .modes import Interpolation
 from .spec import SPECIALIZATION, Params, Sizes, Spec, Tiling, Work
 
 
