@@ -54,7 +54,7 @@ from bench import specialisations
 from bench.assembly import Code, Instruction, Line, Loop, parse_amdgcn, parse_sass, traffic
 from bench.specialisations import TARGETS, Launch, field_of
 from stn_triton.kernels import derivatives, gather, grid, sample, sort
-from stn_triton.kernels.files import replacing
+from stn_triton.kernels.host.files import replacing
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
 BUDGET = Path(__file__).with_name("budget.json")

@@ -7,13 +7,12 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs
 from .device import sources
 from .device.arithmetic import rounded
 from .device.tiles import first_row, offset_of, pixels_from, place_of_program
-from .host import parameters
+from .host import configs, parameters
+from .host.launch import Plan, compute_dtypes, index_dtype, planned
 from .host.parameters import axes, num_controls, source_strides
-from .launch import Plan, compute_dtypes, index_dtype, planned
 from .modes import Interpolation
 from .spec import SPECIALIZATION, Params, Sizes, Spec, Tiling, Work
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from .kernels.blocks import Block, Blocks
+from .kernels.host.blocks import Block, Blocks
 
 __all__ = ["Backend", "has_autocast", "select", "use", "without_autocast"]
 

@@ -214,7 +214,7 @@ ANY = None
 ALLOWED_IMPORTS = {
     "kernels": {"kernels"},
     "versions": set(),
-    "backend": {"kernels.blocks"},
+    "backend": {"kernels.host.blocks"},
     "checks": {"kernels.modes"},
     "distributed": {"kernels.modes"},
     "transforms": {"checks", "distributed"},

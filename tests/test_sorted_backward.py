@@ -24,7 +24,7 @@ from common import (
 import stn_triton as stn
 from bench.specialisations import field_of
 from stn_triton import reference
-from stn_triton.kernels import configs
+from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
 INTERPOLATION = dict(zip(MODES, Interpolation))

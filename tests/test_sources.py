@@ -11,7 +11,8 @@ from common import MODES, PADDINGS, assert_close, away_from_kinks, witness
 
 import stn_triton as stn
 from stn_triton import ops
-from stn_triton.kernels import configs, sources
+from stn_triton.kernels import sources
+from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Source
 from stn_triton.reference import coordinates
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .host.parameters import channel_dim, image_span
+from .parameters import channel_dim, image_span
 
 INT32_MAX = 2**31 - 1
 MOST_PROGRAMS = 2**31 - 1  # of a launch, along the first axis of its grid

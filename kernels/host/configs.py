@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..modes import MOST_STEPS, Interpolation, Source
 from . import tables
 from .blocks import Block, LocalBlocks
-from .modes import MOST_STEPS, Interpolation, Source
 
 
 class Problem(NamedTuple):
