@@ -1,9 +1,9 @@
 """What the operators call: one function each, and which kernels compute the gradients.
 
-d image has three ways. Maps that have an inverse gather it (``gather``), always. Others scatter by atomics into
-the compute type (``sample``), whose last bits depend on the order; or, where the same bits are asked for each
-time, sum a sorted list (``sort``). Only scattering needs zeros first, and a wider copy of half images. d
-parameters comes from ``sample`` or ``derivatives``, in a fixed order of sums.
+d image has three ways. Maps that have an inverse gather it (``gather``), always. Others scatter by atomics
+into the compute type (``sample``), whose last bits depend on the order; or, where the same bits are asked for
+each time, sum a sorted list (``sort``). Only scattering needs zeros first, and a wider copy of half images.
+d parameters comes from ``sample`` or ``derivatives``, in a fixed order of sums.
 """
 
 import torch
