@@ -6,6 +6,9 @@ each time, sum a sorted list (``sort``). Only scattering needs zeros first, and 
 d parameters comes from ``sample`` or ``derivatives``, in a fixed order of sums.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from . import derivatives, grid, sample
@@ -131,7 +134,7 @@ def _round(total: torch.Tensor | None, grad_input: torch.Tensor | None) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- tuning
-LAUNCHERS = {
+LAUNCHERS: dict[str, Callable[..., Any]] = {
     "sample_forward": sample.sample_forward,
     "sample_jvp": derivatives.sample_jvp,
     "sample_backward": sample_backward,

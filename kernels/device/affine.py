@@ -164,9 +164,9 @@ def affine_map(theta, sizes, SPEC: tl.constexpr):
             high_row = ()
             low_row = ()
             for k in tl.static_range(SPEC.dims + 1):
-                a, b = entries[r * (SPEC.dims + 1) + k]
+                entry = entries[r * (SPEC.dims + 1) + k]
                 # what does not fit an integer is not made one
-                high, low = fixed(tl.where(fits, a, 0.0), tl.where(fits, b, 0.0))
+                high, low = fixed(tl.where(fits, entry[0], 0.0), tl.where(fits, entry[1], 0.0))
                 if k == SPEC.dims:
                     high += (sizes.input[r] - 1).to(tl.int64) << 31
                 high_row += (high,)
