@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stn_triton.kernels.files import replacing
+from stn_triton.kernels.host.files import replacing
 from stn_triton.nn import SpatialTransformer, localisation_fcn
 from stn_triton.transforms import control_lattice, tps_coefficients
 

@@ -41,8 +41,8 @@ from triton.backends.compiler import GPUTarget
 
 import stn_triton as stn
 from stn_triton import backend
-from stn_triton.kernels import configs, launch
-from stn_triton.kernels.files import replacing
+from stn_triton.kernels.host import configs, launch
+from stn_triton.kernels.host.files import replacing
 
 from . import machine
 

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stn_triton.kernels.files import replacing
+from stn_triton.kernels.host.files import replacing
 
 from .results import Entry, Results, conditions, load
 

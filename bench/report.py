@@ -54,7 +54,7 @@ from bench import specialisations
 from bench.assembly import Code, Instruction, Line, Loop, parse_amdgcn, parse_sass, traffic
 from bench.specialisations import TARGETS, Launch, field_of
 from stn_triton.kernels import derivatives, gather, grid, sample, sort
-from stn_triton.kernels.files import replacing
+from stn_triton.kernels.host.files import replacing
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
 BUDGET = Path(__file__).with_name("budget.json")
@@ -388,6 +388,12 @@ def reads_image(instruction: Instruction) -> bool:
     )
 
 
+def logarithms(instructions: Iterable[Instruction]) -> int:
+    """Those of splines: in each an exponent becomes a float."""
+    converted = (each for each in instructions if re.match(r"I2FP?\b|v_cvt_f32_i32", each.op))
+    return sum(function_of(each.line) == "tps_log" for each in converted)
+
+
 def source_loops(loop: Loop, code: Code) -> list[tuple[str, str]]:
     """The loops of the source that a loop of the code is: as its branches back say, or else its lines."""
     found = list(dict.fromkeys(filter(None, map(loop_of, loop.lines))))
@@ -412,8 +418,8 @@ def unrolled(loop: Loop, code: Code, pixels: float) -> tuple[int, int]:
 
     alike = [o for o in code.loops if source_loops(o, code) == keys and parents(o) == parents(loop)]
     counted = {id(other): traffic(code.inside(other)) for other in alike}
-    if keys == [("tps_coordinates", "k")] and counted[id(loop)].special["lg2"]:
-        sizes = {key: counts.special["lg2"] / max(pixels, 1) for key, counts in counted.items()}
+    if keys == [("tps_coordinates", "k")] and logarithms(code.inside(loop)):
+        sizes = {id(other): logarithms(code.inside(other)) / max(pixels, 1) for other in alike}
         least = 1.0
     else:
         sizes = {key: counts.loads.total() + counts.adds.total() for key, counts in counted.items()}
@@ -522,7 +528,7 @@ def measure(launch: Launch, case: Case, target: str) -> dict[str, Any]:
         "atomics": dict(sorted(counted.atomics.items())),
         "swaps": counted.swaps,
         "fences": counted.fences.total(),
-        "logarithms": counted.special["lg2"],
+        "logarithms": logarithms(code.instructions),
         "special": dict(sorted(counted.special.items())),
         "image_loads": dict(sorted(traffic(filter(reads_image, instructions)).loads.items())),
         "code": len(instructions),

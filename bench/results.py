@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stn_triton.kernels.files import replacing
+from stn_triton.kernels.host.files import replacing
 
 SCHEMA = 1
 # Two results are of one run if these agree; other facts of the machine may differ (date, clocks).

@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from stn_triton.kernels import derivatives, gather, grid, launch, sample
+from stn_triton.kernels import derivatives, gather, grid, sample
+from stn_triton.kernels.host import launch
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 from stn_triton.kernels.sort import sorted_backward
 from stn_triton.kernels.spec import Spec

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import stn_triton as stn
-from stn_triton.kernels import tables, tuning
+from stn_triton.kernels.host import tables, tuning
 
 from . import machine, rivals, timing
 from .cases import CASES, QUICK, Case, make_inputs
@@ -35,7 +35,7 @@ from .cases import CASES, QUICK, Case, make_inputs
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
     """Inside, the search compiles what it would time and finds nothing faster."""
-    from stn_triton.kernels import launch
+    from stn_triton.kernels.host import launch
 
     def compile_only(kernel: Any, programs: int, device: torch.device, *args: Any, **kwargs: Any) -> None:
         kernel.warmup(*args, grid=(programs,), **kwargs)

@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 
 import stn_triton as stn
 from examples.files import DataError, reading, replacing
-from stn_triton.kernels.tables import user_directory
+from stn_triton.kernels.host.tables import user_directory
 from stn_triton.transforms import attention, compose, control_lattice, invert, similarity
 
 SIDE = 28  # of a digit, in pixels

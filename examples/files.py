@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from stn_triton.kernels.files import replacing
+from stn_triton.kernels.host.files import replacing
 
 __all__ = ["DataError", "load", "read_json", "reading", "replacing", "write_json", "write_text"]
 

@@ -25,8 +25,8 @@ from .device.interpolation import curvatures_of_axes, slopes_of_axes, taps_of_ax
 from .device.sampling import interpolate, interpolate_grad
 from .device.tiles import channel_block, offset_of
 from .host import parameters
+from .host.launch import Plan, compute_dtypes, planned, vector_width
 from .host.parameters import coordinate_strides, image_strides, num_controls, output_strides, source_strides
-from .launch import Plan, compute_dtypes, planned, vector_width
 from .sample import cut, image_of, kept_pixels, output_of, pixels_of, work_of
 from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling
 

@@ -22,7 +22,6 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs
 from .device import sources
 from .device.affine import affine_places, doubled_pixels, fixed_coordinate
 from .device.arithmetic import AFFINE, BICUBIC, BILINEAR, BORDER, INFINITY, clamp, larger, rounded, smaller
@@ -48,6 +47,8 @@ from .device.tiles import (
     row_range,
     steps_from,
 )
+from .host import configs
+from .host.launch import Plan, compute_dtypes, index_dtype, planned, vector_width
 from .host.parameters import (
     axes,
     channel_dim,
@@ -56,7 +57,6 @@ from .host.parameters import (
     output_strides,
     source_strides,
 )
-from .launch import Plan, compute_dtypes, index_dtype, planned, vector_width
 from .modes import Interpolation, Padding
 from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling, Work, constant, plain
 

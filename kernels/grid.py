@@ -7,14 +7,13 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs
 from .device import sources
 from .device.arithmetic import rounded
 from .device.tiles import first_row, offset_of, pixels_from, place_of_program
-from .host import parameters
+from .host import configs, parameters
+from .host.launch import Plan, compute_dtypes, index_dtype, planned
 from .host.parameters import axes, num_controls, source_strides
-from .launch import Plan, compute_dtypes, has_fast_log, index_dtype, planned
-from .modes import Interpolation, Source
+from .modes import Interpolation
 from .spec import SPECIALIZATION, Params, Sizes, Spec, Tiling, Work
 
 
@@ -118,7 +117,6 @@ def _plan(
             dims=dims,
             compute=compute[0],
             index=index_dtype(grid, rows=rows),
-            fast_log=source == Source.TPS and has_fast_log(grid.device, compute[0]),
             rows=tile.rows,
             columns=tile.columns,
             source_grad=backward,

@@ -19,7 +19,6 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs
 from .device import sources
 from .device.affine import starts_of
 from .device.arithmetic import TPS, rounded
@@ -36,7 +35,8 @@ from .device.tiles import (
     place_of_program,
     steps_from,
 )
-from .host import parameters
+from .host import configs, parameters
+from .host.launch import INT32_MAX, Plan, compute_dtypes, index_dtype, planned, vector_width
 from .host.parameters import (
     axes,
     channel_dim,
@@ -46,7 +46,6 @@ from .host.parameters import (
     output_strides,
     source_strides,
 )
-from .launch import INT32_MAX, Plan, compute_dtypes, has_fast_log, index_dtype, planned, vector_width
 from .modes import MOST_STEPS, Source
 from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling, Work, constant
 
@@ -354,7 +353,6 @@ def cut(
         "compute": compute,
         "index": index,
         "fixed_point": has_fixed_point(source, compute, gathered.shape[2:], output.shape[-dims:]),
-        "fast_log": source == Source.TPS and has_fast_log(gathered.device, compute),
         "rows": tile.rows,
         "columns": tile.columns,
         "channels": tile.channels,

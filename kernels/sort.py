@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs
 from .derivatives import coord_tangent_of
 from .device import sources
 from .device.arithmetic import in_bounds, rounded
@@ -30,7 +29,8 @@ from .device.tiles import (
     pixels_from,
     place_of_program,
 )
-from .host import parameters
+from .host import configs, parameters
+from .host.launch import INT32_MAX, compute_dtypes, index_dtype, launch, vector_width
 from .host.parameters import (
     axes,
     channel_dim,
@@ -40,7 +40,6 @@ from .host.parameters import (
     num_controls,
     source_strides,
 )
-from .launch import INT32_MAX, compute_dtypes, has_fast_log, index_dtype, launch, vector_width
 from .modes import Interpolation, Source
 from .spec import SPECIALIZATION, Image, Params, Place, Sizes, Spec, Strides, Tiling, Work, constant
 
@@ -435,7 +434,6 @@ def _keys(
             source=int(source),
             index=index_dtype(params, *tangents) if small else tl.int64,
             fixed_point=has_fixed_point(source, shared["compute"], input_size, size),
-            fast_log=source == Source.TPS and has_fast_log(keys.device, shared["compute"]),
             rows=tile.rows,
             columns=tile.columns,
             group=tile.group,

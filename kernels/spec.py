@@ -42,7 +42,6 @@ class Spec:
     compute: tl.dtype  # of weights and sums, and of coordinates that are not whole numbers
     index: tl.dtype  # of offsets within one image
     fixed_point: bool = False  # affine coordinates, and a flow's identity, are fixed-point numbers
-    fast_log: bool = False  # a spline's logarithm is the hardware's
     # the tile: rows x columns pixels, ``unroll`` blocks of ``channels`` at a time, the same of ``group``
     # outputs
     rows: int = 1

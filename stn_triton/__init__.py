@@ -18,7 +18,7 @@ from .functional import (
     tps_grid,
     tps_grid_sample,
 )
-from .kernels.tuning import autotune
+from .kernels.host.tuning import autotune
 from .patch import patch_torch
 
 __version__ = "0.1.0"

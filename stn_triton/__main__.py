@@ -7,7 +7,7 @@ import platform
 import torch
 
 from . import __version__, backend
-from .kernels import tables
+from .kernels.host import tables
 from .versions import triton_version
 
 _CODE = {

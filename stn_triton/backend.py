@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from .kernels.blocks import Block, Blocks
+from .kernels.host.blocks import Block, Blocks
 
-__all__ = ["Backend", "select", "use", "without_autocast"]
+__all__ = ["Backend", "has_autocast", "select", "use", "without_autocast"]
 
 Name = Literal["triton", "interpreter", "torch"]
 
@@ -38,8 +38,7 @@ def select(device_type: str) -> Backend:
     Raises:
         ImportError: TRITON_INTERPRET asks for Triton's interpreter, and Triton cannot be imported.
     """
-    forced = _forced.values()
-    if forced:
+    if _forced.open and (forced := _forced.values()):
         return forced[-1]
     return _select(device_type, device_type == "cpu" and interpreting())
 
@@ -87,8 +86,18 @@ def use(name: Name) -> Block[Backend]:
     return Block(_forced, Backend(name, "asked for by backend.use"))
 
 
+def has_autocast(device_type: str) -> bool:
+    """Whether ``torch.autocast`` takes this type of device.
+
+    The compiler of PyTorch 2.11 cannot trace the question. What it compiles for has autocast, but for meta.
+    """
+    if torch.compiler.is_compiling():
+        return device_type != "meta"
+    return torch.amp.is_autocast_available(device_type)
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Inside, operators compute in the type they are given, autocast or not."""
-    if torch.amp.is_autocast_available(device_type):
+    if has_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

@@ -126,7 +126,7 @@ def _fill(
         with backend.without_autocast(input.device.type):
             samples = reference.sample(input, params, control_points, *place)
         return output.copy_(samples.view(output.shape))
-    kernels.launchers.sample_forward(input, params, control_points, output, source, *modes)
+    kernels.dispatch.sample_forward(input, params, control_points, output, source, *modes)
     return output
 
 
@@ -226,7 +226,7 @@ def _sample_backward(
         if by_input is not None:
             grad_input.copy_(by_input)
     else:
-        by_params, by_controls = kernels.launchers.first(
+        by_params, by_controls = kernels.dispatch.sample_backward(
             grad_output,
             input,
             params,
@@ -308,7 +308,7 @@ def _sample_jvp(
         with backend.without_autocast(output.device.type):
             samples = reference.sample_jvp(input, tangent, params, control_points, moved, *place)
         return output.copy_(samples.view(output.shape))
-    kernels.launchers.sample_jvp(input, tangent, params, control_points, moved, output, source, *modes)
+    kernels.dispatch.sample_jvp(input, tangent, params, control_points, moved, output, source, *modes)
     return output
 
 
@@ -376,7 +376,7 @@ def _sample_hvp(
         if by_input is not None:
             grad_input.copy_(by_input)
     else:
-        by_places = kernels.launchers.second(
+        by_places = kernels.dispatch.sample_double_backward(
             grad_output,
             input,
             tangent,
@@ -451,7 +451,7 @@ def _grid(
         with backend.without_autocast(params.device.type):
             grid = reference.coordinates(*place, reference.compute_dtype(params))
         return output.copy_(grid.squeeze(1))
-    kernels.launchers.grid_forward(params, control_points, output, source, align_corners)
+    kernels.dispatch.grid_forward(params, control_points, output, source, align_corners)
     return output
 
 
@@ -486,7 +486,7 @@ def _grid_backward(
                 Source(source), by_transform, params, control_points, align_corners, control_grad
             )
     else:
-        by_params, by_controls = kernels.launchers.grid_backward(
+        by_params, by_controls = kernels.dispatch.grid_backward(
             grad_grid, params, control_points, source, align_corners, control_grad
         )
     return _packed(by_params), params.new_empty(0) if by_controls is None else _packed(by_controls)

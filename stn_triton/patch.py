@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import backend, kernels
 from .checks import DTYPES
-from .kernels.blocks import Block, Blocks, whole
+from .kernels.host.blocks import Block, Blocks, whole
 from .kernels.modes import Interpolation, Padding, Source
 
 __all__ = ["patch_torch"]
@@ -281,7 +281,7 @@ def _sample(input: Tensor, grid: Tensor, interpolation: int, padding: int, align
     output = input.new_empty(_output_shape(input, grid))
     if output.numel() > 0:
         modes = Source.GRID, interpolation, padding, align_corners
-        kernels.launchers.sample_forward(input, grid, None, output, *modes)
+        kernels.dispatch.sample_forward(input, grid, None, output, *modes)
     return output
 
 
@@ -325,7 +325,7 @@ def _gradients(
     grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device) if input_grad else None
     modes = interpolation, padding, align_corners
     repeatable = torch.are_deterministic_algorithms_enabled()
-    grad_grid, _ = kernels.launchers.first(
+    grad_grid, _ = kernels.dispatch.sample_backward(
         grad_output, input, grid, None, grad_input, Source.GRID, *modes, grid_grad, False, repeatable
     )
     return grad_input, grad_grid

@@ -293,7 +293,7 @@ import triton.language as tl
 from bench import report
 from bench.assembly import traffic
 from bench import specialisations
-from stn_triton.kernels import launch
+from stn_triton.kernels.host import launch
 
 @triton.jit
 def copy(source, target, N: tl.constexpr):

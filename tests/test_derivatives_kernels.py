@@ -28,7 +28,7 @@ from common import (
 
 from bench.specialisations import field_of
 from stn_triton import reference
-from stn_triton.kernels import configs
+from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
 IN_SIZE = {2: (5, 6), 3: (3, 4, 5)}
@@ -386,7 +386,8 @@ def test_wide_offsets(device, monkeypatch):
     """64-bit offsets, which the largest of all tensors asks for."""
     import triton.language as tl
 
-    from stn_triton.kernels import launch, sample
+    from stn_triton.kernels import sample
+    from stn_triton.kernels.host import launch
 
     seen = []
 

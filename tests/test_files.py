@@ -23,8 +23,8 @@ from examples import data, distorted_mnist, files
 from examples.data import load_mnist
 from examples.files import DataError
 from examples.training import train
-from stn_triton.kernels import files as replacing_files
-from stn_triton.kernels.files import replacing
+from stn_triton.kernels.host import files as replacing_files
+from stn_triton.kernels.host.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,11 +11,11 @@ import triton.language as tl
 from common import assert_close, number_of, place, random_theta
 
 from stn_triton import reference
-from stn_triton.kernels import configs
 from stn_triton.kernels.device import affine, sources
 from stn_triton.kernels.device.arithmetic import AFFINE
 from stn_triton.kernels.device.bounds import box_in_units, image_bounds, preimage
 from stn_triton.kernels.gather import gather_backward
+from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 from stn_triton.kernels.sample import sample_backward
 from stn_triton.kernels.spec import SPECIALIZATION, Sizes, Spec, Work

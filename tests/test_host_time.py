@@ -14,7 +14,8 @@ import torch
 
 import stn_triton as stn
 from bench import host
-from stn_triton.kernels import configs, launch, sample
+from stn_triton.kernels import sample
+from stn_triton.kernels.host import configs, launch
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,7 +243,7 @@ import json
 import torch, triton
 from bench import host
 import stn_triton as stn
-from stn_triton.kernels import launch
+from stn_triton.kernels.host import launch
 
 torch.set_num_threads(1)
 launches, lookups, found = [], [], {}

@@ -23,12 +23,13 @@ from common import (
     witness,
 )
 
-from stn_triton.kernels import configs, sample
+from stn_triton.kernels import sample
 from stn_triton.kernels.device import interpolation, sources
 from stn_triton.kernels.device.affine import starts_of
 from stn_triton.kernels.device.arithmetic import PROJECTIVE
 from stn_triton.kernels.device.bounds import is_interior
 from stn_triton.kernels.device.tiles import place_of_program
+from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 from stn_triton.kernels.spec import SPECIALIZATION, Params, Sizes, Spec, Tiling, Work
 

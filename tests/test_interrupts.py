@@ -15,7 +15,7 @@ from test_tuning import GPU, PROBLEM
 
 import stn_triton as stn
 from stn_triton import backend
-from stn_triton.kernels import blocks, configs, tables
+from stn_triton.kernels.host import blocks, configs, tables
 
 PACKAGE = str(Path(stn.__file__).resolve().parent)
 

@@ -19,9 +19,10 @@ from common import assert_close, random_grid, random_theta
 
 import stn_triton as stn
 from bench import specialisations
-from stn_triton.kernels import derivatives, gather, grid, launch, sample
+from stn_triton.kernels import derivatives, gather, grid, sample
 from stn_triton.kernels.device.arithmetic import divided
 from stn_triton.kernels.device.tiles import first_row, pixels_from
+from stn_triton.kernels.host import launch
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 from stn_triton.kernels.spec import SPECIALIZATION, Spec
 
@@ -191,7 +192,8 @@ from triton import language as tl
 sys.path.insert(0, "tests")
 import test_large as large
 from bench import specialisations
-from stn_triton.kernels import grid, launch
+from stn_triton.kernels import grid
+from stn_triton.kernels.host import launch
 from stn_triton.kernels.modes import Source
 
 done = []

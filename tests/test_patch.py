@@ -13,7 +13,7 @@ from test_backend import python
 
 import stn_triton as stn
 from stn_triton import backend
-from stn_triton.kernels import launch
+from stn_triton.kernels.host import launch
 
 try:
     from torch.testing._internal import common_methods_invocations as database

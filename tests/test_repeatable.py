@@ -12,7 +12,7 @@ from common import random_grid, random_theta
 
 import stn_triton as stn
 from bench.specialisations import field_of
-from stn_triton.kernels import configs, launch
+from stn_triton.kernels.host import configs, launch
 
 MODES = ("bilinear", "nearest", "bicubic")
 SIZE = (5, 6)

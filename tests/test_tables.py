@@ -16,7 +16,7 @@ import torch
 from test_tuning import GPU, PROBLEM, pretend, ship
 
 import stn_triton as stn
-from stn_triton.kernels import configs, tables, tuning
+from stn_triton.kernels.host import configs, tables, tuning
 from stn_triton.kernels.modes import Interpolation, Source
 
 KEY = PROBLEM.key

@@ -21,7 +21,7 @@ import triton.language as tl
 from ..modes import MOST_STEPS, Interpolation
 from ..spec import Place, constant, plain
 from .arithmetic import AFFINE, exact_fma
-from .padding import place_of
+from .padding import is_periodic, place_of
 from .tiles import pixels_from
 
 # Coordinates that fixed point holds with room to spare are below this.
@@ -164,9 +164,9 @@ def affine_map(theta, sizes, SPEC: tl.constexpr):
             high_row = ()
             low_row = ()
             for k in tl.static_range(SPEC.dims + 1):
-                a, b = entries[r * (SPEC.dims + 1) + k]
+                entry = entries[r * (SPEC.dims + 1) + k]
                 # what does not fit an integer is not made one
-                high, low = fixed(tl.where(fits, a, 0.0), tl.where(fits, b, 0.0))
+                high, low = fixed(tl.where(fits, entry[0], 0.0), tl.where(fits, entry[1], 0.0))
                 if k == SPEC.dims:
                     high += (sizes.input[r] - 1).to(tl.int64) << 31
                 high_row += (high,)
@@ -363,4 +363,9 @@ def displaced(place, by, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
     # a fraction of 1 is a number just below 0, and stays so if nothing is added to it
     carry = (fraction >= 1.0) & (place.fraction > 0.0)
     index = place.index + move.index + carry.to(tl.int32)
-    return Place(index, tl.where(carry, fraction - 1.0, fraction))
+    fraction = tl.where(carry, fraction - 1.0, fraction)
+    if is_periodic(SPEC, AXIS):  # elsewhere NaN and infinities have gone far beyond the image
+        finite = tl.abs(by) < float("inf")
+        index = tl.where(finite, index, move.index)
+        fraction = tl.where(finite, fraction, move.fraction)
+    return Place(index, fraction)

@@ -35,6 +35,12 @@ def period_of(size, SPEC: tl.constexpr):
 
 
 @triton.jit
+def lower_mirror(SPEC: tl.constexpr):
+    """Normalised -1 in pixels: what NaN and infinities read where padding repeats."""
+    return -0.5 * (1 - SPEC.align_corners)
+
+
+@triton.jit
 def residue(i, period):
     """``i`` modulo ``period``, at least 0."""
     negative = i < 0
@@ -54,7 +60,7 @@ def place_of(x, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
     if is_periodic(SPEC, AXIS):
         period = period_of(size, SPEC).to(SPEC.compute)
         near = clamp(x - tl.floor(x / period) * period, 0.0, period)
-        near = tl.where(tl.abs(x) < float("inf"), near, 0.0)
+        near = tl.where(tl.abs(x) < float("inf"), near, lower_mirror(SPEC))
         x = tl.where(tl.abs(x) < FAR, x, near)
     x = clamp(x, -1.0 * FAR, 1.0 * FAR)
     index = tl.floor(x).to(tl.int32)

@@ -127,19 +127,19 @@ def gradient_of(sums, taps, slopes, kept, SPEC: tl.constexpr):
 
     Pixels that are not ``kept`` may have read a NaN: they count as 0.
     """
-    total = ()
-    for k in tl.static_range(3):
-        total += (tl.sum(sums[k], 1, keep_dims=True),)
-    if has_differences(SPEC):
-        turn = total[1] - total[0]
-        by_x = (total[0] + taps[1].weight[1] * turn) * slopes[0][1]
-        by_y = (total[2] + taps[0].weight[1] * turn) * slopes[1][1]
-        return tl.where(kept, by_x, 0.0), tl.where(kept, by_y, 0.0)
+    x = tl.sum(sums[0], 1, keep_dims=True)
+    y = tl.sum(sums[1], 1, keep_dims=True)
+    z = tl.sum(sums[2], 1, keep_dims=True)
+    if has_differences(SPEC):  # upper, lower and left side
+        turn = y - x
+        x = (x + taps[1].weight[1] * turn) * slopes[0][1]
+        y = (z + taps[0].weight[1] * turn) * slopes[1][1]
+    x = tl.where(kept, x, 0.0)
+    y = tl.where(kept, y, 0.0)
+    if SPEC.dims == 3:
+        return x, y, tl.where(kept, z, 0.0)
     else:
-        gradient = ()
-        for axis in tl.static_range(SPEC.dims):
-            gradient += (tl.where(kept, total[axis], 0.0),)
-        return gradient
+        return x, y
 
 
 @triton.jit

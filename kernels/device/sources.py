@@ -11,7 +11,6 @@ what depends on the pixels alone is computed once.
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from ..modes import Source
 from ..spec import plain
@@ -304,12 +303,25 @@ def store_sums(partial, sums, work, scales, sizes, SPEC: tl.constexpr):
 # ------------------------------------------------------------------------------ thin-plate spline
 @triton.jit
 def tps_log(squared, SPEC: tl.constexpr):
-    """The logarithm of a squared distance, finite at 0: r^2 log r^2 is 0 there."""
-    positive = larger(squared, 1e-30)
-    if SPEC.fast_log:
-        return libdevice.fast_logf(positive)  # one MUFU.LG2, where tl.log is a polynomial
+    """The logarithm of a squared distance, finite at 0: r^2 log r^2 is 0 there.
+
+    In float32 2^e m with m in [2/3, 4/3) and log m = f R(f), f = m - 1, to 4.3e-8: about as exact as
+    ``tl.log``, which also sees to arguments that no distance is.
+    """
+    if SPEC.compute == tl.float32:
+        bits = squared.to(tl.int32, bitcast=True)
+        exponent = (bits - 0x3F2AAAAB) & -0x800000  # 2^23 e
+        f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+        r = tl.fma(f, -0.15918611, 0.17194301)
+        r = tl.fma(f, r, -0.16307451)
+        r = tl.fma(f, r, 0.19784345)
+        r = tl.fma(f, r, -0.25014341)
+        r = tl.fma(f, r, 0.33338043)
+        r = tl.fma(f, r, -0.49999832)
+        r = tl.fma(f, r, 1.0)
+        return tl.fma(f, r, exponent.to(tl.float32) * 8.2629584e-8)  # 2^-23 log 2
     else:
-        return tl.log(positive)
+        return tl.log(larger(squared, 1e-30))
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .host.parameters import channel_dim, image_span
+from .parameters import channel_dim, image_span
 
 INT32_MAX = 2**31 - 1
 MOST_PROGRAMS = 2**31 - 1  # of a launch, along the first axis of its grid
@@ -52,13 +52,6 @@ def vector_width(tensor: torch.Tensor, dims: int) -> int:
         while dim != channel and size > 1 and stride % vector:
             vector //= 2
     return vector
-
-
-def has_fast_log(device: torch.device, compute: tl.dtype) -> bool:
-    """Whether the target has a logarithm in hardware that Triton can be told to use: NVIDIA's, in float32."""
-    if compute != tl.float32 or device.type == "cpu":
-        return False
-    return triton.runtime.driver.active.get_current_target().backend == "cuda"
 
 
 # A product and the sum it goes into are rounded once: more accurate, and faster.

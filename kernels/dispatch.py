@@ -1,25 +1,28 @@
-"""Which kernels compute the gradients, and into what.
+"""What the operators call: one function each, and which kernels compute the gradients.
 
 d image has three ways. Maps that have an inverse gather it (``gather``), always. Others scatter by atomics
-into the compute type (``sample``), whose last bits depend on the order; or, where the same bits are asked
-for each time, sum a sorted list (``sort``). Only scattering needs zeros first, and a wider copy of half
-images. d parameters comes from ``sample`` or ``derivatives``, in a fixed order of sums.
+into the compute type (``sample``), whose last bits depend on the order; or, where the same bits are asked for
+each time, sum a sorted list (``sort``). Only scattering needs zeros first, and a wider copy of half images.
+d parameters comes from ``sample`` or ``derivatives``, in a fixed order of sums.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from . import configs
-from .derivatives import sample_hvp
+from . import derivatives, grid, sample
 from .gather import gather_backward
-from .launch import compute_dtypes, planned
+from .host import configs, tables
+from .host.launch import compute_dtypes, planned
+from .host.tuning import tunable
 from .modes import Source
-from .sample import sample_backward
 from .sort import sorted_backward
 
 INVERTIBLE = (int(Source.AFFINE), int(Source.PROJECTIVE))
 
 
-def first(
+def sample_backward(
     grad_output: torch.Tensor,
     input: torch.Tensor | None,
     params: torch.Tensor,
@@ -51,14 +54,14 @@ def first(
         image = grad_input if input is None else input  # of which nothing is read then
         assert image is not None
         wanted = params_grad or control_grad, control_grad
-        by_params, by_controls = sample_backward(
+        by_params, by_controls = sample.sample_backward(
             grad_output, image, params, control_points, total, *modes, *wanted
         )
     _round(total, grad_input)
     return by_params, by_controls
 
 
-def second(
+def sample_double_backward(
     grad_output: torch.Tensor,
     input: torch.Tensor | None,
     tangent: torch.Tensor | None,
@@ -83,7 +86,7 @@ def second(
             total = _zeros(grad_input, params)
     by_coordinates = None
     if total is not None or coordinates_grad:
-        by_coordinates = sample_hvp(
+        by_coordinates = derivatives.sample_hvp(
             grad_output,
             input,
             tangent,
@@ -128,3 +131,28 @@ def _zeros(grad_input: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
 def _round(total: torch.Tensor | None, grad_input: torch.Tensor | None) -> None:
     if total is not None and grad_input is not None and total is not grad_input:
         grad_input.copy_(total)
+
+
+# ----------------------------------------------------------------------------------------------- tuning
+LAUNCHERS: dict[str, Callable[..., Any]] = {
+    "sample_forward": sample.sample_forward,
+    "sample_jvp": derivatives.sample_jvp,
+    "sample_backward": sample_backward,
+    "sample_double_backward": sample_double_backward,
+    "grid_forward": grid.grid_forward,
+    "grid_backward": grid.grid_backward,
+}
+_TUNABLE = {name: tunable(launcher) for name, launcher in LAUNCHERS.items()}
+
+
+def _route() -> None:
+    """Calls go to the launchers themselves; inside ``autotune()``, of any thread, through what tunes them."""
+    while True:
+        tuning = bool(tables.live)
+        globals().update(_TUNABLE if tuning else LAUNCHERS)
+        if tuning == bool(tables.live):  # else another thread's block began or ended meanwhile
+            return
+
+
+tables.live.changed = _route
+_route()

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..modes import MOST_STEPS, Interpolation, Source
 from . import tables
 from .blocks import Block, LocalBlocks
-from .modes import MOST_STEPS, Interpolation, Source
 
 
 class Problem(NamedTuple):
@@ -128,9 +128,10 @@ def state() -> Hashable:
 
     None while ``observe`` watches, whom nothing that is kept may escape.
     """
-    if _seen.values():
+    if _seen.open.get() and _seen.values():
         return None
-    return _forced.values(), tables.version if tables.live.open else -1, bool(tables.ignoring.open)
+    forced = _forced.values() if _forced.open.get() else ()  # asked at each launch: no call for nothing
+    return forced, tables.version if tables.live.open else -1, bool(tables.ignoring.open)
 
 
 def _overridden(kernel: str) -> dict[str, int]:

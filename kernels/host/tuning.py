@@ -22,10 +22,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..modes import Source
 from . import configs, tables
 from .blocks import Block, LocalBlocks
 from .configs import Problem, Tile
-from .modes import Source
 from .tables import BLOCK as BLOCK
 from .tables import MOST_LANES as MOST_LANES
 from .tables import lanes

@@ -65,27 +65,27 @@ class Blocks(Generic[T]):
 
 
 class LocalBlocks(Generic[T]):
-    """The same for blocks that concern their own thread or task alone."""
+    """The same for blocks that concern their own thread or task alone. Some in ``open`` may have ended."""
 
     def __init__(self, name: str) -> None:
-        self._open: ContextVar[dict[weakref.ref[_Token], T] | None] = ContextVar(name, default=None)
+        self.open: ContextVar[dict[weakref.ref[_Token], T] | None] = ContextVar(name, default=None)
 
     def changed(self) -> None: ...
 
     def add(self, token: _Token, says: T) -> None:
-        self._open.set({**self._living(), weakref.ref(token): says})
+        self.open.set({**self._living(), weakref.ref(token): says})
 
     def remove(self, token: _Token) -> None:
-        self._open.set({ref: says for ref, says in self._living().items() if ref() is not token})
+        self.open.set({ref: says for ref, says in self._living().items() if ref() is not token})
 
     def _living(self) -> dict[weakref.ref[_Token], T]:
-        return {ref: says for ref, says in (self._open.get() or {}).items() if ref() is not None}
+        return {ref: says for ref, says in (self.open.get() or {}).items() if ref() is not None}
 
     def values(self) -> tuple[T, ...]:
-        if not self._open.get():
+        if not self.open.get():
             return ()
         living = self._living()
-        self._open.set(living)
+        self.open.set(living)
         return tuple(living.values())
 
 
