@@ -1,11 +1,12 @@
-"""What a training step takes with PyTorch's samplers and with this package's: ``python -m examples.samplers``.
+"""What a training step takes with PyTorch's samplers and with ours: ``python -m examples.samplers``.
 
-Forward and backward pass of each experiment's net with affine or attention transformers, at the paper's sizes,
-counted and not run: tensors have shapes and no values (PyTorch's "meta" device). No times: those take a GPU.
+Forward and backward pass of each experiment's net with affine or attention transformers, at the paper's
+sizes, counted and not run: tensors have shapes and no values (PyTorch's "meta" device). No times: those take
+a GPU.
 
-Counted are operators that PyTorch's dispatcher sees and that write memory; tensors that autograd keeps for the
-backward pass; and the most that lives at once of what the step makes, gradients included. What an operator
-allocates inside, for itself, is not seen: that leaves out `affine_grid`'s base grid, and the scratch of both.
+Counted are operators that PyTorch's dispatcher sees and that write memory; tensors that autograd keeps for
+the backward pass; and the most that lives at once of what the step makes, gradients included. What an
+operator allocates inside, for itself, is not seen: ``affine_grid``'s base grid, and the scratch of both.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def sampled_by_torch(
     padding_mode: str = "zeros",
     align_corners: bool = False,
 ) -> Tensor:
-    """``stn_triton.affine_grid_sample`` by PyTorch's two functions, on a grid in memory. Of several transforms of
-    an image each has a copy of it: PyTorch's sampler has one grid for one image."""
+    """``stn_triton.affine_grid_sample`` by PyTorch's two functions, on a grid. Several transforms of
+    an image have a copy of it each: PyTorch's sampler has one grid for one image."""
     size = tuple(size or input.shape[2:])
     several = theta.dim() == 4
     if several:
@@ -210,7 +211,7 @@ def _ours() -> Iterator[None]:
 def table(rows: Sequence[tuple[Experiment, Counts, Counts]]) -> str:
     """Markdown; PyTorch's, an arrow, this package's."""
     lines = [
-        "| a training step, float32 | batch | operators | kept for the backward pass, MB | most at once, MB |",
+        "| a step in float32 | batch | operators | kept for the backward pass, MB | most at once, MB |",
         "|---|---|---|---|---|",
     ]
     for experiment, theirs, ours in rows:

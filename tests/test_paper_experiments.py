@@ -193,7 +193,7 @@ SCRIPTS = {
 }
 OTHER = {  # a setting of the model or the data, and other values of its option
     "mnist_addition": ("test pairs", ["--test", "10"]),
-    "colocalisation": ("crops tried", ["--tries", "3"]),
+    "colocalisation": ("start", ["--start", "0.4"]),
     "extruded_digits": ("degrees", ["--degrees", "5"]),
     "svhn": ("spread", ["--spread", "0.1"]),
     "birds": ("dropout", ["--dropout", "0.5"]),

@@ -34,8 +34,8 @@ def test_both_samplers_agree(shape, theta, size):
 
 
 def test_samplers_alone():
-    """Of 4 images of 3 x 10 x 10 pixels to 8 x 8: a grid is 2048 bytes, the output 3072, the image's gradient 4800,
-    theta's 96. A loss and its gradient have 4, expanded the gradient has no bytes of its own."""
+    """Of 4 images of 3 x 10 x 10 pixels to 8 x 8: a grid is 2048 bytes, the output 3072, the image's gradient
+    4800, theta's 96. A loss and its gradient have 4, and expanded the gradient has no bytes of its own."""
     image = torch.empty(4, 3, 10, 10, device="meta").requires_grad_()
     theta = torch.empty(4, 2, 3, device="meta").requires_grad_()
     ours = count(lambda: stn.affine_grid_sample(image, theta, (8, 8)).sum())

@@ -10,8 +10,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 
-from examples import notebook  # noqa: E402
-from examples.notebook import Cell, cells_of  # noqa: E402
+from examples import notebook
+from examples.notebook import Cell, cells_of
 
 EXAMPLES = Path(notebook.__file__).parent
 pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
