@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import cache, cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ DEFAULT = Config(
     steps=1000, batch=100, lr=3e-3, schedule="cosine", optimiser="adam", warm_up=0.75, snapshots=20
 )
 """Every batch is the whole collection. The paper gives no schedule."""
-QUICK = Config(steps=200, batch=100, lr=3e-3, schedule="cosine", optimiser="adam", warm_up=0.75, snapshots=20)
+QUICK = Config(steps=300, batch=100, lr=3e-3, schedule="cosine", optimiser="adam", warm_up=0.75, snapshots=20)
 DISTORTIONS = {"T": Similar(size=CANVAS), "TC": Cluttered(size=CANVAS, patches=PIECES)}
 PAPER = {"T": "100", "TC": "75-93"}  # % of the images found, over the digits
 SHOWN = 10  # images in the picture
@@ -291,9 +292,16 @@ class Finding(Task):
     """The target is the images, random crops of them, and the boxes that the search found; the model's output
     where it would crop."""
 
-    def __init__(self, collection: Collection, found: Boxes, encode: Encoder, seed: int) -> None:
+    def __init__(
+        self, collection: Collection, search: Callable[[], Boxes], encode: Encoder, seed: int
+    ) -> None:
         super().__init__(seed, collection.images.device)
-        self.collection, self.found, self.encode = collection, found, encode
+        self.collection, self.search, self.encode = collection, search, encode
+
+    @cached_property
+    def found(self) -> Boxes:
+        """What the search found; it takes a while, and runs that are done do without."""
+        return self.search()
 
     def batch(self, count: int, part: slice = slice(None)) -> tuple[Tensor, tuple[Tensor, Tensor, Boxes]]:
         images = self.collection.images[:count][part]
@@ -361,7 +369,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if world_size() > 1:
             parser.error("the loss compares all images with each other, so it takes one process")
         mnist = load_mnist(options.data, device, stand_in=options.stand_in)
-        encode = make_encoder(mnist.train, options.encoder_steps)
+        encoder = cache(partial(make_encoder, mnist.train, options.encoder_steps))
+
+        def encode(crops: Tensor) -> Tensor:
+            return encoder()(crops)
+
         settings = {
             "steps of the encoder's training": options.encoder_steps,
             "start": options.start,
@@ -374,10 +386,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for label in options.digits:
                 chance = Generator(device).manual_seed(label)
                 collection = collect(mnist.train, label, kind, chance, config.batch)
-                found = in_common(collection.images, encode, chance)
+                search = cache(partial(in_common, collection.images, encode, chance))
 
                 def make_task(seed: int) -> Finding:
-                    return Finding(collection, found, encode, seed)  # noqa: B023
+                    return Finding(collection, search, encode, seed)  # noqa: B023
 
                 name = f"{kind}, digit {label}"
                 runs = run_seeds(

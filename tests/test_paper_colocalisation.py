@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_encoder_tells_digits_in_their_frame(digits):
 
 def test_the_loss_is_led_first_and_the_papers_at_full_strength(digits):
     scene = colocalisation.collect(digits, 3, "T", generator(), 12)
-    task = Finding(scene, Boxes(scene.boxes.centre + 0.1, scene.boxes.half), ring, 0)
+    task = Finding(scene, lambda: Boxes(scene.boxes.centre + 0.1, scene.boxes.half), ring, 0)
     images, target = task.batch(12)
     theta = scene.boxes.theta()
     crops = ring(affine_grid_sample(images, theta, (28, 28)))
@@ -179,7 +180,7 @@ def test_several_processes_are_refused(monkeypatch, capsys):
 def test_digits_are_found(discs, tmp_path):
     """By the search, and then by the net, which is left with the paper's loss."""
     scene, encode = discs
-    task = Finding(scene, in_common(scene.images, encode, generator()), encode, 0)
+    task = Finding(scene, partial(in_common, scene.images, encode, generator()), encode, 0)
     torch.manual_seed(0)
     config = replace(colocalisation.QUICK, steps=180, batch=48, lr=1e-2, snapshots=0)
     found = train(colocalisation.make_model(), task, config, tmp_path, progress=False)
