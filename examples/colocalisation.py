@@ -99,6 +99,7 @@ def collect(digits: Digits, label: int, kind: str, generator: Generator, count: 
 
 
 # ------------------------------------------------------------------------------------------- the encoder
+@torch.enable_grad()  # whoever asks for it first
 def make_encoder(digits: Digits, steps: int = 1000, seed: int = 0) -> Encoder:
     """What crops are compared by, (N, 1, 28, 28) -> (N, 64): the features of a network that was trained on
     crops of all sizes to tell which digit is in the frame, or that none is. It stays as it is.
