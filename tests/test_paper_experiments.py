@@ -98,7 +98,7 @@ class TestExtruded:
         index = torch.arange(4)
         volumes = distortion.apply(mnist.train, index, distortion.draw(4, generator()))
         expected = mnist.train.take(index)
-        torch.testing.assert_close(Flatten()(volumes), Flatten.BRIGHTER * expected, atol=1e-3, rtol=0)
+        torch.testing.assert_close(Flatten()(volumes), expected, atol=1e-4, rtol=0)
         torch.testing.assert_close(volumes[:, :, 14], expected, atol=1e-4, rtol=0)
 
     def test_solids_are_turned_moved_and_whole(self, mnist):
@@ -125,42 +125,14 @@ class TestExtruded:
         quarter = extruded_digits.rotation(torch.tensor([[0.0, 0.0, math.pi / 2]]))
         torch.testing.assert_close(quarter[0] @ torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 1, 0]))
 
-    def test_centre_of_mass(self):
-        volumes = torch.zeros(3, 1, 4, 5, 10)
-        volumes[0, 0, 1, 2, 9] = 2.0
-        volumes[1, 0, 0, 0, 0] = volumes[1, 0, 3, 4, 4] = 0.5
-        expected = torch.tensor([[0.9, 0, -0.25], [-0.5, 0, 0], [0, 0, 0]])
-        torch.testing.assert_close(extruded_digits.centre_of_mass(volumes), expected)
-
-    def test_transformer_begins_at_the_solid(self, mnist):
-        """In the middle of the box that it looks into, wherever the solid is, and the whole of it."""
+    def test_transformer_is_the_identity_at_first(self, mnist):
+        """Each slice that it returns is the mean of two."""
         model = extruded_digits.make_model(30, True, 100_000)
-        volumes = Extruded(size=30, scale=0.5).batch(mnist.train, 6, generator())[0]
+        volumes = Extruded(size=30, scale=0.5).batch(mnist.train, 2, generator())[0]
         (look,) = looks(lambda: model(volumes), model)
-        assert look.output.shape == (6, 1, 10, 30, 30)
-        box = look.parameters[:, :, :3]
-        torch.testing.assert_close(box, 0.6 * torch.eye(3).expand(6, 3, 3))
-        middle = extruded_digits.centre_of_mass(look.output)
-        assert middle.abs().max() < 0.03
-        assert extruded_digits.centre_of_mass(volumes).abs().max() > 0.2
-        before, after = (one.mean((2, 3, 4)) for one in (volumes, look.output))
-        torch.testing.assert_close(after * 0.6**3, before, rtol=0.05, atol=0)
-        assert model(volumes).shape == (6, 10)
-
-    def test_turner_learns_from_what_it_sees_in_its_box(self, mnist):
-        """Its localisation net sees the same of a solid wherever it is."""
-        turner = extruded_digits.make_transformer(30)
-        torch.nn.init.normal_(turner.regression.weight)
-        (drawn,) = Extruded(size=30, scale=0.5).draw(1, generator())
-        moved = drawn.clone()
-        moved[:, :, 3] += drawn[:, :, :3] @ torch.tensor([4 / 15, -2 / 15, 2 / 15])  # whole voxels
-        maps = []
-        for theta in (drawn, moved):
-            volumes = Extruded(size=30, scale=0.5).apply(mnist.train, torch.tensor([3]), (theta,))
-            maps.append(turner.localise(volumes))
-        torch.testing.assert_close(maps[0][..., :3], maps[1][..., :3], atol=2e-3, rtol=1e-2)
-        shift = maps[0][0, :, 3] - maps[1][0, :, 3]
-        torch.testing.assert_close(shift, torch.tensor([4 / 15, -2 / 15, 2 / 15]), atol=2e-2, rtol=0)
+        expected = volumes.unflatten(2, (15, 2)).mean(3)
+        torch.testing.assert_close(look.output, expected, atol=1e-4, rtol=0)
+        assert model(volumes).shape == (2, 10)
 
     @pytest.mark.parametrize(("size", "parameters"), [(30, 100_000), (60, 400_000)])
     def test_models_are_of_equal_size(self, size, parameters):
