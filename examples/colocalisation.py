@@ -248,7 +248,7 @@ def in_common(images: Tensor, encode: Encoder, generator: Generator, among: Boxe
     has the least hinge over all pairs at the end is returned.
     """
     count, device = len(images), images.device
-    boxes = Boxes(*(one.to(device) for one in among or candidates()))
+    boxes = Boxes(*(one.to(device) for one in (candidates() if among is None else among)))
     theta = boxes.theta().unsqueeze(0)
     crops = torch.stack(  # (N, J, F)
         [encode(stn.affine_grid_sample(image, theta, (CROP, CROP))[0]) for image in images.split(1)]
@@ -265,15 +265,14 @@ def in_common(images: Tensor, encode: Encoder, generator: Generator, among: Boxe
     means = crops.flatten(0, 1)[starts]
     reached = torch.stack([cost(mean).amin(1).mean() for mean in means])
     rows = torch.arange(count, device=device)
-    best, least = starts[:count], math.inf
+    ends = []
     for mean in means[reached.argsort()[:FOLLOWED]]:
         for _ in range(ROUNDS):
             chosen = cost(mean).argmin(1)
             mean = crops[rows, chosen].mean(0)
-        found = crops[rows, chosen]
-        hinge = torch.stack([triplet_hinge(found, one) for one in others.unbind(1)]).mean().item()
-        if hinge < least:
-            best, least = chosen, hinge
+        hinges = [triplet_hinge(crops[rows, chosen], one) for one in others.unbind(1)]
+        ends.append((torch.stack(hinges).mean().item(), chosen))
+    best = min(ends, key=lambda end: end[0])[1]
     return Boxes(boxes.centre[best], boxes.half[best])
 
 
