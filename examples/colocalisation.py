@@ -424,7 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank() == 0:
             settings = {
                 "starts, of which the one with the least loss counts,": options.seeds,
-                "the search leads, less and less, over the first": f"{100 * config.warm_up:g} % of them",
+                "the search leads over the first": f"{100 * config.warm_up:g} % of the iterations",
             } | settings
             title = "Co-localisation, images with IoU > 0.5"
             where = options.output, "colocalisation"
