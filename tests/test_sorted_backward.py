@@ -62,7 +62,7 @@ def places(params, control_points, in_size, size, source, align_corners):
     """The normalised coordinates (N or 1, T, *size, dims) in float64, on the CPU."""
     params, points = (None if t is None else t.double().cpu() for t in (params, control_points))
     place = source, params, points, tuple(size), torch.Size(in_size), align_corners, F64
-    return reference._places(*place, in_pixels=False)
+    return reference.operators.places(*place, in_pixels=False)
 
 
 def expected(
