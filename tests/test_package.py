@@ -221,7 +221,7 @@ ALLOWED_IMPORTS = {
     "reference": {"kernels.modes"},
     "ops": {"kernels", "backend", "reference"},
     "autograd": {"ops", "backend", "distributed", "reference", "kernels.modes"},
-    "functional": {"autograd", "distributed", "transforms", "checks", "kernels.modes"},
+    "functional": {"autograd", "backend", "distributed", "transforms", "checks", "kernels.modes"},
     "export": {"ops", "reference", "kernels.modes"},
     "nn": {"functional", "transforms", "checks", "backend"},
     "patch": {"kernels", "backend", "checks"},
