@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from . import calls
 from .kernels.modes import Interpolation, Padding, Source
 
 __all__ = [
@@ -111,7 +112,7 @@ def coordinates(
         for part, _, _, basis in _spline_parts(control_points.to(dtype), base):
             grid = grid + basis @ matrix[..., :controls, :][..., part, :]
     else:
-        grid = base @ matrix[..., : len(size), :].mT
+        grid = base @ matrix[..., : len(size), :].transpose(-1, -2)
         if source == Source.PROJECTIVE:
             inverse, seen = _horizon(matrix, base)
             grid = torch.where(seen.unsqueeze(-1), grid * inverse.unsqueeze(-1), float("nan"))
@@ -413,12 +414,12 @@ def _pixel_gradient(
 def _aten_fits(
     in_size: Sequence[int], dtype: torch.dtype, interpolation: Interpolation, align_corners: bool
 ) -> bool:
-    """Whether ATen has the mode, and can be kept from bad coordinates by moving them.
+    """Whether ATen (or ONNX) has the mode, and can be kept from bad coordinates by moving them.
 
     On an axis of one pixel with aligned corners every coordinate means that pixel, but for NaN and
     infinities: there no other coordinate stands for them.
     """
-    has_mode = len(in_size) == 2 or interpolation != Interpolation.BICUBIC
+    has_mode = len(in_size) == 2 or (interpolation != Interpolation.BICUBIC and calls.exports_volumes())
     # past 2^24 float32 rounds the number of the last pixel up, and ATen reads there
     exact = dtype == torch.float64 or max(in_size) <= 2**24
     return has_mode and exact and not (align_corners and 1 in in_size)
@@ -437,6 +438,8 @@ def _tame(grid: Tensor, padding: Padding) -> Tensor:
 
 def _sampler(dims: int) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
     aten = torch.ops.aten
+    if calls.tracing_state() is not None:  # TorchScript's ONNX knows the one that stands for both
+        return torch.grid_sampler, aten.grid_sampler_2d_backward.default
     if dims == 2:
         return aten.grid_sampler_2d.default, aten.grid_sampler_2d_backward.default
     return aten.grid_sampler_3d.default, aten.grid_sampler_3d_backward.default
