@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import backend, kernels, reference
+from .calls import PLAIN, plain
 from .kernels.modes import Interpolation, Padding, Source
 
 __all__ = ["grid", "grid_backward", "sample", "sample_backward", "sample_hvp", "sample_jvp"]
@@ -34,8 +35,15 @@ _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
 def _register(schema: str, implementation: Any, fake: Any) -> Any:
     name = schema[: schema.index("(")]
+    tensors = schema.partition("->")[0].count("Tensor")  # they come first
+
+    def on_plain(*arguments: Any) -> Any:
+        if not PLAIN.issuperset(map(type, arguments[:tensors])):
+            arguments = *map(plain, arguments[:tensors]), *arguments[tensors:]
+        return implementation(*arguments)
+
     _LIBRARY.define(schema, tags=_TAGS)
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, on_plain, "CompositeExplicitAutograd")
     torch.library.register_fake(f"stn_triton::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.stn_triton, name).default
 

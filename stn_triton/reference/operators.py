@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .. import calls
 from ..kernels.host.dtypes import compute_dtype
 from ..kernels.modes import Interpolation, Padding, Source
 from .sources import coordinates, coordinates_backward, flow_grid, pixel_scales, unnormalise
@@ -22,12 +23,12 @@ _UNPLACEABLE = {torch.float32: 2.0**24, torch.float64: 2.0**32}
 def _aten_fits(
     in_size: Sequence[int], dtype: torch.dtype, interpolation: Interpolation, align_corners: bool
 ) -> bool:
-    """Whether ATen has the mode, and can be kept from bad coordinates by moving them.
+    """Whether ATen (or ONNX) has the mode, and can be kept from bad coordinates by moving them.
 
     On an axis of one pixel with aligned corners every coordinate means that pixel, but for NaN and
     infinities: there no other coordinate stands for them.
     """
-    has_mode = len(in_size) == 2 or interpolation != Interpolation.BICUBIC
+    has_mode = len(in_size) == 2 or (interpolation != Interpolation.BICUBIC and calls.exports_volumes())
     # past 2^24 float32 rounds the number of the last pixel up, and ATen reads there
     exact = dtype == torch.float64 or max(in_size) <= 2**24
     return has_mode and exact and not (align_corners and 1 in in_size)
@@ -46,6 +47,8 @@ def _tame(grid: Tensor, padding: Padding) -> Tensor:
 
 def _sampler(dims: int) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
     aten = torch.ops.aten
+    if calls.tracing_state() is not None:  # TorchScript's ONNX knows the one that stands for both
+        return torch.grid_sampler, aten.grid_sampler_2d_backward.default
     if dims == 2:
         return aten.grid_sampler_2d.default, aten.grid_sampler_2d_backward.default
     return aten.grid_sampler_3d.default, aten.grid_sampler_3d_backward.default

@@ -77,7 +77,7 @@ def coordinates(
         for part, _, _, basis in _spline_parts(control_points.to(dtype), base):
             grid = grid + basis @ matrix[..., :controls, :][..., part, :]
     else:
-        grid = base @ matrix[..., : len(size), :].mT
+        grid = base @ matrix[..., : len(size), :].transpose(-1, -2)
         if source == Source.PROJECTIVE:
             inverse, seen = _horizon(matrix, base)
             grid = torch.where(seen.unsqueeze(-1), grid * inverse.unsqueeze(-1), float("nan"))
