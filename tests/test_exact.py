@@ -2,8 +2,8 @@
 
 First the kernels' coordinates themselves, against rational arithmetic on the given float32 parameters. Then
 what follows from them: identity, whole-pixel shifts and flips between equal sizes, and whole- and half-pixel
-flows, read, weigh and slope exactly, whatever the size. (The CPU path, PyTorch's operators, has their rounding
-and is not tested here.)
+flows, read, weigh and slope exactly, whatever the size. (The CPU path, PyTorch's operators, has their
+rounding and is not tested here.)
 """
 
 import math
@@ -193,7 +193,7 @@ def test_affine_coordinates_are_within_their_bound(device, in_size, size, align_
 
 @ALIGN
 def test_steps_of_nearest_samples_are_exact(device, align_corners):
-    """Nearest samples jump: gather and forward, which goes by steps, have the same coordinates, to the bit."""
+    """Nearest samples jump: gather and forward, which goes by steps, have the same coordinates to the bit."""
     for in_size, size in (((33, 40), (71, 37)), ((600, 1000), (224, 224))):
         theta = maps_of_every_kind(2, device)
         found = find(Source.AFFINE, theta, in_size, size, align_corners, Interpolation.NEAREST)

@@ -68,7 +68,7 @@ def places(params, control_points, in_size, size, source, align_corners):
 def expected(
     grad_output, grid, grad_input, source, interpolation, padding, align_corners, coord_tangent=None
 ):
-    """d image in float64, tap by tap; with ``coord_tangent`` its derivative along it, by forward differentiation."""
+    """d image in float64, tap by tap; with ``coord_tangent`` its derivative along it, by forward mode."""
     n = grad_input.shape[0]
     g = grad_output.double().cpu()
     g = (g if g.dim() > grad_input.dim() else g.unsqueeze(1)).movedim(1, 2).flatten(2, 3)
@@ -284,7 +284,7 @@ def test_work_is_shared(device, monkeypatch):
     grad_input = torch.empty(1, 1, 4, 4, dtype=F64)
     solve(grad_output, grid, None, grad_input, *modes, rows=8, columns=8)
     assert_close(grad_input, expected(grad_output, grid.unsqueeze(1), grad_input, *modes))
-    # four pixels: 32 outputs alone, the rest by 64 lanes; six loads for each step, two of them of each axis' place
+    # four pixels: 32 outputs alone, the rest by 64 lanes; six loads for each step, two for each axis' place
     assert counted.loads < 6 * (2 * 32 + 4 * 25) + 100
 
 
