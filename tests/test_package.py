@@ -231,7 +231,16 @@ ALLOWED_IMPORTS = {
     "__main__": ANY,
 }
 # These are plain PyTorch: they run where Triton is not installed.
-PURE = {"versions", "checks", "distributed", "transforms", "reference", "kernels.modes"}
+PURE = {
+    "versions",
+    "calls",
+    "checks",
+    "distributed",
+    "transforms",
+    "reference",
+    "kernels.modes",
+    "kernels.host.dtypes",
+}
 
 
 def imports_of(path, package):
