@@ -99,11 +99,12 @@ def unrecorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     state = tracing_state()
     if state is None:
         return function(*args, **kwargs)
-    torch._C._set_tracing_state(None)  # type: ignore[arg-type]
+    set_state: Callable[[Any], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]
+    set_state(None)
     try:
         return function(*args, **kwargs)
     finally:
-        torch._C._set_tracing_state(state)
+        set_state(state)
 
 
 def check(function: Callable[..., None], *args: Any) -> None:

@@ -128,7 +128,7 @@ def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None =
     if has_torch_function(theta) or (tracing_state() and is_unchecked()):
         return elsewhere(affine_grid, theta, size, align_corners)
     ints = to_size(size)
-    if not _affine_grid_fits(theta, ints, align_corners):
+    if ints is None or not _affine_grid_fits(theta, ints, align_corners):
         return _ask_pytorch(torch.nn.functional.affine_grid, theta, size, align_corners)
     if align_corners is None:
         _warn(_DEFAULT_ALIGN_CORNERS)
@@ -149,7 +149,7 @@ _UNIT_SIZE = (
 )
 
 
-_INSIDE = tuple(f"{os.path.dirname(module.__file__)}{os.sep}" for module in (torch, transforms))
+_INSIDE = tuple(os.path.join(path, "") for path in (*torch.__path__, os.path.dirname(__file__)))
 
 
 def _warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:

@@ -259,13 +259,14 @@ class SpatialTransformer(nn.Module):
         except RuntimeError:
             assert isinstance(regions, Tensor)
             values, given = None, tuple(regions.shape)
+            tensor = regions.detach()
         else:
             given = _nested_shape(values)
         shape = (self.transforms, 2 * self.dims)
         if given not in (shape, shape[1:]):
             refuse(ValueError, "regions", f"{shape} or {shape[1:]}", f"shape {given}")
         if values is None:
-            return regions.detach()
+            return tensor
         for box in values if len(given) == 2 else [values]:
             self._check_region(box)
         return values
@@ -373,12 +374,13 @@ class _LazyRegression(LazyModuleMixin, _Regression):
 
     def __init__(self, out_features: int) -> None:
         super().__init__(0, out_features)
-        self.weight = UninitializedParameter()
+        self.weight = UninitializedParameter()  # type: ignore[assignment]
 
     def initialize_parameters(self, input: Tensor) -> None:
         if self.has_uninitialized_params():
             with torch.no_grad():
-                self.weight.materialize((self.out_features, input.shape[-1]))
+                shape = self.out_features, input.shape[-1]
+                self.weight.materialize(shape)  # type: ignore[attr-defined]
                 nn.init.zeros_(self.weight)
 
 
