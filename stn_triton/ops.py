@@ -309,7 +309,7 @@ def _sample_jvp(
     tangent: Tensor | None,
     params: Tensor,
     control_points: Tensor | None,
-    moved: Tensor | None,
+    coord_tangent: Tensor | None,
     source: int,
     size: list[int],
     interpolation: int,
@@ -317,22 +317,31 @@ def _sample_jvp(
     align_corners: bool,
 ) -> Tensor:
     output = _sample_jvp_fake(
-        input, tangent, params, control_points, moved, source, size, interpolation, padding, align_corners
+        input,
+        tangent,
+        params,
+        control_points,
+        coord_tangent,
+        source,
+        size,
+        interpolation,
+        padding,
+        align_corners,
     )
     if interpolation == Interpolation.NEAREST:
-        moved = None
-    if output.numel() == 0 or (moved is None and tangent is None):
+        coord_tangent = None
+    if output.numel() == 0 or (coord_tangent is None and tangent is None):
         return output.zero_()
     modes = interpolation, padding, align_corners
-    if moved is None:  # samples are linear in the image
+    if coord_tangent is None:  # samples are linear in the image
         assert tangent is not None
         return _fill(output, tangent, params, control_points, source, *modes)
     if backend.select(output.device.type).name == "torch":
         place = Source(source), tuple(size), *named_modes(*modes)
         with backend.without_autocast(output.device.type):
-            samples = reference.sample_jvp(input, tangent, params, control_points, moved, *place)
+            samples = reference.sample_jvp(input, tangent, params, control_points, coord_tangent, *place)
         return output.copy_(samples.view(output.shape))
-    kernels.dispatch.sample_jvp(input, tangent, params, control_points, moved, output, source, *modes)
+    kernels.dispatch.sample_jvp(input, tangent, params, control_points, coord_tangent, output, source, *modes)
     return output
 
 
@@ -341,7 +350,7 @@ def _sample_jvp_fake(
     tangent: Tensor | None,
     params: Tensor,
     control_points: Tensor | None,
-    moved: Tensor | None,
+    coord_tangent: Tensor | None,
     source: int,
     size: Any,
     interpolation: int,
@@ -354,7 +363,7 @@ def _sample_jvp_fake(
 
 
 sample_jvp = _register(
-    "sample_jvp(Tensor? input, Tensor? tangent, Tensor params, Tensor? control_points, Tensor? moved,"
+    "sample_jvp(Tensor? input, Tensor? tangent, Tensor params, Tensor? control_points, Tensor? coord_tangent,"
     " int source, SymInt[] size, int interpolation, int padding, bool align_corners) -> Tensor",
     _sample_jvp,
     _sample_jvp_fake,
@@ -368,7 +377,7 @@ def _sample_hvp(
     tangent: Tensor | None,
     params: Tensor,
     control_points: Tensor | None,
-    moved: Tensor | None,
+    coord_tangent: Tensor | None,
     source: int,
     in_shape: list[int],
     channels_last: bool,
@@ -391,7 +400,7 @@ def _sample_hvp(
                 tangent,
                 params,
                 control_points,
-                moved,
+                coord_tangent,
                 Source(source),
                 in_shape[2:],
                 *named_modes(interpolation, padding, align_corners),
@@ -407,7 +416,7 @@ def _sample_hvp(
             tangent,
             params,
             control_points,
-            moved,
+            coord_tangent,
             grad_input if input_grad else None,
             source,
             interpolation,
@@ -440,7 +449,7 @@ def _sample_hvp_fake(
     tangent: Tensor | None,
     params: Tensor,
     control_points: Tensor | None,
-    moved: Tensor | None,
+    coord_tangent: Tensor | None,
     source: int,
     in_shape: Any,
     channels_last: bool,
@@ -457,8 +466,8 @@ def _sample_hvp_fake(
 
 sample_hvp = _register(
     "sample_hvp(Tensor grad_output, Tensor? input, Tensor? tangent, Tensor params, Tensor? control_points,"
-    " Tensor? moved, int source, SymInt[] in_shape, bool channels_last, int interpolation, int padding,"
-    " bool align_corners, bool input_grad, bool coordinates_grad) -> (Tensor, Tensor)",
+    " Tensor? coord_tangent, int source, SymInt[] in_shape, bool channels_last, int interpolation,"
+    " int padding, bool align_corners, bool input_grad, bool coordinates_grad) -> (Tensor, Tensor)",
     _sample_hvp,
     _sample_hvp_fake,
 )

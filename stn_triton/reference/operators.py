@@ -180,7 +180,7 @@ def sample_jvp(
     tangent: Tensor | None,
     params: Tensor,
     control_points: Tensor | None,
-    moved: Tensor | None,
+    coord_tangent: Tensor | None,
     source: Source,
     size: tuple[int, ...],
     interpolation: Interpolation,
@@ -189,8 +189,8 @@ def sample_jvp(
 ) -> Tensor:
     """The derivative of the samples, (N, T, C, *size), in the direction of an image and of coordinates.
 
-    tangent: as the input, or None for 0. moved: (N, T, *size, dims) in the source's own units, or None
-    for 0; the input is needed with it alone.
+    tangent: as the input, or None for 0. coord_tangent: (N, T, *size, dims) in the source's own units, or
+    None for 0; the input is needed with it alone.
     """
     image = input if input is not None else tangent
     assert image is not None
@@ -201,10 +201,12 @@ def sample_jvp(
     pixels = _fold_transforms(grid, batch)
     output = torch.zeros((), dtype=dtype, device=image.device)
     direction = None
-    if moved is not None:
-        direction = _fold_transforms(_in_pixels(source, moved, in_size, align_corners), batch).flatten(1, -2)
+    if coord_tangent is not None:
+        direction = _fold_transforms(
+            _in_pixels(source, coord_tangent, in_size, align_corners), batch
+        ).flatten(1, -2)
     tangent, input = (None if t is None else t.to(dtype).flatten(2) for t in (tangent, input))
-    for index, inside, jets in Taps(pixels, in_size, modes, int(moved is not None)):
+    for index, inside, jets in Taps(pixels, in_size, modes, int(coord_tangent is not None)):
         if tangent is not None:
             output = output + read_tap(tangent, index, inside) * tap_weight(jets).unsqueeze(1)
         if input is not None and direction is not None:
@@ -218,7 +220,7 @@ def sample_hvp(
     tangent: Tensor | None,
     params: Tensor,
     control_points: Tensor | None,
-    moved: Tensor | None,
+    coord_tangent: Tensor | None,
     source: Source,
     in_size: Sequence[int],
     interpolation: Interpolation,
@@ -227,7 +229,7 @@ def sample_hvp(
     input_grad: bool,
     coordinates_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The Hessian of <grad_output, samples> by (input, coordinates) in the direction (tangent, moved).
+    """The Hessian of <grad_output, samples> by input and coordinates, times (tangent, coord_tangent).
 
     Returns d input, in grad_output's dtype, and the gradient by the coordinates, (N, T, *size, dims) in the
     source's own units, as far as asked for. grad_output: (N, T, C, *size); the rest as in ``sample_jvp``.
@@ -242,8 +244,8 @@ def sample_hvp(
     g = _folded_images(grad_output, dtype)
     pixels = _fold_transforms(places(*place, in_pixels=True), batch)
     shift = None
-    if moved is not None:
-        shift = _fold_transforms(_in_pixels(source, moved, in_size, align_corners), batch)
+    if coord_tangent is not None:
+        shift = _fold_transforms(_in_pixels(source, coord_tangent, in_size, align_corners), batch)
     grad_input, by_coordinates = None, None
     if input_grad:
         grad_input = image_gradient(g, in_size, pixels, shift, modes).to(grad_output.dtype)

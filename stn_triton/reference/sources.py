@@ -137,8 +137,8 @@ def projective_jvp(homography: Tensor, tangent: Tensor, size: tuple[int, ...], a
     grid = (base @ homography[..., :2, :].transpose(-1, -2)) * inverse.unsqueeze(-1)
     placed = (seen & grid.isfinite().all(-1)).unsqueeze(-1)
     terms = base @ tangent.transpose(-1, -2)
-    moved = (terms[..., :2] - torch.where(placed, grid, 0.0) * terms[..., 2:]) * inverse.unsqueeze(-1)
-    return torch.where(placed, moved, 0.0).reshape(*moved.shape[:2], *size, 2)
+    coord_tangent = (terms[..., :2] - torch.where(placed, grid, 0.0) * terms[..., 2:]) * inverse.unsqueeze(-1)
+    return torch.where(placed, coord_tangent, 0.0).reshape(*coord_tangent.shape[:2], *size, 2)
 
 
 def spline_control_jvp(
@@ -146,12 +146,12 @@ def spline_control_jvp(
 ) -> Tensor:
     """How the coordinates of (N, T, K + 3, 2) move with the control points, (N, T, *size, 2)."""
     base = _base_points(size, align_corners, coefficients)
-    moved = torch.zeros_like(base[:, :2])
+    coord_tangent = torch.zeros_like(base[:, :2])
     for part, offset, log, _ in _spline_parts(control_points, base):
         slope = torch.where(offset.square().sum(-1) > 0, -2 * (log + 1), 0.0)
         along = slope * (offset * tangent[part]).sum(-1)
-        moved = moved + along @ coefficients[..., : len(control_points), :][..., part, :]
-    return moved.reshape(*moved.shape[:2], *size, 2)
+        coord_tangent = coord_tangent + along @ coefficients[..., : len(control_points), :][..., part, :]
+    return coord_tangent.reshape(*coord_tangent.shape[:2], *size, 2)
 
 
 def pixel_scales(in_size: Sequence[int], align_corners: bool) -> list[float]:
