@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backend, distributed, export, ops, reference
-from .calls import leaves_pytorch, plain, tracing_state
+from .calls import PLAIN, leaves_pytorch, plain
 from .kernels.modes import Interpolation, Padding, Source
 
 __all__ = ["grid", "sample"]
@@ -49,21 +49,25 @@ class _Function(torch.autograd.Function):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         op, apply, in_pytorch = cls.op, cls.apply, cls.in_pytorch
+        # looked up here, as they are asked in each call
+        is_compiling, is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
+        has_transforms, is_grad_enabled = torch._C._are_functorch_transforms_active, torch.is_grad_enabled
+        below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
         # ``apply`` inspects ``forward`` for defaults first, which takes longer than all the rest
         record = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
         tensors = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)  # they come first
 
         def compute(*inputs: Any) -> Any:
             # A result may be a view of a buffer. To autograd it is to be none: some views take no tangents.
-            with torch._C._AutoDispatchBelowADInplaceOrView():
+            with below_autograd():
                 return op(*inputs)
 
         def run(*inputs: Any) -> Any:
-            if tracing_state() is not None or torch.compiler.is_compiling():
+            if is_compiling() or is_tracing():
                 return op(*inputs) if in_pytorch is None or not leaves_pytorch() else in_pytorch(*inputs)
-            if _is_transformed():
+            if forward_ad._current_level >= 0 or has_transforms():  # ``_is_transformed``
                 return apply(*inputs)
-            if torch.is_grad_enabled():
+            if is_grad_enabled():
                 for tensor in inputs[:tensors]:
                     if tensor is not None and tensor.requires_grad:
                         return record(*map(_unwrapped, inputs[:tensors]), *inputs[tensors:])
@@ -72,6 +76,7 @@ class _Function(torch.autograd.Function):
         def dispatched(*inputs: Any) -> Any:
             # in compiled code forward_ad does not know of duals
             tracked = torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or _is_transformed()
+            inputs = *map(plain, inputs[:tensors]), *inputs[tensors:]
             return apply(*inputs) if tracked else compute(*inputs)
 
         cls.forward = staticmethod(compute)  # type: ignore[method-assign]
@@ -818,7 +823,7 @@ def sample(
 ) -> Tensor:
     """(N, C, *size), or (N, T, C, *size) for params (N or 1, T, ...). Arguments are taken as valid."""
     codes = int(interpolation), int(padding), align_corners
-    if type(input) is not Tensor or type(params) is not Tensor:
+    if not (type(input) is type(params) is Tensor and type(control_points) in PLAIN):
         input, params, control_points = _admitted(input, params, control_points)
     return _Sample.run(input, params, control_points, int(source), size, *codes)
 
@@ -927,6 +932,6 @@ def grid(
     params: Tensor, source: Source, size: Any, align_corners: bool, control_points: Tensor | None = None
 ) -> Tensor:
     """The normalised coordinates of a source, (N, *size, dims) in the dtype of ``params``."""
-    if type(params) is not Tensor:
+    if not (type(params) is Tensor and type(control_points) in PLAIN):
         params, control_points = _admitted(params, control_points)
     return _Grid.run(params, control_points, int(source), size, align_corners)

@@ -127,7 +127,8 @@ def check_number(name: str, value: float) -> float:
 
 
 def check_regularization(regularization: float) -> float:
-    number = check_number("regularization", regularization)
+    is_float = type(regularization) is float
+    number = regularization if is_float else check_number("regularization", regularization)
     if not 0 <= number < math.inf:
         refuse(ValueError, "regularization", "finite and not negative", number)
     return number

@@ -19,6 +19,8 @@ gradients, function transforms and forward mode.
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -147,9 +149,15 @@ _UNIT_SIZE = (
 )
 
 
-def _warn(message: str) -> None:
-    """A warning at the line that called the public function."""
-    warnings.warn(message, UserWarning, stacklevel=3)
+_INSIDE = tuple(f"{os.path.dirname(module.__file__)}{os.sep}" for module in (torch, transforms))
+
+
+def _warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
+    """A warning at the line that called the public function, by way of ``__torch_function__`` or not."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 # The compiler calls it while it traces, and does not trace it: the warning comes then, as PyTorch's does.
@@ -167,7 +175,7 @@ def _ask_pytorch(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
             return function(*arguments)
     finally:
         for warning in caught:
-            warnings.warn(warning.message, warning.category, stacklevel=3)
+            _warn(warning.message, warning.category)
 
 
 def _autocast(input: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
