@@ -42,8 +42,15 @@ def points(batch):
     return stn.transforms.identity(batch, "tps") + 0.1 * torch.randn(batch, 16, 2)
 
 
+CORNERS = torch.tensor([[-1.0, -1], [1, -1], [0.1, 0.2], [-1, 1], [1, 1]])
+
+
 def controls(batch=None):
-    return stn.transforms.control_lattice(4) + 0.05 * torch.randn(16, 2)
+    return CORNERS + 0.1 * torch.randn(5, 2)
+
+
+def corners(batch):
+    return CORNERS + 0.1 * torch.randn(batch, 5, 2)
 
 
 def grid(batch, size=(4, 7)):
@@ -85,7 +92,7 @@ FUNCTIONS = {
     "regularized": (lambda x, p: stn.tps_grid_sample(x, p, regularization=0.3), (image, points)),
     "control_points": (
         lambda x, p, c: stn.tps_grid_sample(x, p, control_points=c),
-        (image, points, controls),
+        (image, corners, controls),
     ),
     "flow_grid_sample": (lambda x, f: stn.flow_grid_sample(x, f), (image, flow)),
     "attention": (lambda t: stn.transforms.attention(t[:, 0, 0], t[:, :, 2]), (theta,)),
@@ -467,7 +474,7 @@ QUIET = pytest.mark.filterwarnings(
 
 @QUIET
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("name", EVERYTHING)
+@pytest.mark.parametrize("name", [name for name in EVERYTHING if name != "tricubic"])  # slow: 64 taps
 def test_onnx_by_trace(name):
     pytest.importorskip("onnx")
     model, arguments = any_case(name)
@@ -477,7 +484,7 @@ def test_onnx_by_trace(name):
     assert_same_in_onnx(file.getvalue(), model, arguments)
 
 
-ONNX = ["net-affine", "net-tps", "net-several", "control_points", "flow_grid_sample", "volume", "tricubic"]
+ONNX = ["net-affine", "net-tps", "control_points", "flow_grid_sample", "volume"]
 
 
 @QUIET
