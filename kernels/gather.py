@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .device import sources
-from .device.affine import affine_places, doubled_pixels, fixed_coordinate
+from .device.affine import affine_places, doubled_pixels, fixed_coordinate, fixed_place
 from .device.arithmetic import AFFINE, BICUBIC, BILINEAR, BORDER, INFINITY, clamp, larger, rounded, smaller
 from .device.bounds import box_in_units, image_bounds, preimage
 from .device.copies import (
@@ -180,13 +180,16 @@ def find_candidates(map, bounds, pixels, sizes, SPEC: tl.constexpr):
                 number = copy_number(i, ranges, SPEC)
                 first, most = candidates_of(map, bounds, pixels, number, sizes, SPEC)
                 cost += product(most, SPEC)
+        if goes_by_steps(SPEC):
+            cost = tl.where(map.fits, cost, INFINITY)
         return Candidates(map, bounds, ranges, copies, (), (), (), cost)
     else:
         first, most = candidates_of(map, bounds, pixels, (0, 0, 0), sizes, SPEC)
         cost = product(most, SPEC)
         distances = ()
-        if weighs_by_distance(SPEC):
+        if goes_by_steps(SPEC):
             cost = tl.where(map.fits, cost, INFINITY)
+        if weighs_by_distance(SPEC):
             distances = distances_of(map, first, pixels, sizes, SPEC)
         return Candidates(map, bounds, (), 1, first, most, distances, cost)
 
@@ -215,6 +218,15 @@ def weighs_by_distance(spec):
     """
     smooth = plain(spec.interpolation) != Interpolation.NEAREST
     return smooth and plain(spec.fixed_point) and all(p == Padding.ZEROS for p in plain(spec.padding))
+
+
+@triton.constexpr_function
+def goes_by_steps(spec):
+    """Whether candidates' coordinates follow from the first one's by adding columns of a fixed-point map.
+
+    Nearest samples jump: theirs are computed one by one, to the bit.
+    """
+    return plain(spec.fixed_point) and plain(spec.interpolation) != Interpolation.NEAREST
 
 
 @triton.jit
@@ -258,15 +270,42 @@ def distance_weight(map, distances, further, SPEC: tl.constexpr):
 
 # ------------------------------------------------------------------------------------ pixel by pixel
 @triton.jit
-def candidate_weight(found, first, further, pixels, number, sizes, SPEC: tl.constexpr):
+def coordinates_of_first(map, first, sizes, SPEC: tl.constexpr):
+    """The fixed-point coordinates of each lane's output ``first``; nothing if it does not go by steps."""
+    found = ()
+    if goes_by_steps(SPEC) and not weighs_by_distance(SPEC):
+        u = doubled_pixels(first, sizes, SPEC)
+        for r in tl.static_range(SPEC.dims):
+            found += (fixed_coordinate(map.high[r], map.low[r], u, SPEC.dims),)
+    return found
+
+
+@triton.jit
+def candidate_places(map, start, further, sizes, SPEC: tl.constexpr):
+    """The places of the output ``further`` outputs from each lane's first, whose coordinates start gives."""
+    places = ()
+    for r in tl.static_range(SPEC.dims):
+        x = start[r]
+        for k in tl.static_range(SPEC.dims):
+            column = map.high[r][k] + (map.low[r][k] >> 26).to(tl.int64)
+            x += column * (2 * further[k])
+        places += (fixed_place(x, SPEC),)
+    return places
+
+
+@triton.jit
+def candidate_weight(found, start, first, further, pixels, number, sizes, SPEC: tl.constexpr):
     """The weight with which the output ``further`` from ``first`` reads each pixel in copy ``number``."""
     if weighs_by_distance(SPEC):
         return distance_weight(found.map, found.distances, further, SPEC)
     else:
-        out = ()
-        for axis in tl.static_range(SPEC.dims):
-            out += (first[axis] + further[axis],)
-        places = map_places(found.map, out, sizes, SPEC)
+        if goes_by_steps(SPEC):
+            places = candidate_places(found.map, start, further, sizes, SPEC)
+        else:
+            out = ()
+            for axis in tl.static_range(SPEC.dims):
+                out += (first[axis] + further[axis],)
+            places = map_places(found.map, out, sizes, SPEC)
         weight = weight_of_pixel(places, pixels.q, sizes, SPEC)
         for axis in tl.static_range(SPEC.dims):
             if is_periodic(SPEC, axis):
@@ -285,6 +324,7 @@ def add_by_pixel(sums, found, pixels, number, range_of, gradients, sizes, SPEC: 
     VECTOR: tl.constexpr = SPEC.vector_output
     strides = gradients.strides.pixel
     offset = offset_of(first, strides, VECTOR, SPEC)
+    start = coordinates_of_first(found.map, first, sizes, SPEC)
     depth = 1
     if SPEC.dims == 3:
         depth = most[2]
@@ -292,7 +332,7 @@ def add_by_pixel(sums, found, pixels, number, range_of, gradients, sizes, SPEC: 
         for y in range(most[1]):
             line = tl.cast(strides[2], SPEC.index) * z + tl.cast(strides[1], SPEC.index) * y
             for x in range(most[0]):
-                weight = candidate_weight(found, first, (x, y, z), pixels, number, sizes, SPEC)
+                weight = candidate_weight(found, start, first, (x, y, z), pixels, number, sizes, SPEC)
                 at = offset + (line + tl.cast(strides[0], SPEC.index) * x)
                 sums = add_weighted(
                     sums, weight, tl.multiple_of(at, (VECTOR, VECTOR)), gradients, sizes, SPEC

@@ -42,11 +42,15 @@ def lower_mirror(SPEC: tl.constexpr):
 
 @triton.jit
 def residue(i, period):
-    """``i`` modulo ``period``, at least 0."""
-    negative = i < 0
-    rest = tl.where(negative, ~i, i)
-    rest -= (rest.to(tl.uint32) // tl.cast(period, tl.uint32)).to(tl.int32) * period
-    return tl.where(negative, period - 1 - rest, rest)
+    """``i`` modulo ``period``, at least 0, for i within 2^30: by floats that are near, then exactly.
+
+    The first quotient is off by 2^-23 of itself and less than two; of what it leaves, the second by one.
+    """
+    inverse = 1.0 / tl.cast(period, tl.float32)
+    for _ in tl.static_range(2):
+        i -= tl.floor(i.to(tl.float32) * inverse).to(tl.int32) * period
+    i = tl.where(i < 0, i + period, i)
+    return tl.where(i >= period, i - period, i)
 
 
 @triton.jit
