@@ -7,10 +7,9 @@ these in a fixed order, weighs each with the forward's own places, and writes ev
 type: no atomics, no scratch, the same bits each time. There are two ways to visit:
 
 * *by pixel*: every lane has a pixel, and goes through the few outputs in its preimage (``bounds.preimage``);
-* *by output*, where that would be too many (much zoomed or folded maps, borders that many outputs are clamped
-to,
-  near-singular maps, horizons, NaN): blocks of outputs are bounded, those that may touch the tile are
-  evaluated with a lane for each output, and summed for each pixel of the tile that they do touch.
+* *by output*, where that would be too many (much zoomed or folded maps, borders that many outputs are
+  clamped to, near-singular maps, horizons, NaN): blocks of outputs are bounded, those that may touch the tile
+  are evaluated with a lane for each output, and summed for each pixel of the tile that they do touch.
 
 Which of them is decided for each tile and transform on the device. The result does not depend on it but for
 rounding. ``MATH.md`` has the proof of the bounds and the most work there can be.
@@ -23,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .device import sources
-from .device.affine import affine_places, doubled_pixels, fixed_coordinate, fixed_place
+from .device.affine import affine_places, doubled_pixels, fixed_coordinate, fixed_place, rounded_entry
 from .device.arithmetic import AFFINE, BICUBIC, BILINEAR, BORDER, INFINITY, clamp, larger, rounded, smaller
 from .device.bounds import box_in_units, image_bounds, preimage
 from .device.copies import (
@@ -247,7 +246,7 @@ def distances_of(map, first, pixels, sizes, SPEC: tl.constexpr):
             further = (2 * (first[k] - anchor[k])).to(
                 tl.uint32
             )  # not negative: half of the product is unsigned
-            x += further.to(tl.int64) * (map.high[r][k] + (map.low[r][k] >> 26).to(tl.int64))
+            x += further.to(tl.int64) * rounded_entry(map, r, k)
         distances += (x.to(SPEC.compute) * 2.0**-32,)
     return distances
 
@@ -287,8 +286,7 @@ def candidate_places(map, start, further, sizes, SPEC: tl.constexpr):
     for r in tl.static_range(SPEC.dims):
         x = start[r]
         for k in tl.static_range(SPEC.dims):
-            column = map.high[r][k] + (map.low[r][k] >> 26).to(tl.int64)
-            x += column * (2 * further[k])
+            x += rounded_entry(map, r, k) * (2 * further[k])
         places += (fixed_place(x, SPEC),)
     return places
 
@@ -463,8 +461,9 @@ def add_by_output(sums, map, pixels, gradients, sizes, SPEC: tl.constexpr):
 def finds_once(spec):
     """Whether all blocks of channels share one search.
 
-    With channels last, the pixels found would be carried in
-    another layout than vectors have, and exchanged in the inner loop."""
+    With channels last, the pixels found would be carried in another layout than vectors have, and exchanged
+    in the inner loop.
+    """
     return plain(spec.channels) == 1 and plain(spec.one_transform)
 
 

@@ -26,7 +26,7 @@ class Padding(IntEnum):
 
 
 class Source(IntEnum):
-    """Where the coordinates come from (see ``kernels/sources.py``)."""
+    """Where the coordinates come from (see ``kernels/device/sources.py``)."""
 
     GRID = 0
     AFFINE = 1

@@ -3,9 +3,10 @@
 For any coordinate source, always the same bits (``MATH.md`` has the proof):
 
 1. ``sort_keys_kernel``, for each output pixel: its places, and as its key the cell they lie in, an input
-pixel; 2. a stable sort of the keys, and a table of where each cell's outputs begin; 3. ``sort_sums_kernel``,
-for each input pixel: only outputs of the cells around it read it; they are added up in the
-   list's order, and the sum is stored once.
+   pixel;
+2. a stable sort of the keys, and a table of where each cell's outputs begin;
+3. ``sort_sums_kernel``, for each input pixel: only outputs of the cells around it read it; they are added up
+   in the list's order, and the sum is stored once.
 
 Pixels are a column and channels a row of every block, as in ``sample.py``.
 """

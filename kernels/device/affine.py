@@ -153,7 +153,7 @@ def affine_map(theta, sizes, SPEC: tl.constexpr):
                 entry = scaled(theta[r][k], n, steps[k], inverses[k], r == k)
                 entries += (entry,)
                 row += (entry[0] * 2.0**-31 * 0.5,)
-                reach += tl.abs(row[k]) * (sizes.output[k] - 1).to(tl.float32)
+                reach += tl.abs(row[k]) * tl.maximum(sizes.output[k] - 1, 1).to(tl.float32)
             entries += (product(theta[r][SPEC.dims], n * 2.0**31),)
             last = tl.fma(theta[r][SPEC.dims], 0.5 * n, (sizes.input[r] - 1).to(tl.float32) * 0.5)
             rows += (row + (last,),)
@@ -221,6 +221,12 @@ def float_coordinate(row, u, TERMS: tl.constexpr, SPEC: tl.constexpr):
     for k in tl.static_range(1, TERMS):
         total = tl.fma(u[k].to(SPEC.compute), row[k], total)
     return total + row[TERMS]
+
+
+@triton.jit
+def rounded_entry(map, r: tl.constexpr, k: tl.constexpr):
+    """An entry rounded to 2^-32."""
+    return map.high[r][k] + ((map.low[r][k] + 2**26) >> 27).to(tl.int64)
 
 
 @triton.jit

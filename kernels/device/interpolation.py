@@ -120,8 +120,11 @@ def axis_taps(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.
         first_inside = True
         if SPEC.interpolation == NEAREST:
             i = nearest_index(place)
-            if padding_of(SPEC, AXIS) == ZEROS and not INTERIOR:
-                first_inside = in_bounds(i, size)
+            if not INTERIOR:
+                if padding_of(SPEC, AXIS) == ZEROS:
+                    first_inside = in_bounds(i, size)
+                else:  # a padded place rounds to a pixel of the image; the limit keeps any other from memory
+                    i = tl.minimum(i, size - 1)
             return Taps((i,), (first_inside,), (1.0,))
         else:
             i, t = place

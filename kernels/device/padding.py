@@ -58,8 +58,8 @@ def place_of(x, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
     """The place of a pixel coordinate that is any float.
 
     NaN and what lies too far for an int32 go to where nothing else is: past the lower end, or by their sign.
-    Where padding repeats, far coordinates are brought near by whole periods, and NaN and infinities read
-    pixel 0.
+    Where padding repeats, far coordinates are brought near by whole periods, and NaN and infinities become
+    normalised -1.
     """
     if is_periodic(SPEC, AXIS):
         period = period_of(size, SPEC).to(SPEC.compute)

@@ -1,6 +1,6 @@
 """Coordinate sources: where in the input each output pixel is read, and the transpose.
 
-Forward: ``places_of``, with a branch for each source. Backward: ``add_gradient``, and ``store_sums`` for
+Forward: ``coordinates_of``, with a branch for each source. Backward: ``add_gradient``, and ``store_sums`` for
 matrices, whose gradient is summed pixel by pixel over the blocks of a program. Every value has one writer, so
 that nothing is summed in an unpredictable order. ``host/parameters.py`` makes the buffers and reduces them.
 

@@ -99,7 +99,7 @@ class Block(Generic[T]):
 
     def __init__(self, kind: Blocks[T] | LocalBlocks[T], says: T) -> None:
         self._kind, self._says = kind, says
-        self._entered: dict[_Token, None] = {}
+        self._entered: dict[_Token, int] = {}  # and the thread that entered each
 
     def _given(self) -> Any:
         """What ``as`` gets. Not this object: who keeps it keeps a block open whose end was interrupted."""
@@ -113,10 +113,11 @@ class Block(Generic[T]):
         given = self._given()
         token: _Token = _Open()
         token.kind = self._kind
+        me = _thread.get_ident()
         try:
             self._kind.add(token, self._says)
             self._kind.changed()
-            self._entered[token] = None  # no call, after which an interrupt could come
+            self._entered[token] = me  # no call, after which an interrupt could come
         except BaseException:
             self._entered.pop(token, None)
             self._kind.remove(token)
@@ -127,7 +128,11 @@ class Block(Generic[T]):
     def __exit__(self, *exception: object) -> None:
         if not self._entered:
             raise RuntimeError("a block was left that had not been entered")
-        token, _ = self._entered.popitem()
+        token = next(reversed(self._entered))
+        me = _thread.get_ident()
+        if self._entered[token] != me:  # another thread has entered the same object since
+            token = next((own for own, thread in reversed(self._entered.items()) if thread == me), token)
+        del self._entered[token]
         try:
             self._kind.remove(token)
             self._kind.changed()
@@ -178,7 +183,9 @@ class Block(Generic[T]):
                             return
                         try:
                             step = body.asend((yield value))
-                        except Exception as error:
+                        except GeneratorExit:
+                            raise
+                        except BaseException as error:  # a task that is cancelled ends by one
                             step = body.athrow(error)
                 finally:
                     await body.aclose()

@@ -105,7 +105,7 @@ class Sum(NamedTuple):
     sorted: int
 
 
-# What fields are to be, of two the later one, and of which kernel: None is all.
+# (kernel, field, value) that replace what is chosen; the last one counts, and None is every kernel.
 _forced: LocalBlocks[tuple[tuple[str | None, str, int], ...]] = LocalBlocks("forced")
 _seen: LocalBlocks[list[tuple[Problem, NamedTuple]]] = LocalBlocks("seen")
 
