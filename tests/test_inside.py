@@ -119,7 +119,7 @@ def told_kernel(
     tl.store(told_ptr + at, tl.cast(told, tl.int32))
     inside = 1
     for step in tl.static_range(STEPS):
-        out, mask, places = sample.pixels_of(work, step, params, sizes, SPEC)
+        _, mask, places = sample.pixels_of(work, step, params, sizes, SPEC)
         x, y, _ = interpolation.taps_of_axes(places[0], sizes, SPEC)
         for k in tl.static_range(interpolation.tap_count(SPEC)):
             mask = mask & x.inside[k] & y.inside[k]

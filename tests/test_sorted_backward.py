@@ -68,7 +68,7 @@ def places(params, control_points, in_size, size, source, align_corners):
 def expected(
     grad_output, grid, grad_input, source, interpolation, padding, align_corners, coord_tangent=None
 ):
-    """d image in float64, tap by tap; with ``coord_tangent`` its derivative along it, by forward differentiation."""
+    """d image in float64, tap by tap; with ``coord_tangent`` its derivative along it, by forward mode."""
     n = grad_input.shape[0]
     g = grad_output.double().cpu()
     g = (g if g.dim() > grad_input.dim() else g.unsqueeze(1)).movedim(1, 2).flatten(2, 3)
