@@ -67,7 +67,7 @@ BYTES_PER_SECOND = 4.3e12
 WARP_INSTRUCTIONS_PER_SECOND = 132 * 4 * 1.755e9
 
 GROWTH = 1.1
-GROWING = ("registers", "code", "issued", "spills")
+GROWING = ("registers", "code", "per_pixel", "spills")
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DTYPE_NAMES = {F16: "f16", BF16: "bf16", F32: "f32"}

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backend, distributed, ops, reference
+from . import backend, distributed, export, ops, reference
+from .calls import PLAIN, leaves_pytorch, plain
 from .kernels.modes import Interpolation, Padding, Source
 
 __all__ = ["grid", "sample"]
@@ -39,28 +40,34 @@ class _Function(torch.autograd.Function):
     the operator without them."""
 
     op: Any
+    in_pytorch: Callable[..., Any] | None = None
+    """The operator in PyTorch's own, where these are to be traced."""
     run: Callable[..., Any]
     """The operator. Eager code goes straight to the derivatives, and where none can be asked for does without
     them; compilers see the operator alone, as Dynamo traces no Function that has a ``jvp``."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        op, apply = cls.op, cls.apply
+        op, apply, in_pytorch = cls.op, cls.apply, cls.in_pytorch
+        # looked up here, as they are asked in each call
+        is_compiling, is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
+        has_transforms, is_grad_enabled = torch._C._are_functorch_transforms_active, torch.is_grad_enabled
+        below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
         # ``apply`` inspects ``forward`` for defaults first, which takes longer than all the rest
         record = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
         tensors = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)  # they come first
 
         def compute(*inputs: Any) -> Any:
             # A result may be a view of a buffer. To autograd it is to be none: some views take no tangents.
-            with torch._C._AutoDispatchBelowADInplaceOrView():
+            with below_autograd():
                 return op(*inputs)
 
         def run(*inputs: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return op(*inputs)
-            if _is_transformed():
+            if is_compiling() or is_tracing():
+                return op(*inputs) if in_pytorch is None or not leaves_pytorch() else in_pytorch(*inputs)
+            if forward_ad._current_level >= 0 or has_transforms():  # ``_is_transformed``
                 return apply(*inputs)
-            if torch.is_grad_enabled():
+            if is_grad_enabled():
                 for tensor in inputs[:tensors]:
                     if tensor is not None and tensor.requires_grad:
                         return record(*map(_unwrapped, inputs[:tensors]), *inputs[tensors:])
@@ -69,6 +76,7 @@ class _Function(torch.autograd.Function):
         def dispatched(*inputs: Any) -> Any:
             # in compiled code forward_ad does not know of duals
             tracked = torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or _is_transformed()
+            inputs = *map(plain, inputs[:tensors]), *inputs[tensors:]
             return apply(*inputs) if tracked else compute(*inputs)
 
         cls.forward = staticmethod(compute)  # type: ignore[method-assign]
@@ -102,6 +110,13 @@ def _tracked(jvp: Callable[..., Any]) -> Callable[..., Any]:
             return jvp(ctx, *tangents)
 
     return tracked
+
+
+def _admitted(*tensors: Any) -> Any:
+    """Tensors of any type as the Functions take them: what they save is plain too."""
+    if distributed.is_sharded(tensors[0]):
+        distributed.register()
+    return map(plain, tensors)
 
 
 # ------------------------------------------------------------------------------------------------ vmap
@@ -758,6 +773,7 @@ class _SampleBackward(_Function):
 
 class _Sample(_Function):
     op = ops.sample
+    in_pytorch = staticmethod(export.sample)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -807,8 +823,8 @@ def sample(
 ) -> Tensor:
     """(N, C, *size), or (N, T, C, *size) for params (N or 1, T, ...). Arguments are taken as valid."""
     codes = int(interpolation), int(padding), align_corners
-    if distributed.is_sharded(input):
-        distributed.register()
+    if not (type(input) is type(params) is Tensor and type(control_points) in PLAIN):
+        input, params, control_points = _admitted(input, params, control_points)
     return _Sample.run(input, params, control_points, int(source), size, *codes)
 
 
@@ -883,6 +899,7 @@ def _grid_curvature(
 
 class _Grid(_Function):
     op = ops.grid
+    in_pytorch = staticmethod(export.grid)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -915,6 +932,6 @@ def grid(
     params: Tensor, source: Source, size: Any, align_corners: bool, control_points: Tensor | None = None
 ) -> Tensor:
     """The normalised coordinates of a source, (N, *size, dims) in the dtype of ``params``."""
-    if distributed.is_sharded(params):
-        distributed.register()
+    if not (type(params) is Tensor and type(control_points) in PLAIN):
+        params, control_points = _admitted(params, control_points)
     return _Grid.run(params, control_points, int(source), size, align_corners)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NoReturn
+import numbers
+import operator
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from . import calls
 from .kernels.modes import Interpolation, Padding
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -39,24 +42,64 @@ def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> No
         refuse(ValueError, name, f"on the device of {other_name}, {other.device}", value.device)
 
 
-def is_int(value: object) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+def to_int(value: object) -> Any:
+    """What Python calls an integer, as an int; None if it is none. Symbols of compilers stay as they are."""
+    if isinstance(value, (int, torch.SymInt)):
+        return None if isinstance(value, bool) else value
+    if isinstance(value, Tensor) and calls.tracing_state() is not None:
+        return value  # as sizes are while torch.jit.trace looks
+    if _is_numpy_to_dynamo(value):
+        return torch.empty((value,), device="meta").shape[0]  # type: ignore[arg-type]
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
-def check_int(name: str, value: int, least: int) -> None:
-    if not is_int(value):
+def to_number(value: object) -> Any:
+    """What Python calls a real number, as an int or a float; None if it is none."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return None if isinstance(value, bool) else value
+    if isinstance(value, numbers.Real) or _is_numpy_to_dynamo(value):
+        return float(value)  # type: ignore[arg-type]
+    return None
+
+
+def _is_numpy_to_dynamo(value: object) -> bool:
+    """To Dynamo a NumPy scalar is an array, which has no ``__index__`` and is no Real."""
+    return torch.compiler.is_dynamo_compiling() and type(value).__module__ == "numpy"
+
+
+def check_int(name: str, value: int, least: int) -> int:
+    number = to_int(value)
+    if number is None:
         refuse(TypeError, name, "an int", repr(value))
-    if value < least:
-        refuse(ValueError, name, f"{least} or more", value)
+    if not isinstance(number, Tensor) and number < least:
+        refuse(ValueError, name, f"{least} or more", number)
+    return number
+
+
+def to_size(size: object) -> tuple[int, ...] | None:
+    """A tuple of ints for a tuple or list of integers; None for all else."""
+    if not isinstance(size, (tuple, list)):
+        return None
+    for n in size:
+        if type(n) is not int:
+            break
+    else:
+        return tuple(size)
+    found = tuple(map(to_int, size))
+    return None if None in found else found
 
 
 def check_size(size: object, expected: str, length: int) -> tuple[int, ...]:
     """``size`` as a tuple of ``length`` ints, none of them negative."""
-    if not isinstance(size, (tuple, list)) or not all(is_int(n) for n in size):
+    found = to_size(size)
+    if found is None:
         refuse(TypeError, "size", f"{expected}, a tuple of ints", repr(size))
-    if len(size) != length or any(n < 0 for n in size):
-        refuse(ValueError, "size", f"{expected}, none of them negative", tuple(size))
-    return tuple(size)
+    if len(found) != length or any(n < 0 for n in found):
+        refuse(ValueError, "size", f"{expected}, none of them negative", found)
+    return found
 
 
 def check_spatial_size(size: object, dims: int) -> tuple[int, ...]:
@@ -76,8 +119,16 @@ def check_modes(mode: str, padding_mode: str, align_corners: bool) -> tuple[Inte
     return INTERPOLATIONS[mode], PADDINGS[padding_mode], align_corners
 
 
-def check_regularization(regularization: object) -> None:
-    if not isinstance(regularization, (int, float)) or isinstance(regularization, bool):
-        refuse(TypeError, "regularization", "a number", repr(regularization))
-    if not 0 <= regularization < math.inf:
-        refuse(ValueError, "regularization", "finite and not negative", regularization)
+def check_number(name: str, value: float) -> float:
+    number = to_number(value)
+    if number is None:
+        refuse(TypeError, name, "a number", repr(value))
+    return number
+
+
+def check_regularization(regularization: float) -> float:
+    is_float = type(regularization) is float
+    number = regularization if is_float else check_number("regularization", regularization)
+    if not 0 <= number < math.inf:
+        refuse(ValueError, "regularization", "finite and not negative", number)
+    return number

@@ -29,16 +29,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .calls import PLAIN
 from .kernels.modes import Source
 
 __all__ = ["register"]
 
-_PLAIN = Tensor, torch.nn.Parameter
-
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor. Nothing is imported to find out."""
-    if type(tensor) in _PLAIN:
+    if type(tensor) in PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

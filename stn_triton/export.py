@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import ops, reference, transforms
 from .kernels.modes import Interpolation, Padding, Source
 
 __all__ = ["decompositions", "onnx_translations"]
@@ -33,9 +33,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """
     operators = torch.ops.stn_triton
     return {
-        operators.sample.default: _sample,
-        operators.grid.default: _grid,
-        torch.ops.aten.linalg_inv_ex.default: _inv_ex,
+        operators.sample.default: sample,
+        operators.grid.default: grid,
+        torch.ops.aten.linalg_inv_ex.default: transforms.invert_by_elimination,
     }
 
 
@@ -58,7 +58,7 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
     return {torch.ops.aten.grid_sampler_3d.default: grid_sampler_3d}
 
 
-def _sample(
+def sample(
     input: Tensor,
     params: Tensor,
     control_points: Tensor | None,
@@ -80,31 +80,9 @@ def _sample(
     return images
 
 
-def _grid(
+def grid(
     params: Tensor, control_points: Tensor | None, source: int, size: Any, align_corners: bool
 ) -> Tensor:
     dtype = reference.compute_dtype(params)
     grid = reference.coordinates(Source(source), params, control_points, tuple(size), align_corners, dtype)
     return grid.squeeze(1).to(params.dtype)
-
-
-def _inv_ex(A: Tensor, *, check_errors: bool = False) -> tuple[Tensor, Tensor]:
-    """Gauss-Jordan elimination with partial pivoting, unrolled. A singular matrix gives NaN or infinities."""
-    a, b = A, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
-    size = A.shape[-1]
-    rows = torch.arange(size, device=A.device)
-    unused = torch.ones_like(a[..., 0])
-    chosen = []
-    for column in range(size):
-        entries = a[..., column]
-        # -1 for rows that have had their turn, so that a column of zeros chooses another
-        largest = (entries.abs() * unused + (unused - 1)).argmax(-1, keepdim=True)
-        pivot = (rows == largest).to(a.dtype)  # of each row whether it is the pivot's, 0 or 1
-        chosen.append(pivot)
-        unused = unused - pivot
-        value = (entries * pivot).sum(-1, keepdim=True).unsqueeze(-1)
-        row = pivot.unsqueeze(-2)
-        others = (entries * (1 - pivot)).unsqueeze(-1)
-        is_pivot = pivot.unsqueeze(-1) > 0
-        a, b = (torch.where(is_pivot, m / value, m - others * ((row @ m) / value)) for m in (a, b))
-    return torch.stack(chosen, -2) @ b, torch.zeros_like(A[..., 0, 0], dtype=torch.int32)

@@ -19,6 +19,8 @@ gradients, function transforms and forward mode.
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, backend, distributed, transforms
+from .calls import elsewhere, has_torch_function, is_unchecked, tracing_state
 from .checks import (
     DTYPES,
     INTERPOLATIONS,
@@ -36,8 +39,8 @@ from .checks import (
     check_size,
     check_spatial_size,
     check_tensor,
-    is_int,
     refuse,
+    to_size,
 )
 from .kernels.modes import Source
 
@@ -88,6 +91,8 @@ def grid_sample(
     Raises:
         What PyTorch raises, with PyTorch's message.
     """
+    if has_torch_function(input, grid) or (tracing_state() and is_unchecked()):
+        return elsewhere(grid_sample, input, grid, mode, padding_mode, align_corners)
     arguments = input, grid, mode, padding_mode, align_corners
     if isinstance(input, Tensor) and isinstance(grid, Tensor):
         input, grid = _autocast(input, grid)
@@ -120,13 +125,16 @@ def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None =
     Raises:
         What PyTorch raises, with PyTorch's message.
     """
-    if not _affine_grid_fits(theta, size, align_corners):
+    if has_torch_function(theta) or (tracing_state() and is_unchecked()):
+        return elsewhere(affine_grid, theta, size, align_corners)
+    ints = to_size(size)
+    if ints is None or not _affine_grid_fits(theta, ints, align_corners):
         return _ask_pytorch(torch.nn.functional.affine_grid, theta, size, align_corners)
     if align_corners is None:
         _warn(_DEFAULT_ALIGN_CORNERS)
-    if align_corners and 1 in size[2:]:
+    if align_corners and 1 in ints[2:]:
         _warn(_UNIT_SIZE)
-    return autograd.grid(theta, Source.AFFINE, tuple(size[2:]), bool(align_corners))
+    return autograd.grid(theta, Source.AFFINE, ints[2:], bool(align_corners))
 
 
 # PyTorch's warnings, in PyTorch's words.
@@ -141,13 +149,25 @@ _UNIT_SIZE = (
 )
 
 
-def _warn(message: str | Warning) -> None:
-    """A warning at the line that called the public function."""
-    warnings.warn(message, UserWarning, stacklevel=3)
+_INSIDE = tuple(os.path.join(path, "") for path in (*torch.__path__, os.path.dirname(__file__)))
+
+
+def _warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
+    """A warning at the line that called the public function, by way of ``__torch_function__`` or not."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+# The compiler calls it while it traces, and does not trace it: the warning comes then, as PyTorch's does.
+_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _ask_pytorch(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """For arguments that are not taken here: PyTorch says what is wrong, or has what we lack."""
+    if torch.compiler.is_dynamo_compiling():  # which takes the function whole, and no filter of warnings
+        return function(*arguments)
     caught: list[warnings.WarningMessage] = []
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -155,7 +175,7 @@ def _ask_pytorch(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
             return function(*arguments)
     finally:
         for warning in caught:
-            warnings.warn(warning.message, warning.category, stacklevel=3)
+            _warn(warning.message, warning.category)
 
 
 def _autocast(input: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,13 +210,12 @@ def _grid_sample_fits(input: Any, grid: Any, mode: Any, padding_mode: Any, align
     )
 
 
-def _affine_grid_fits(theta: Any, size: Any, align_corners: Any) -> bool:
+def _affine_grid_fits(theta: Any, size: tuple[int, ...] | None, align_corners: Any) -> bool:
     return (
         isinstance(theta, Tensor)
         and theta.dtype in DTYPES
         and theta.layout == torch.strided
-        and isinstance(size, (tuple, list))
-        and all(is_int(n) for n in size)
+        and size is not None
         and len(size) in (4, 5)
         and theta.dim() == 3
         and theta.shape[1] == len(size) - 2
@@ -246,6 +265,8 @@ def affine_grid_sample(
         TypeError: an argument is not of the type it must be.
         ValueError: a shape, a size, a device or an option does not fit; the message names the argument.
     """
+    if has_torch_function(input, theta) or (tracing_state() and is_unchecked()):
+        return elsewhere(affine_grid_sample, input, theta, size, mode, padding_mode, align_corners)
     dims = _check_image(input)
     _check_parameter("theta", theta, (dims, dims + 1), input)
     size = _check_size(size, input)
@@ -285,6 +306,8 @@ def projective_grid_sample(
     Raises:
         TypeError, ValueError: as :func:`affine_grid_sample`.
     """
+    if has_torch_function(input, homography) or (tracing_state() and is_unchecked()):
+        return elsewhere(projective_grid_sample, input, homography, size, mode, padding_mode, align_corners)
     _check_image(input, dims=2)
     _check_parameter("homography", homography, (3, 3), input)
     size = _check_size(size, input)
@@ -331,6 +354,18 @@ def tps_grid_sample(
         TypeError, ValueError: as :func:`affine_grid_sample`; a ValueError names control points that coincide,
             lie on a line or are not finite.
     """
+    if has_torch_function(input, points, control_points) or (tracing_state() and is_unchecked()):
+        return elsewhere(
+            tps_grid_sample,
+            input,
+            points,
+            size,
+            mode,
+            padding_mode,
+            align_corners,
+            control_points,
+            regularization,
+        )
     _check_image(input, dims=2)
     _check_points(points, input)
     size = _check_size(size, input)
@@ -368,6 +403,8 @@ def flow_grid_sample(
     Raises:
         TypeError, ValueError: as :func:`affine_grid_sample`.
     """
+    if has_torch_function(input, flow) or (tracing_state() and is_unchecked()):
+        return elsewhere(flow_grid_sample, input, flow, mode, padding_mode, align_corners)
     dims = _check_image(input)
     check_tensor("flow", flow)
     batch = input.shape[0]
@@ -395,6 +432,8 @@ def projective_grid(homography: Tensor, size: Sequence[int], align_corners: bool
     Raises:
         TypeError, ValueError: the message names the argument.
     """
+    if has_torch_function(homography) or (tracing_state() and is_unchecked()):
+        return elsewhere(projective_grid, homography, size, align_corners)
     check_tensor("homography", homography)
     if homography.dim() != 3 or tuple(homography.shape[1:]) != (3, 3):
         refuse(ValueError, "homography", "(N, 3, 3)", f"shape {tuple(homography.shape)}")
@@ -424,6 +463,8 @@ def tps_grid(
     Raises:
         TypeError, ValueError: the message names the argument.
     """
+    if has_torch_function(points, control_points) or (tracing_state() and is_unchecked()):
+        return elsewhere(tps_grid, points, size, control_points, regularization, align_corners)
     check_tensor("points", points)
     if points.dim() != 3 or points.shape[2] != 2:
         refuse(ValueError, "points", "(N, K, 2)", f"shape {tuple(points.shape)}")

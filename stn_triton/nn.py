@@ -12,9 +12,20 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
+from . import calls
 from .backend import without_autocast
-from .checks import check_int, check_modes, check_regularization, check_spatial_size, refuse
+from .checks import (
+    check_int,
+    check_modes,
+    check_number,
+    check_regularization,
+    check_spatial_size,
+    refuse,
+    to_number,
+)
 from .functional import affine_grid_sample, projective_grid_sample, tps_grid_sample
 from .transforms import attention, control_lattice, similarity
 
@@ -121,14 +132,14 @@ class SpatialTransformer(nn.Module):
                 f"one of {', '.join(map(repr, get_args(Transform)))}",
                 repr(transform),
             )
-        check_int("dims", dims, 2)
+        dims = check_int("dims", dims, 2)
         if dims not in (2, 3) or (dims == 3 and transform not in ("affine", "attention")):
             expected = "2, or 3 for 'affine' and 'attention'"
             refuse(ValueError, "dims", expected, f"{dims!r} for {transform!r}")
         check_modes(mode, padding_mode, align_corners)
-        check_int("transforms", transforms, 1)
+        transforms = check_int("transforms", transforms, 1)
         if features is not None:
-            check_int("features", features, 0)
+            features = check_int("features", features, 0)
         for name, given, owner in (
             ("scale", scale is not None, "attention"),
             ("lattice", lattice != 4, "tps"),
@@ -137,19 +148,19 @@ class SpatialTransformer(nn.Module):
             if given and transform != owner:
                 refuse(ValueError, name, f"left out unless transform={owner!r}", f"transform={transform!r}")
         if scale is not None:
-            if not isinstance(scale, (int, float)) or isinstance(scale, bool):
-                refuse(TypeError, "scale", "a number", repr(scale))
+            scale = check_number("scale", scale)
             if not 0 < scale < math.inf:
                 refuse(ValueError, "scale", "finite and positive", scale)
-        check_int("lattice", lattice, 2)
-        check_regularization(regularization)
+        lattice = check_int("lattice", lattice, 2)
+        regularization = check_regularization(regularization)
 
         self.transform = transform
         self.size = None if size is None else check_spatial_size(size, dims)
         self.mode, self.padding_mode, self.align_corners = mode, padding_mode, align_corners
         self.transforms, self.dims = transforms, dims
         self.scale, self.lattice, self.regularization = scale, lattice, regularization
-        self.register_buffer("initial", self._start(regions))
+        self._regions = self._checked_regions(regions)
+        self.register_buffer("initial", self._start())
         self.localisation = localisation
         outputs = self.initial.numel()
         self.regression = _LazyRegression(outputs) if features is None else _Regression(features, outputs)
@@ -157,21 +168,15 @@ class SpatialTransformer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) or (N, C, D, H, W) -> (N, C, *size), or (N, T, C, *size) for several transformers, in
         the input's dtype and memory format."""
+        if (call := calls.as_leaf(self, input)) is not None:
+            return call
         return self.sample(input, self.localise(input))
 
     def localise(self, input: Tensor) -> Tensor:
         """The transformations of a batch of images; see the table. Several transformers: (N, T, ...)."""
-        if not isinstance(input, Tensor):
-            refuse(TypeError, "input", "a tensor", type(input).__name__)
-        if input.dim() != self.dims + 2:
-            layout = "(N, C, H, W)" if self.dims == 2 else "(N, C, D, H, W)"
-            refuse(ValueError, "input", layout, f"shape {tuple(input.shape)}")
+        calls.check(self._check_input, input)
         features = self.localisation(input)
-        if not isinstance(features, Tensor):
-            refuse(TypeError, "localisation", "a module that returns a tensor", type(features).__name__)
-        if features.dim() < 2 or features.shape[0] != input.shape[0]:
-            expected = f"a module that returns ({input.shape[0]}, ...) for this input"
-            refuse(ValueError, "localisation", expected, f"shape {tuple(features.shape)}")
+        calls.check(self._check_features, features, input)
         update = self.regression(features.flatten(1)).unflatten(-1, self.initial.shape)
         parameters = self.initial + update  # (N, T, P)
         return self._assemble(parameters if self.transforms > 1 else parameters.squeeze(1))
@@ -184,6 +189,28 @@ class SpatialTransformer(nn.Module):
         if self.transform == "projective":
             return projective_grid_sample(*arguments)
         return affine_grid_sample(*arguments)
+
+    def reset_parameters(self) -> None:
+        """Starts anew, at ``regions``; the localisation net stays. For a module made on the meta device:
+        ``to_empty(device=...)`` leaves :attr:`initial` empty too, and this fills it."""
+        self.regression.reset_parameters()
+        self.initial.copy_(self._start())
+
+    # ----------------------------------------------------------------------------------------- checks
+    def _check_input(self, input: Tensor) -> None:
+        if not isinstance(input, Tensor):
+            refuse(TypeError, "input", "a tensor", type(input).__name__)
+        if input.dim() != self.dims + 2:
+            layout = "(N, C, H, W)" if self.dims == 2 else "(N, C, D, H, W)"
+            refuse(ValueError, "input", layout, f"shape {tuple(input.shape)}")
+
+    @staticmethod
+    def _check_features(features: Tensor, input: Tensor) -> None:
+        if not isinstance(features, Tensor):
+            refuse(TypeError, "localisation", "a module that returns a tensor", type(features).__name__)
+        if features.dim() < 2 or features.shape[0] != input.shape[0]:
+            expected = f"a module that returns ({input.shape[0]}, ...) for this input"
+            refuse(ValueError, "localisation", expected, f"shape {tuple(features.shape)}")
 
     # ------------------------------------------------------------------------------------- parameters
     def _assemble(self, parameters: Tensor) -> Tensor:
@@ -200,43 +227,62 @@ class SpatialTransformer(nn.Module):
             return attention(parameters[..., 0], parameters[..., 1:])
         return attention(self.scale, parameters)
 
-    def _start(self, regions: Tensor | Sequence[Any] | None) -> Tensor:
-        """The parameters, (T, P), that map the whole output to boxes of the input."""
-        centre, reach = self._centre_and_reach(regions)
+    def _start(self) -> Tensor:
+        """The parameters, (T, P), that map the whole output to the regions, in float32 or wider."""
+        low, high = self._boxes().chunk(2, -1)
+        centre, reach = (low + high) / 2, (high - low) / 2
         if self.transform in ("affine", "projective"):
             matrix = torch.cat([reach.diag_embed(), centre.unsqueeze(-1)], -1).flatten(1)
             return matrix if self.transform == "affine" else F.pad(matrix, (0, 2))
         if self.transform == "tps":
-            points = control_lattice(self.lattice, dtype=centre.dtype)
+            points = control_lattice(self.lattice, dtype=centre.dtype, device=centre.device)
             return (centre.unsqueeze(1) + reach.unsqueeze(1) * points).flatten(1)
         scale = reach[:, :1]
-        if not torch.allclose(reach, scale if self.scale is None else reach.new_tensor(self.scale)):
-            square = "square" if self.scale is None else f"squares of side {2 * self.scale:g}"
-            refuse(ValueError, "regions", f"{square} for this transform", (2 * reach).tolist())
         if self.transform == "similarity":
             return torch.cat([scale, torch.zeros_like(scale), centre], -1)
         return torch.cat([scale, centre], -1) if self.scale is None else centre
 
-    def _centre_and_reach(self, regions: Tensor | Sequence[Any] | None) -> tuple[Tensor, Tensor]:
-        """Of each box the centre and half the sides, (T, dims), in float32 or wider."""
+    def _boxes(self) -> Tensor:
+        """(T, 2 dims), on the device that the regions came from."""
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        regions = self._regions
+        boxes = torch.tensor(regions, dtype=dtype) if isinstance(regions, list) else regions.to(dtype)
+        return boxes.expand(self.transforms, 2 * self.dims)
+
+    def _checked_regions(self, regions: Tensor | Sequence[Any] | None) -> Tensor | list[Any]:
+        """Boxes as numbers; or a tensor whose values nobody knows, a fake or a meta tensor."""
         if regions is None:
-            centre = torch.zeros(self.transforms, self.dims, dtype=dtype)
-            return centre, torch.full_like(centre, self.scale or 1.0)
+            reach = self.scale or 1.0
+            return [-reach] * self.dims + [reach] * self.dims
         try:
-            boxes = torch.as_tensor(regions, dtype=dtype).detach()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"regions must be a tensor or nested sequences of numbers: {error}") from None
+            values = _numbers(regions)
+        except RuntimeError:
+            assert isinstance(regions, Tensor)
+            values, given = None, tuple(regions.shape)
+            tensor = regions.detach()
+        else:
+            given = _nested_shape(values)
         shape = (self.transforms, 2 * self.dims)
-        if boxes.shape not in (shape, shape[1:]):
-            refuse(ValueError, "regions", f"{shape} or {shape[1:]}", f"shape {tuple(boxes.shape)}")
-        low, high = boxes.expand(shape).chunk(2, -1)
-        if not (boxes.isfinite().all() and (low < high).all()):
+        if given not in (shape, shape[1:]):
+            refuse(ValueError, "regions", f"{shape} or {shape[1:]}", f"shape {given}")
+        if values is None:
+            return tensor
+        for box in values if len(given) == 2 else [values]:
+            self._check_region(box)
+        return values
+
+    def _check_region(self, box: list[float]) -> None:
+        sides = [high - low for low, high in zip(box, box[self.dims :])]
+        if not all(math.isfinite(side) and side > 0 for side in sides):
             corners = "(x0, y0, x1, y1) with x0 < x1 and y0 < y1"
             if self.dims == 3:
                 corners = "(x0, y0, z0, x1, y1, z1), each first one the smaller"
-            refuse(ValueError, "regions", corners, boxes.tolist())
-        return (low + high) / 2, (high - low) / 2
+            refuse(ValueError, "regions", corners, box)
+        if self.transform in ("attention", "similarity"):
+            side = sides[0] if self.scale is None else 2 * self.scale
+            if not all(math.isclose(other, side, rel_tol=1e-5) for other in sides):
+                square = "square" if self.scale is None else f"squares of side {side:g}"
+                refuse(ValueError, "regions", f"{square} for this transform", f"sides {sides}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpatialTransformer:
         """What ``to``, ``half`` and the like call. The start moves with the module, and is not rounded."""
@@ -261,24 +307,81 @@ class SpatialTransformer(nn.Module):
         return options
 
 
-class _Regression(nn.Linear):
-    """A linear layer that starts at zero and computes in float32 or wider, whatever its own dtype."""
+def _numbers(value: Any) -> Any:
+    """Nested lists of numbers for nested sequences, arrays and tensors."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_numbers(item) for item in value]
+    number = to_number(value)
+    if number is None:
+        refuse(TypeError, "regions", "a tensor or nested sequences of numbers", repr(value))
+    return number
+
+
+def _nested_shape(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list):
+        return ()
+    inner = {_nested_shape(value) for value in values}
+    if len(inner) > 1:
+        refuse(ValueError, "regions", "boxes of one length", values)
+    return (len(values), *(inner.pop() if inner else ()))
+
+
+class _Regression(nn.Module):
+    """A linear layer that starts at zero and computes in float32 or wider, whatever its own dtype.
+
+    It is no ``nn.Linear``: what initialises, prunes or adapts the linear layers of a model leaves it alone.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+        self.reset_parameters()
+
+    @property
+    def in_features(self) -> int:
+        return 0 if is_lazy(self.weight) else self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.bias.shape[0]
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        if not is_lazy(self.weight):
+            nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
+        if (call := calls.as_leaf(self, input)) is not None:
+            return call
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with without_autocast(input.device.type):
             return F.linear(input.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
-class _LazyRegression(nn.LazyLinear, _Regression):
+
+class _LazyRegression(LazyModuleMixin, _Regression):
     """Becomes a :class:`_Regression` when the first features arrive."""
 
     cls_to_become = _Regression
+
+    def __init__(self, out_features: int) -> None:
+        super().__init__(0, out_features)
+        self.weight = UninitializedParameter()  # type: ignore[assignment]
+
+    def initialize_parameters(self, input: Tensor) -> None:
+        if self.has_uninitialized_params():
+            with torch.no_grad():
+                shape = self.out_features, input.shape[-1]
+                self.weight.materialize(shape)  # type: ignore[attr-defined]
+                nn.init.zeros_(self.weight)
 
 
 # ---------------------------------------------------------------------------------- localisation nets
@@ -323,7 +426,9 @@ def localisation_cnn(
     Returns:
         A net from (N, C, H, W) to (N, features[-1]).
     """
-    check_int("downsample", downsample, 1)
+    channels = [check_int("channels", width, 0) for width in channels]
+    kernel_size, padding = check_int("kernel_size", kernel_size, 1), check_int("padding", padding, 0)
+    downsample = check_int("downsample", downsample, 1)
     layers: list[nn.Module] = [nn.AvgPool2d(downsample)] if downsample > 1 else []
     for index, width in enumerate(channels):
         if index > 0:
@@ -333,7 +438,8 @@ def localisation_cnn(
 
 
 def _fully_connected(features: Sequence[int]) -> list[nn.Module]:
-    return [layer for width in features for layer in (nn.LazyLinear(width), nn.ReLU())]
+    widths = [check_int("features", width, 0) for width in features]
+    return [layer for width in widths for layer in (nn.LazyLinear(width), nn.ReLU())]
 
 
 def _built(layers: Sequence[nn.Module], input_shape: Sequence[int] | None) -> nn.Sequential:
@@ -341,5 +447,5 @@ def _built(layers: Sequence[nn.Module], input_shape: Sequence[int] | None) -> nn
     net = nn.Sequential(*layers)
     if input_shape is not None:
         with torch.no_grad():
-            net(torch.zeros(1, *input_shape))
+            net(torch.zeros(1, *(check_int("input_shape", n, 0) for n in input_shape)))
     return net

@@ -16,6 +16,7 @@ Each has one implementation for all devices, which goes to the kernels or to ``r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import backend, kernels, reference
+from .calls import PLAIN, plain
 from .kernels.modes import Interpolation, Padding, Source
 
 __all__ = ["grid", "grid_backward", "sample", "sample_backward", "sample_hvp", "sample_jvp"]
@@ -45,6 +47,24 @@ def differentiate(operator: Any, derived: Callable[..., Any]) -> None:
     name = operator.name().partition(".")[0]
     for key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):  # the second: all function transforms
         _LIBRARY.impl(name, derived, key)
+
+
+def _on_plain(tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates an implementation, whose first so many arguments are tensors: it is given plain ones.
+
+    (The forward ones ask themselves, which takes less time.)
+    """
+
+    def decorate(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(implementation)
+        def on_plain(*arguments: Any) -> Any:
+            if not PLAIN.issuperset(map(type, arguments[:tensors])):
+                arguments = *map(plain, arguments[:tensors]), *arguments[tensors:]
+            return implementation(*arguments)
+
+        return on_plain
+
+    return decorate
 
 
 # ----------------------------------------------------------------------------------------- allocation
@@ -108,6 +128,8 @@ def _sample(
     padding: int,
     align_corners: bool,
 ) -> Tensor:
+    if type(input) not in PLAIN or type(params) not in PLAIN or type(control_points) not in PLAIN:
+        input, params, control_points = map(plain, (input, params, control_points))
     output = _new_output(input, params, source, size)
     modes = interpolation, padding, align_corners
     return output if output.numel() == 0 else _fill(output, input, params, control_points, source, *modes)
@@ -185,6 +207,7 @@ def _new_control_gradient(params: Tensor, control_points: Tensor | None, control
     return control_points.new_empty(control_points.shape)
 
 
+@_on_plain(4)
 def _sample_backward(
     grad_output: Tensor,
     input: Tensor | None,
@@ -280,6 +303,7 @@ sample_backward = _register(
 
 
 # --------------------------------------------------------------------------- derivatives in a direction
+@_on_plain(5)
 def _sample_jvp(
     input: Tensor | None,
     tangent: Tensor | None,
@@ -337,6 +361,7 @@ sample_jvp = _register(
 )
 
 
+@_on_plain(6)
 def _sample_hvp(
     grad_output: Tensor,
     input: Tensor | None,
@@ -443,6 +468,8 @@ sample_hvp = _register(
 def _grid(
     params: Tensor, control_points: Tensor | None, source: int, size: list[int], align_corners: bool
 ) -> Tensor:
+    if type(params) not in PLAIN or type(control_points) not in PLAIN:
+        params, control_points = plain(params), plain(control_points)
     output = _new_grid(params, size)
     if output.numel() == 0:
         return output
@@ -468,6 +495,7 @@ grid = _register(
 )
 
 
+@_on_plain(3)
 def _grid_backward(
     grad_grid: Tensor,
     params: Tensor,

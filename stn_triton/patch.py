@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import backend, kernels
+from .calls import plain
 from .checks import DTYPES
 from .kernels.host.blocks import Block, Blocks, whole
 from .kernels.modes import Interpolation, Padding, Source
@@ -192,6 +193,8 @@ def _forward(dims: int, original: Callable[..., Any]) -> Callable[..., Tensor]:
     def forward(
         keyset: Any, input: Tensor, grid: Tensor, interpolation: int, padding: int, align_corners: bool
     ) -> Tensor:
+        if type(input) is not Tensor or type(grid) is not Tensor:
+            input, grid = plain(input), plain(grid)
         if not _fits(dims, input, grid, interpolation, padding):
             return original(keyset, input, grid, interpolation, padding, align_corners)
         return _sample(input, grid, interpolation, padding, align_corners)
@@ -211,6 +214,7 @@ def _backward(dims: int, original: Callable[..., Any]) -> Callable[..., tuple[Te
         output_mask: list[bool],
     ) -> tuple[Tensor | None, Tensor]:
         modes = interpolation, padding, align_corners
+        grad_output, input, grid = map(plain, (grad_output, input, grid))
         if not (_fits(dims, input, grid, interpolation, padding) and _is_gradient(grad_output, input, grid)):
             return original(keyset, grad_output, input, grid, *modes, output_mask)
         return _sample_backward(grad_output, input, grid, *modes, *output_mask)

@@ -22,8 +22,9 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import distributed
-from .checks import check_device, check_int, check_regularization, check_tensor, refuse
+from . import calls, distributed
+from .calls import elsewhere, has_torch_function, is_unchecked, plain, public, tracing_state
+from .checks import check_device, check_int, check_regularization, check_tensor, refuse, to_number
 
 __all__ = [
     "identity",
@@ -70,8 +71,7 @@ def identity(
     known = ("affine", "attention", "similarity", "projective", "tps")
     if kind not in known:
         refuse(ValueError, "kind", "one of " + ", ".join(map(repr, known)), repr(kind))
-    check_int("n", n, 0)
-    check_int("dims", dims, 2)
+    n, dims = check_int("n", n, 0), check_int("dims", dims, 2)
     if dims > (3 if kind in ("affine", "attention") else 2):
         refuse(ValueError, "dims", '2, or 3 for "affine" and "attention"', f"{dims} for {kind!r}")
     dtype = _check_dtype(dtype)
@@ -83,10 +83,10 @@ def identity(
         parameters = torch.eye(dims, dims + 1, device=device, dtype=dtype)
     if transforms is None:
         return parameters.repeat(n, 1, 1)
-    check_int("transforms", transforms, 0)
-    return parameters.repeat(n, transforms, 1, 1)
+    return parameters.repeat(n, check_int("transforms", transforms, 0), 1, 1)
 
 
+@public
 def attention(scale: float | Tensor, translation: Tensor) -> Tensor:
     """The affine map that reads a scaled and moved window: ``[[s, 0, tx], [0, s, ty]]``.
 
@@ -107,14 +107,17 @@ def attention(scale: float | Tensor, translation: Tensor) -> Tensor:
         TypeError, ValueError: naming the argument that does not fit.
     """
     dims = _check_translation(translation, (2, 3))
-    _check_factor("scale", scale, translation)
+    scale = _check_factor("scale", scale, translation)
     compute, result = _dtypes(scale, translation)
     scale, translation = _factor(scale, translation, compute), translation.to(compute)
     leading = torch.broadcast_shapes(scale.shape, translation.shape[:-1])
-    linear = torch.diag_embed(scale.unsqueeze(-1).expand(*leading, dims))
-    return _augment(linear, translation).to(result)
+    scale = scale.expand(leading)
+    zero = torch.zeros_like(scale)
+    entries = [scale if row == column else zero for row in range(dims) for column in range(dims)]
+    return _augment(torch.stack(entries, -1).unflatten(-1, (dims, dims)), translation).to(result)
 
 
+@public
 def similarity(scale: float | Tensor, angle: float | Tensor, translation: Tensor) -> Tensor:
     """Scale, rotate and move: ``[[s cos a, -s sin a, tx], [s sin a, s cos a, ty]]``.
 
@@ -135,8 +138,8 @@ def similarity(scale: float | Tensor, angle: float | Tensor, translation: Tensor
         TypeError, ValueError: naming the argument that does not fit.
     """
     _check_translation(translation, (2,))
-    _check_factor("scale", scale, translation)
-    _check_factor("angle", angle, translation)
+    scale = _check_factor("scale", scale, translation)
+    angle = _check_factor("angle", angle, translation)
     if isinstance(scale, Tensor) and isinstance(angle, Tensor):
         _check_leading("angle", angle.shape, "scale", scale.shape)
     compute, result = _dtypes(scale, angle, translation)
@@ -163,7 +166,7 @@ def control_lattice(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    check_int("k", k, 2)
+    k = check_int("k", k, 2)
     dtype = _check_dtype(dtype)
     compute = torch.promote_types(dtype, torch.float32)
     axis = (2 * torch.arange(k, device=device, dtype=compute) - (k - 1)) / (k - 1)
@@ -172,6 +175,7 @@ def control_lattice(
 
 
 # ------------------------------------------------------------------------------- their composition
+@public
 def compose(outer: Tensor, inner: Tensor) -> Tensor:
     """The transform that maps a point p to ``outer(inner(p))``.
 
@@ -201,6 +205,7 @@ def compose(outer: Tensor, inner: Tensor) -> Tensor:
     return product[..., :rows, :].to(result)
 
 
+@public
 def invert(theta: Tensor) -> Tensor:
     """The inverse transform: ``compose(theta, invert(theta))`` is the identity.
 
@@ -302,21 +307,24 @@ def tps_coefficients(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
+    if has_torch_function(points, control_points) or (tracing_state() and is_unchecked()):
+        return elsewhere(tps_coefficients, points, control_points, regularization)
     check_tensor("points", points)
     if points.dim() < 2 or points.shape[-1] != 2 or points.shape[-2] < 3:
         refuse(ValueError, "points", "(..., K, 2) with K of 3 or more", f"shape {tuple(points.shape)}")
-    check_regularization(regularization)
+    regularization = check_regularization(regularization)
     if control_points is None:
         result, _ = _dtypes(points)
         matrix = _lattice_matrix(lattice_side("points", points.shape[-2]), regularization, points.device)
     else:
         _check_control_points(control_points, points.shape[-2], "points", points)
         result, _ = _dtypes(points, control_points)
-        matrix = _control_matrix(distributed.whole(control_points), regularization)
+        matrix = _control_matrix(plain(distributed.whole(control_points)), regularization)
     matrix = distributed.replicated(matrix, points)
     return (matrix @ points.double()).to(result)  # float64 knows neither TF32 nor autocast
 
 
+@public
 def tps_evaluate(coefficients: Tensor, control_points: Tensor | None, xy: Tensor) -> Tensor:
     """Thin-plate splines at given places, in plain PyTorch.
 
@@ -378,9 +386,35 @@ def _solve(control_points: Tensor, regularization: float) -> Tensor:
     kernel = _kernel(control_points, control_points) + regularization * unit[:count]
     affine = torch.cat([control_points, torch.ones_like(control_points[:, :1])], 1)
     corner = torch.zeros(3, 3, dtype=torch.float64, device=control_points.device)
-    system = torch.cat([torch.cat([kernel, affine], 1), torch.cat([affine.mT, corner], 1)], 0)
+    system = torch.cat([torch.cat([kernel, affine], 1), torch.cat([affine.transpose(0, 1), corner], 1)], 0)
     # not solve_ex, whose second derivatives PyTorch takes for 0 where one of the two is in forward mode
-    return torch.linalg.inv_ex(system)[0][:, :count]
+    inverse = invert_by_elimination if calls.exports_onnx() else torch.linalg.inv_ex
+    return inverse(system)[0][:, :count]
+
+
+def invert_by_elimination(A: Tensor, *, check_errors: bool = False) -> tuple[Tensor, Tensor]:
+    """``torch.linalg.inv_ex`` of (..., n, n) in operators that ONNX has.
+
+    Gauss-Jordan elimination with partial pivoting, unrolled. A singular matrix gives NaN or infinities.
+    """
+    a, b = A, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
+    size = A.shape[-1]
+    rows = torch.arange(size, device=A.device)
+    unused = torch.ones_like(a[..., 0])
+    chosen = []
+    for column in range(size):
+        entries = a[..., column]
+        # -1 for rows that have had their turn, so that a column of zeros chooses another
+        largest = (entries.abs() * unused + (unused - 1)).argmax(-1, keepdim=True)
+        pivot = (rows == largest).to(a.dtype)  # of each row whether it is the pivot's, 0 or 1
+        chosen.append(pivot)
+        unused = unused - pivot
+        value = (entries * pivot).sum(-1, keepdim=True).unsqueeze(-1)
+        row = pivot.unsqueeze(-2)
+        others = (entries * (1 - pivot)).unsqueeze(-1)
+        is_pivot = pivot.unsqueeze(-1) > 0
+        a, b = (torch.where(is_pivot, m / value, m - others * ((row @ m) / value)) for m in (a, b))
+    return torch.stack(chosen, -2) @ b, torch.zeros_like(A[..., 0, 0], dtype=torch.int32)
 
 
 # ------------------------------------------------------------------- the systems that are remembered
@@ -479,6 +513,7 @@ def _is_readable(control_points: Tensor) -> bool:
     device = control_points.device.type
     return (
         type(control_points) in (Tensor, torch.nn.Parameter)
+        and calls.tracing_state() is None  # else it may be other values' turn in the graph
         and device != "meta"
         and (device == "cpu" or not control_points.is_inference())  # which count no versions
         and forward_ad.unpack_dual(control_points).tangent is None
@@ -536,10 +571,11 @@ def _check_translation(translation: Tensor, dims: tuple[int, ...]) -> int:
     return translation.shape[-1]
 
 
-def _check_factor(name: str, value: float | Tensor, translation: Tensor) -> None:
+def _check_factor(name: str, value: float | Tensor, translation: Tensor) -> float | Tensor:
     """A number, or a tensor whose dimensions broadcast with the translation's leading ones."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return
+    number = to_number(value)
+    if number is not None:
+        return number
     if not isinstance(value, Tensor):
         refuse(TypeError, name, "a tensor or a number", type(value).__name__)
     check_tensor(name, value)
@@ -549,6 +585,7 @@ def _check_factor(name: str, value: float | Tensor, translation: Tensor) -> None
         expected = f"of no more dimensions than translation's leading ones, {tuple(leading)},"
         refuse(ValueError, name, expected, f"shape {tuple(value.shape)}")
     _check_leading(name, value.shape, "translation", leading)
+    return value
 
 
 def _check_control_points(control_points: Tensor, count: int, other_name: str, other: Tensor) -> None:

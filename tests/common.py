@@ -17,6 +17,7 @@ PADDINGS = ("zeros", "border", "reflection")
 # dtype, and for the sums (over up to about 10^4 products, in float32 or wider) their square root more.
 # float32 coordinates are off by about 1e-7 of the image's width, which times the slope between two random
 # pixels is an error of the same order as 1e-5 at the widths of these tests. Half results are rounded once.
+# The same holds on GPUs: a spline's logarithm is not the hardware's, but a polynomial, interpreted too.
 TOLERANCE = {
     torch.float64: 1e-11,
     torch.float32: 3e-5,

@@ -215,22 +215,32 @@ ALLOWED_IMPORTS = {
     "kernels": {"kernels"},
     "versions": set(),
     "backend": {"kernels.host.blocks"},
-    "checks": {"kernels.modes"},
-    "distributed": {"kernels.modes"},
-    "transforms": {"checks", "distributed"},
-    "reference": {"kernels.modes"},
+    "calls": set(),
+    "checks": {"calls", "kernels.modes"},
+    "distributed": {"calls", "kernels.modes"},
+    "transforms": {"calls", "checks", "distributed"},
+    "reference": {"reference", "calls", "kernels.modes", "kernels.host.dtypes"},
     "ops": {"kernels", "backend", "reference"},
-    "autograd": {"ops", "backend", "distributed", "reference", "kernels.modes"},
-    "functional": {"autograd", "distributed", "transforms", "checks", "kernels.modes"},
-    "export": {"ops", "reference", "kernels.modes"},
-    "nn": {"functional", "transforms", "checks", "backend"},
-    "patch": {"kernels", "backend", "checks"},
+    "autograd": {"ops", "backend", "calls", "distributed", "export", "reference", "kernels.modes"},
+    "functional": {"autograd", "backend", "calls", "distributed", "transforms", "checks", "kernels.modes"},
+    "export": {"ops", "reference", "transforms", "kernels.modes"},
+    "nn": {"functional", "transforms", "calls", "checks", "backend"},
+    "patch": {"kernels", "backend", "calls", "checks"},
     "viz": {"functional", "transforms", "checks", "reference"},
     "__init__": ANY,
     "__main__": ANY,
 }
 # These are plain PyTorch: they run where Triton is not installed.
-PURE = {"versions", "checks", "distributed", "transforms", "reference", "kernels.modes"}
+PURE = {
+    "versions",
+    "calls",
+    "checks",
+    "distributed",
+    "transforms",
+    "reference",
+    "kernels.modes",
+    "kernels.host.dtypes",
+}
 
 
 def imports_of(path, package):

@@ -62,7 +62,7 @@ def places(params, control_points, in_size, size, source, align_corners):
     """The normalised coordinates (N or 1, T, *size, dims) in float64, on the CPU."""
     params, points = (None if t is None else t.double().cpu() for t in (params, control_points))
     place = source, params, points, tuple(size), torch.Size(in_size), align_corners, F64
-    return reference._places(*place, in_pixels=False)
+    return reference.operators.places(*place, in_pixels=False)
 
 
 def expected(
@@ -284,7 +284,7 @@ def test_work_is_shared(device, monkeypatch):
     grad_input = torch.empty(1, 1, 4, 4, dtype=F64)
     solve(grad_output, grid, None, grad_input, *modes, rows=8, columns=8)
     assert_close(grad_input, expected(grad_output, grid.unsqueeze(1), grad_input, *modes))
-    # four pixels: 32 outputs alone, the rest by 64 lanes; six loads for each step, two of them of each axis' place
+    # four pixels: 32 outputs alone, the rest by 64 lanes; six loads for each step, two for each axis' place
     assert counted.loads < 6 * (2 * 32 + 4 * 25) + 100
 
 

@@ -11,9 +11,10 @@ from common import MODES, PADDINGS, assert_close, away_from_kinks, witness
 
 import stn_triton as stn
 from stn_triton import ops
-from stn_triton.kernels import sources
+from stn_triton.kernels.device import sources
 from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Source
+from stn_triton.kernels.spec import Spec
 from stn_triton.reference import coordinates
 
 align = pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
@@ -299,9 +300,9 @@ def test_tps_grid_is_scipys(either_backend, device, regularization, dtype):
 
 
 @triton.jit
-def log_kernel(x_ptr, log_ptr, COUNT: tl.constexpr):
+def log_kernel(x_ptr, log_ptr, COUNT: tl.constexpr, SPEC: tl.constexpr):
     at = tl.arange(0, COUNT)
-    tl.store(log_ptr + at, sources.tps_log(tl.load(x_ptr + at), tl.float32))
+    tl.store(log_ptr + at, sources.tps_log(tl.load(x_ptr + at), SPEC))
 
 
 def test_logarithm_of_splines(device):
@@ -310,7 +311,8 @@ def test_logarithm_of_splines(device):
     x[:256] = 1 + torch.linspace(-0.4, 0.4, 256)
     x[256] = 0.0
     log = torch.empty_like(x, device=device)
-    log_kernel[(1,)](x.to(device), log, COUNT=x.numel())
+    spec = Spec(int(Source.TPS), 0, (0, 0), 0, dims=2, compute=tl.float32, index=tl.int32)
+    log_kernel[(1,)](x.to(device), log, COUNT=x.numel(), SPEC=spec)
     exact = x.double().log()
     exact[256] = log[256].item()
     assert exact.isfinite().all()

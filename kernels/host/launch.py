@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .dtypes import compute_dtype
 from .parameters import channel_dim, image_span
 
 INT32_MAX = 2**31 - 1
@@ -22,10 +23,9 @@ MOST_PROGRAMS = 2**31 - 1  # of a launch, along the first axis of its grid
 
 
 def compute_dtypes(*tensors: torch.Tensor) -> tuple[tl.dtype, torch.dtype]:
-    """Coordinates, weights and sums: float64 where any argument is, else float32; never half."""
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
-        return tl.float64, torch.float64
-    return tl.float32, torch.float32
+    """``compute_dtype`` as Triton's and as PyTorch's."""
+    dtype = compute_dtype(*tensors)
+    return (tl.float64 if dtype == torch.float64 else tl.float32), dtype
 
 
 def index_dtype(*tensors: torch.Tensor, rows: int = 0) -> tl.dtype:

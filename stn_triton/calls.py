@@ -1,0 +1,155 @@
+"""Who calls: eager code, or something that takes the call for itself.
+
+A public function of tensors begins, as PyTorch's own do, with ::
+
+    if has_torch_function(input, theta) or (tracing_state() and is_unchecked()):
+        return elsewhere(affine_grid_sample, input, theta, ...)
+
+or is decorated with :func:`public`, which does the same and takes longer. Here is decided what then happens:
+
+* tensor subclasses, proxies of ``torch.fx`` and function modes are asked first, by ``__torch_function__``;
+* ``torch.jit.trace`` and ``torch.onnx.export`` get PyTorch's own operators, the only ones that they know.
+
+Compilers, ``torch.export``, dispatch modes and function transforms need nothing: they see one operator.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function
+from torch.overrides import has_torch_function_variadic as has_torch_function
+
+__all__ = [
+    "PLAIN",
+    "as_leaf",
+    "check",
+    "elsewhere",
+    "exports_onnx",
+    "has_torch_function",
+    "is_unchecked",
+    "leaves_pytorch",
+    "plain",
+    "public",
+    "tracing_state",
+    "unrecorded",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+tracing_state = (
+    torch._C._get_tracing_state
+)  # None unless torch.jit.trace, or an ONNX export by it, is at work
+
+
+class _Checked(threading.local):
+    calls = 0
+
+
+_checked = _Checked()
+
+
+def is_unchecked() -> bool:
+    """Whether a call that is traced has yet to be made without the tracer; see ``elsewhere``."""
+    return _checked.calls == 0
+
+
+def elsewhere(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """``function(*args, **kwargs)``, for who takes the call.
+
+    For ``torch.jit.trace`` it is called twice. The tracer does not see the first call: there sizes, which are
+    tensors to it, are ints to the checks of arguments, and what is remembered (a spline's system) does not
+    become part of the graph. In the second call the checks hold, and ``leaves_pytorch`` is true.
+    """
+    given = *args, *kwargs.values()
+    if has_torch_function(*given):
+        return handle_torch_function(function, given, *args, **kwargs)
+    with torch.no_grad():
+        unrecorded(function, *args, **kwargs)
+    _checked.calls += 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # all of them came in the first call, but for those about checks
+            return function(*args, **kwargs)
+    finally:
+        _checked.calls -= 1
+
+
+def public(function: Function) -> Function:
+    """A function that begins with the question above, for what is not called often."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if has_torch_function(*args, *kwargs.values()) or (tracing_state() and is_unchecked()):
+            return elsewhere(call, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast(Function, call)
+
+
+def unrecorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``function(...)``, of which ``torch.jit.trace`` sees nothing: what it makes is a constant."""
+    state = tracing_state()
+    if state is None:
+        return function(*args, **kwargs)
+    set_state: Callable[[Any], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]
+    set_state(None)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        set_state(state)
+
+
+def check(function: Callable[..., None], *args: Any) -> None:
+    """A check of arguments that nothing records; proxies of ``torch.fx`` have nothing to check."""
+    if not any(isinstance(arg, torch.fx.Proxy) for arg in args):
+        unrecorded(function, *args)
+
+
+def exports_onnx() -> bool:
+    """Whether ``torch.onnx.export`` is at work here; Dynamo does not tell."""
+    if torch.compiler.is_dynamo_compiling() or "torch.onnx" not in sys.modules:
+        return False
+    return torch.onnx.is_in_onnx_export()
+
+
+def exports_volumes() -> bool:
+    """Whether a sampler of volumes can be had. ``torch.onnx.export(dynamo=True)`` cannot translate ATen's."""
+    return tracing_state() is not None or not exports_onnx()
+
+
+def leaves_pytorch() -> bool:
+    """Whether PyTorch's own operators have to do: TorchScript and ONNX know no others."""
+    return tracing_state() is not None or exports_onnx()
+
+
+# ----------------------------------------------------------------------------------- tensor subclasses
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+"""The types of what kernels and operators take as it is."""
+
+
+def plain(tensor: Any) -> Any:
+    """The tensor as a ``torch.Tensor``, recorded by autograd; None for None.
+
+    A subclass may redefine whatever Python calls. One that has operators of its own (``__torch_dispatch__``:
+    fake tensors, DTensors) is left as it is: the dispatcher takes it there.
+    """
+    if type(tensor) in PLAIN or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return tensor
+    return Tensor.as_subclass(tensor, Tensor)
+
+
+# -------------------------------------------------------------------------------------------- torch.fx
+def as_leaf(module: torch.nn.Module, input: Any) -> Any:
+    """The call of ``module`` as one node, where ``torch.fx`` traces a module that contains it; else None."""
+    if not isinstance(input, torch.fx.Proxy):
+        return None
+    path = input.tracer.path_of_module(module)  # type: ignore[attr-defined]
+    return input.tracer.create_proxy("call_module", path, (input,), {}) if path else None
