@@ -18,6 +18,8 @@ from stn_triton.kernels.spec import Place, Spec
 SIZES = range(1, 10)
 FAR = 2**30
 PADDINGS = pytest.mark.parametrize("padding_mode", list(Padding), ids=lambda p: p.name.lower())
+# How far from a place the pixels are that it reads.
+RADIUS = {Interpolation.NEAREST: 0.5, Interpolation.BILINEAR: 1.0, Interpolation.BICUBIC: 2.0}
 ALIGN = pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
 
 
@@ -188,16 +190,36 @@ def copies_kernel(shown_ptr, of_ptr, SPEC: tl.constexpr, COPIES: tl.constexpr):
     tl.store(of_ptr + at, copies.copy_of(place, size, SPEC))
 
 
+@triton.jit
+def readers_kernel(
+    index_ptr, fraction_ptr, distance_ptr, weight_ptr, count, SPEC: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Of places and pixels, [places, 16]: how far the place's copy shows the pixel from it, and weights."""
+    size = tl.program_id(0) + 1
+    lane = tl.arange(0, BLOCK)[:, None]
+    mask = lane < count
+    place = Place(tl.load(index_ptr + lane, mask, other=0), tl.load(fraction_ptr + lane, mask, other=0.0))
+    q = tl.arange(0, 16)[None, :]
+    number = copies.copy_of(place, size, SPEC)
+    at = (tl.program_id(0) * count + lane) * 16 + q
+    distance = place.index.to(tl.float32) - copies.appearance(
+        q.to(tl.float32), number.to(tl.float32), size, SPEC
+    )
+    tl.store(distance_ptr + at, distance + place.fraction, mask)
+    tl.store(weight_ptr + at, interpolation.pixel_weight(place, q, size, 0, SPEC), mask & (q < size))
+
+
 @PADDINGS
 @ALIGN
 def test_copies(device, padding_mode, align_corners):
     """Where padding shows pixels again, each appears once in each copy, and copies are told apart.
 
-    Where it does not, nothing but pixels at the border stands for others: the gather looks no farther.
+    A place then reads only what its own copy shows within a radius: the gather looks for it there and nowhere
+    else. Where padding does not, nothing but pixels at the border stands for others.
     """
     spec = spec_of(padding_mode, align_corners)
+    index, fraction = random_places()
     if not value_of(copies.has_copies(spec)):
-        index, fraction = random_places()
         found = Padded(device, spec, index, fraction)
         for k, size in enumerate(SIZES):
             outside = found.whole[k, (index < 0) | (index >= size), 0]
@@ -212,3 +234,22 @@ def test_copies(device, padding_mode, align_corners):
         # with corners aligned the outermost pixels lie between two copies, and belong to one of them
         alone = slice(1, -1) if align_corners else slice(None)
         assert of[k, :size].cpu()[alone].equal(number[alone])
+
+    near = index.abs() < 2**15  # whose float32 coordinates are good to a small part of a pixel
+    index, fraction = index[near], fraction[near]
+    distance, weight = (torch.zeros(len(SIZES), len(index), 16, device=device) for _ in range(2))
+    block = triton.next_power_of_2(len(index))
+    for mode, radius in RADIUS.items():
+        readers_kernel[(len(SIZES),)](
+            index.to(device),
+            fraction.to(device),
+            distance,
+            weight,
+            len(index),
+            spec_of(padding_mode, align_corners, mode),
+            block,
+        )
+        assert (weight.sum(-1) > 0.99).all()
+        far = (distance.abs() > radius + 1e-4) & (weight != 0)
+        # of one pixel with aligned corners, whose copies have no length, every map reads the middle
+        assert not far[1 if align_corners else 0 :].any(), mode.name
