@@ -160,7 +160,8 @@ class Work(NamedTuple):
 class Place(NamedTuple):
     """A pixel coordinate along one axis, index + fraction.
 
-    index: int32, within [-2^30, 2^30] for pixels of the output. fraction: in [0, 1], in the compute type; 1 only by rounding.
+    index: int32, within [-2^30, 2^30] for pixels of the output. fraction: in [0, 1], in the compute type; 1
+    only by rounding.
     """
 
     index: Any
