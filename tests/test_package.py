@@ -220,7 +220,7 @@ ALLOWED_IMPORTS = {
     "distributed": {"calls", "kernels.modes"},
     "transforms": {"calls", "checks", "distributed"},
     "reference": {"reference", "calls", "kernels.modes", "kernels.host.dtypes"},
-    "ops": {"kernels", "backend", "reference"},
+    "ops": {"kernels", "backend", "calls", "reference"},
     "autograd": {
         "autograd",
         "ops",
