@@ -379,8 +379,8 @@ def may_touch(map, block, column_blocks, pixels, sizes, SPEC: tl.constexpr):
 def pixels_read(place, pixels, sizes, AXIS: tl.constexpr, SPEC: tl.constexpr):
     """The first and last pixel of the tile that each place reads, and whether it reads any."""
     taps = axis_taps(place, sizes.input[AXIS], AXIS, SPEC)
-    first = tl.full(place.index.shape, NOWHERE, tl.int32)
-    last = tl.full(place.index.shape, -1, tl.int32)
+    first = tl.full(place[0].shape, NOWHERE, tl.int32)
+    last = tl.full(place[0].shape, -1, tl.int32)
     for k in tl.static_range(tap_count(SPEC)):
         here = (taps.index[k] >= pixels.low[AXIS]) & (taps.index[k] <= pixels.high[AXIS]) & taps.inside[k]
         first = tl.where(here, tl.minimum(first, taps.index[k]), first)

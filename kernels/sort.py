@@ -156,8 +156,8 @@ def sort_keys_kernel(
         index = indices_ptr + first * SPEC.dims + pixel * SPEC.dims
         fraction = fractions_ptr + first * FRACTIONS + pixel * FRACTIONS
         for k in tl.static_range(SPEC.dims):
-            tl.store(index + k, places[g][k].index, kept)
-            tl.store(fraction + k, places[g][k].fraction, kept)
+            tl.store(index + k, places[g][k][0], kept)
+            tl.store(fraction + k, places[g][k][1], kept)
         if SPEC.coord_tangent:
             m = coord_tangent_of(coord, stride_coord_t, n, t, out, kept, sizes, SPEC)
             for k in tl.static_range(SPEC.dims):

@@ -161,7 +161,8 @@ class Place(NamedTuple):
     """A pixel coordinate along one axis, index + fraction.
 
     index: int32, within [-2^30, 2^30] for pixels of the output. fraction: in [0, 1], in the compute type; 1
-    only by rounding.
+    only by rounding. Device code takes its parts by number: Triton 3.6 drops the names where a tuple of
+    places grows.
     """
 
     index: Any

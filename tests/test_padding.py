@@ -58,17 +58,17 @@ def padding_kernel(
     mask = lane < count
     place = Place(tl.load(index_ptr + lane, mask, other=0), tl.load(fraction_ptr + lane, mask, other=0.0))
     at = tl.program_id(0) * count + lane
-    once = padding.pad_index(place.index, size, 0, SPEC)
+    once = padding.pad_index(place[0], size, 0, SPEC)
     tl.store(whole_ptr + 3 * at, once, mask)
     tl.store(whole_ptr + 3 * at + 1, padding.pad_index(once, size, 0, SPEC), mask)
-    tl.store(whole_ptr + 3 * at + 2, padding.pad_index(place.index + 1, size, 0, SPEC), mask)
+    tl.store(whole_ptr + 3 * at + 2, padding.pad_index(place[0] + 1, size, 0, SPEC), mask)
     padded, slope = padding.pad_place(place, size, 0, SPEC)
     tl.store(place_index_ptr + at, padded.index, mask)
     tl.store(place_fraction_ptr + 2 * at, padded.fraction, mask)
     tl.store(place_fraction_ptr + 2 * at + 1, slope, mask)
     taps = interpolation.axis_taps(place, size, 0, SPEC)
     for k in tl.static_range(TAPS):
-        inside = tl.zeros(place.index.shape, tl.int1) | taps.inside[k]
+        inside = tl.zeros(place[0].shape, tl.int1) | taps.inside[k]
         tl.store(tap_ptr + 2 * (TAPS * at + k), taps.index[k], mask)
         tl.store(tap_ptr + 2 * (TAPS * at + k) + 1, inside.to(tl.int32), mask)
     cell, read = axis_cell(place, size, 0, SPEC)
@@ -185,8 +185,8 @@ def copies_kernel(shown_ptr, of_ptr, SPEC: tl.constexpr, COPIES: tl.constexpr):
         copies.appearance(q.to(tl.float32), number.to(tl.float32), size, SPEC), size, 0, SPEC
     )
     at = (tl.program_id(0) * 16 + q) * COPIES + tl.arange(0, COPIES)[None, :]
-    shown = padding.pad_index(place.index, size, 0, SPEC)
-    tl.store(shown_ptr + at, tl.where(place.fraction == 0.0, shown, -1))
+    shown = padding.pad_index(place[0], size, 0, SPEC)
+    tl.store(shown_ptr + at, tl.where(place[1] == 0.0, shown, -1))
     tl.store(of_ptr + at, copies.copy_of(place, size, SPEC))
 
 
@@ -202,10 +202,10 @@ def readers_kernel(
     q = tl.arange(0, 16)[None, :]
     number = copies.copy_of(place, size, SPEC)
     at = (tl.program_id(0) * count + lane) * 16 + q
-    distance = place.index.to(tl.float32) - copies.appearance(
+    distance = place[0].to(tl.float32) - copies.appearance(
         q.to(tl.float32), number.to(tl.float32), size, SPEC
     )
-    tl.store(distance_ptr + at, distance + place.fraction, mask)
+    tl.store(distance_ptr + at, distance + place[1], mask)
     tl.store(weight_ptr + at, interpolation.pixel_weight(place, q, size, 0, SPEC), mask & (q < size))
 
 

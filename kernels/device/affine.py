@@ -322,9 +322,9 @@ def stepped_places(starts, step, SPEC: tl.constexpr):
     places = ()
     for r in tl.static_range(2):
         start, growth = starts[r]
-        x = start.high + growth.high * step
+        x = start[0] + growth[0] * step
         if keeps_rests(SPEC):
-            x += ((start.low + growth.low * step).to(tl.uint32) >> 27).to(tl.int64)
+            x += ((start[1] + growth[1] * step).to(tl.uint32) >> 27).to(tl.int64)
         places += (fixed_place(x, SPEC),)
     return places
 
@@ -365,10 +365,10 @@ def identity_places(map, out, sizes, SPEC: tl.constexpr):
 def displaced(place, by, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
     """``place`` moved by a float number of pixels: whole numbers and fractions are added apart."""
     move = place_of(by, size, AXIS, SPEC)
-    fraction = place.fraction + move.fraction
+    fraction = place[1] + move.fraction
     # a fraction of 1 is a number just below 0, and stays so if nothing is added to it
-    carry = (fraction >= 1.0) & (place.fraction > 0.0)
-    index = place.index + move.index + carry.to(tl.int32)
+    carry = (fraction >= 1.0) & (place[1] > 0.0)
+    index = place[0] + move.index + carry.to(tl.int32)
     fraction = tl.where(carry, fraction - 1.0, fraction)
     if is_periodic(SPEC, AXIS):  # elsewhere NaN and infinities have gone far beyond the image
         finite = tl.abs(by) < float("inf")

@@ -36,9 +36,9 @@ def copy_at(x, size, SPEC: tl.constexpr):
 @triton.jit
 def copy_of(place, size, SPEC: tl.constexpr):
     """The number of the copy in which a place lies: an output belongs to one copy, and counts in no other."""
-    i = place.index
+    i = place[0]
     if not SPEC.align_corners:
-        i += (place.fraction >= 0.5).to(tl.int32)
+        i += (place[1] >= 0.5).to(tl.int32)
     length = tl.maximum(size - SPEC.align_corners, 1)
     negative = i < 0
     number = (tl.where(negative, ~i, i).to(tl.uint32) // tl.cast(length, tl.uint32)).to(tl.int32)

@@ -86,19 +86,19 @@ def cubic_weight(d):
 @triton.jit
 def nearest_index(place):
     """The nearest pixel; halves go to the even one."""
-    odd = (place.index & 1) != 0
-    up = (place.fraction > 0.5) | ((place.fraction == 0.5) & odd)
-    return place.index + up.to(tl.int32)
+    odd = (place[0] & 1) != 0
+    up = (place[1] > 0.5) | ((place[1] == 0.5) & odd)
+    return place[0] + up.to(tl.int32)
 
 
 @triton.jit
 def cubic_taps(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr):
-    t = place.fraction
+    t = place[1]
     weights = (cubic_far(t + 1.0), cubic_near(t), cubic_near(1.0 - t), cubic_far(2.0 - t))
     indices = ()
     inside = ()
     for k in tl.static_range(4):
-        i = place.index + (k - 1)
+        i = place[0] + (k - 1)
         if not INTERIOR:
             i = pad_index(i, size, AXIS, SPEC)
         indices += (i,)
@@ -140,7 +140,7 @@ def axis_taps(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.
 def axis_slopes(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
     """The derivatives of ``axis_taps``'s weights by the coordinate."""
     if SPEC.interpolation == BICUBIC:
-        t = place.fraction
+        t = place[1]
         return (
             cubic_far_grad(t + 1.0),
             cubic_near_grad(t),
@@ -160,7 +160,7 @@ def axis_slopes(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr, INTERIOR: t
 def axis_curvatures(place, SPEC: tl.constexpr):
     """The second derivatives of ``axis_taps``'s weights; 0 wherever weights are made of lines."""
     if SPEC.interpolation == BICUBIC:
-        t = place.fraction
+        t = place[1]
         return (
             cubic_far_curvature(t + 1.0),
             cubic_near_curvature(t),
@@ -191,7 +191,7 @@ def pixel_weight(place, q, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
     else:  # by the distance alone
         if padding_of(SPEC, AXIS) != ZEROS:
             place, _ = pad_place(place, size, AXIS, SPEC)
-        distance = tl.abs((place.index - q).to(SPEC.compute) + place.fraction)
+        distance = tl.abs((place[0] - q).to(SPEC.compute) + place[1])
         if SPEC.interpolation == BICUBIC:
             return cubic_weight(distance)
         else:
