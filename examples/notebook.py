@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from examples.training import write_text
+from examples.files import write_text
 
 DPI = 60  # of figures: outputs are kept small
 TEXT = " [markdown]"

@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_leaves
 
 import stn_triton as stn
 from examples import birds_models, colocalisation, extruded_digits, mnist_addition, models
+from examples.files import write_json, write_text
 from examples.outputs import origin
 from examples.svhn_models import sequence_loss, svhn_net
-from examples.training import write_json, write_text
 
 MEGABYTE = 1e6
 

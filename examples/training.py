@@ -30,7 +30,6 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call, stack_module_state
 
 from examples.files import load, reading, replacing
-from examples.files import write_json as write_json
 
 # ---------------------------------------------------------------------------------------------- settings
 Optimiser = Literal["sgd", "adam"]
