@@ -5,8 +5,10 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import os
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -176,6 +178,63 @@ def assert_band(view, fill=NAN):
     band = storage[outside]
     intact = band.isnan() if fill != fill else band == fill
     assert intact.all(), f"{(~intact).sum()} of {band.numel()} entries around a tensor were written"
+
+
+# ------------------------------------------------------------------------------------ combinations
+def pairwise(test):
+    """As few combinations of the parametrisations below it as let every two values meet: all are too many.
+
+    Faults that three options have to meet for are the fuzzer's.
+    """
+    marks = [mark for mark in test.pytestmark if mark.name == "parametrize"]
+    axes = [list(_values(mark)) for mark in reversed(marks)]
+    names = [name for mark in reversed(marks) for name in _names(mark)]
+    sizes = [range(len(axis)) for axis in axes]
+    pairs = itertools.combinations(range(len(axes)), 2)
+    missing = {(a, i, b, j) for a, b in pairs for i in sizes[a] for j in sizes[b]}
+
+    def met(case):
+        return {(a, case[a], b, case[b]) for a, b in itertools.combinations(sorted(case), 2)}
+
+    cases = []
+    while missing:
+        a, i, b, j = min(missing)
+        case = {a: i, b: j}
+        for axis in sorted(set(range(len(axes))) - {a, b}, key=lambda axis: -len(axes[axis])):
+            # of values that are as good the next in turn, that none is left to the end
+            turn = [(k + len(cases)) % len(axes[axis]) for k in sizes[axis]]
+            case[axis] = max(turn, key=lambda k: len(met(case | {axis: k}) & missing))
+        missing -= met(case)
+        cases.append([axes[axis][case[axis]] for axis in range(len(axes))])
+    parameters = [
+        pytest.param(*itertools.chain(*(values for values, _ in case)), id="-".join(name for _, name in case))
+        for case in cases
+    ]
+    test.pytestmark = [mark for mark in test.pytestmark if mark.name != "parametrize"]
+    return pytest.mark.parametrize(names, parameters)(test)
+
+
+def _names(mark):
+    names = mark.args[0]
+    return [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+
+
+def _values(mark):
+    """The values of a parametrisation, each a tuple, and its name."""
+    several, ids = len(_names(mark)) > 1, mark.kwargs.get("ids")
+    for i, values in enumerate(mark.args[1]):
+        if hasattr(values, "marks"):  # pytest.param
+            values, name = values.values, values.id
+            yield values, name or "-".join(map(str, values))
+            continue
+        values = tuple(values) if several else (values,)
+        if callable(ids):
+            name = "-".join(str(ids(value) or value) for value in values)
+        elif ids is not None:
+            name = list(ids)[i]
+        else:
+            name = "-".join(str(value) for value in values)
+        yield values, name
 
 
 # ------------------------------------------------------------------------------------- interpreter

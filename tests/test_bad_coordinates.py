@@ -13,14 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import (
-    MODES,
-    NAN,
-    PADDINGS,
-    affine_witness,
-    assert_close,
-    witness,
-)
+from common import MODES, NAN, PADDINGS, affine_witness, assert_close, pairwise, witness
 
 import stn_triton as stn
 from stn_triton import backend
@@ -38,14 +31,6 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # A plain size, and sizes of one pixel, on which aligned corners make every coordinate mean that pixel.
 SIZES = {2: ((5, 7), (1, 4), (1, 1)), 3: ((3, 5, 4), (4, 1, 3), (1, 1, 1))}
 PLACED = 0.31  # the other components of a coordinate: inside, and at no kink
-
-COMBINATIONS = [
-    pytest.param(
-        *case,
-        id="-".join((f"{case[0]}d", case[1], case[2], "corners" if case[3] else "edges", str(case[4])[6:])),
-    )
-    for case in itertools.product((2, 3), MODES, PADDINGS, (False, True), DTYPES)
-]
 
 
 def bad_grid(values, dims, dtype, device):
@@ -108,7 +93,12 @@ def expected(input, grid, weights, mode, padding, align_corners):
     return output.detach(), by_input, by_grid * free
 
 
-@pytest.mark.parametrize("dims, mode, padding, align_corners, dtype", COMBINATIONS)
+@pairwise
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_documented_values(either_backend, device, dims, mode, padding, align_corners, dtype):
     """Values and gradients are what the docstring says, on either backend, also on axes of one pixel."""
     values = NONFINITE if padding == "reflection" else (*NONFINITE, *HUGE)
@@ -130,6 +120,7 @@ def test_documented_values(either_backend, device, dims, mode, padding, align_co
         assert by_grid.cpu()[bad].abs().max() < 1e-2
 
 
+@pairwise
 @pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dims, dtype", [(2, dtype) for dtype in DTYPES] + [(3, torch.float32)])
@@ -183,6 +174,7 @@ def test_backends_agree(device, mode, padding):
 
 
 # ------------------------------------------------------------------------------------------- affine
+@pairwise
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dims", [2, 3])
@@ -215,6 +207,7 @@ def test_bad_theta(either_backend, device, dims, mode, padding):
             assert by_theta[0, t, row].abs().max() == 0
 
 
+@pairwise
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])

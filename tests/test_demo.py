@@ -34,7 +34,7 @@ def run_demo(*arguments, **environment):
 def demo(tmp_path_factory):
     """What the demo printed, and its figure."""
     figure = tmp_path_factory.mktemp("demo") / "new" / "figure.png"
-    result = run_demo("--size", 48, "--steps", 20, "--output", figure)
+    result = run_demo("--size", 24, "--steps", 10, "--output", figure)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout, figure
 

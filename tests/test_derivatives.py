@@ -91,7 +91,9 @@ def leaves(tensors):
 @pytest.mark.parametrize("name", SOURCES)
 def test_first_and_second(anywhere, device, name, mode):
     """Reverse, forward, reverse over reverse and forward over reverse, alone and for several at once."""
-    for padding, align_corners in zip(PADDINGS, (False, True, False)):
+    first = list(SOURCES).index(name) + MODES.index(mode)
+    for k in (first % 3, (first + 1) % 3):
+        padding, align_corners = PADDINGS[k], first % 2 == k % 2
         tensors, size = arguments(name, device, images=1 if "3d" in name else 2)
         function = sampler(name, size, mode, padding, align_corners)
         several = mode == "bilinear"  # PyTorch's batching is the same for all modes
@@ -112,7 +114,7 @@ def test_first_and_second(anywhere, device, name, mode):
         )
 
 
-@pytest.mark.parametrize("name", ["grid-2d", "affine-transforms", "projective", "tps", "flow-2d"])
+@pytest.mark.parametrize("name", ["grid-2d", "affine-2d"])
 def test_first_and_second_in_kernels(device, name):
     """The same on the kernels, for some; ``test_backends_agree`` has all."""
     mode = "bicubic" if name == "grid-2d" else "bilinear"
@@ -125,7 +127,11 @@ def test_first_and_second_in_kernels(device, name):
 @pytest.mark.parametrize("name", SOURCES)
 def test_backends_agree(device, name):
     """The kernels' derivatives are those of PyTorch's operators, in every interpolation and padding."""
-    for mode, padding in zip(MODES, ("border", "zeros", "zeros")):
+    modes = list(zip(MODES, ("border", "zeros", "reflection")))
+    if device.type == "cpu":  # the interpreter has time for two of them
+        first = list(SOURCES).index(name)
+        modes = [modes[(first + k) % 3] for k in range(2)]
+    for mode, padding in modes:
         tensors, size = arguments(name, device, channels=2)
         function = sampler(name, size, mode, padding)
         tangents = [torch.randn_like(tensor) for tensor in tensors]

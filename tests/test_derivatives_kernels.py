@@ -21,6 +21,7 @@ from common import (
     assert_close,
     away_from_kinks,
     checked_addresses,
+    pairwise,
     place,
     random_grid,
     random_theta,
@@ -229,6 +230,7 @@ class Problem:
 
 
 # ------------------------------------------------------------------------------- against autograd
+@pairwise
 @every_source
 @pytest.mark.parametrize("interpolation", Interpolation, ids=name)
 @padding_modes
@@ -238,6 +240,7 @@ def test_against_autograd(device, dims, source, interpolation, padding, align_co
     Problem(device, dims, source, interpolation, padding, align_corners).check()
 
 
+@pairwise
 @smooth_modes
 @padding_modes
 @align
@@ -298,6 +301,7 @@ def test_the_image_as_its_own_tangent_gives_the_first_derivative(device, dims, i
 
 
 # ------------------------------------------------------------------------------- dtypes and shapes
+@pairwise
 @pytest.mark.parametrize(
     "dtype, params_dtype",
     [(F32, F32), (torch.float16, F32), (torch.bfloat16, F32), (torch.bfloat16, torch.bfloat16), (F32, F64)],
@@ -311,6 +315,7 @@ def test_dtypes(device, dims, source, interpolation, dtype, params_dtype):
     Problem(device, dims, source, interpolation, Padding.BORDER, **options).check()
 
 
+@pairwise
 @pytest.mark.parametrize("broadcast", [False, True], ids=["", "broadcast"])
 @pytest.mark.parametrize("transforms", [None, 3])
 @pytest.mark.parametrize(
@@ -331,6 +336,7 @@ def test_broadcast_dense_sources(device, source):
     Problem(device, 2, source, BICUBIC, Padding.REFLECTION, broadcast=True, channels=1).check()
 
 
+@pairwise
 @pytest.mark.parametrize("in_size", [(1, 1), (1, 6), (6, 1), (2, 2)], ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (5, 1)], ids=str)
 @padding_modes
@@ -440,6 +446,7 @@ def test_pixels_that_do_not_exist_move_nothing(device, source):
 BAD = (NAN, float("inf"), -float("inf"), 1e30, -1e30, 2.0**31, -(2.0**31), torch.finfo(F32).max)
 
 
+@pairwise
 @pytest.mark.usefixtures("_checked")
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("interpolation", Interpolation, ids=name)

@@ -315,7 +315,7 @@ def theta_gradient(g, by_x, by_y, size, align_corners):
     return torch.stack(rows, 1)
 
 
-WHOLE_SIZES = [(1, 1), (1, 7), (2, 3), (6, 1), (9, 8), (28, 28), (31, 100), (300, 13)]
+WHOLE_SIZES = [(1, 7), (6, 1), (9, 8), (31, 100)]
 
 
 @pytest.mark.parametrize("padding", ["zeros", "border"])

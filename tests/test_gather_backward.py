@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from common import assert_close, number_of, place, random_theta
+from common import assert_close, number_of, pairwise, place, random_theta
 
 from stn_triton import reference
 from stn_triton.kernels.device import affine, sources
@@ -54,6 +54,7 @@ def random_homography(batch, device, tilt=0.3):
     return matrix.to(device)
 
 
+@pairwise
 @pytest.mark.parametrize("way", list(WAYS))
 @pytest.mark.parametrize("source", ["affine", "projective"])
 @INTERPOLATIONS
@@ -73,6 +74,7 @@ def test_planar(device, source, interpolation, padding, align_corners, way):
     assert_close(result, scatter(grad_output, params, (2, 2, 5, 7), modes, source))
 
 
+@pairwise
 @pytest.mark.parametrize("way", list(WAYS))
 @INTERPOLATIONS
 @PADDINGS
@@ -108,13 +110,13 @@ def test_tiles(device, padding, way):
 def test_far_beyond_the_border(device, padding, way):
     """Whole blocks of outputs on all sides of the image, and tiles that they pass by."""
     theta = torch.eye(2, 3, dtype=torch.float64, device=device)[None] * 3
-    grad_output = torch.randn(1, 1, 20, 24, dtype=torch.float64, device=device)
-    for shift in ((0, 0), (2.5, 1.5), (-2.5, -4.5)):
+    grad_output = torch.randn(1, 1, 10, 12, dtype=torch.float64, device=device)
+    for shift in ((0, 0), (2.5, -4.5)):
         theta[0, :, 2] = theta.new_tensor(shift)
         modes = Interpolation.BILINEAR, padding, False
         with configs.override(rows=4, columns=4, out_rows=2, out_columns=2):
-            result = gather(grad_output, theta, (1, 1, 12, 8), modes, candidates=WAYS[way])
-        assert_close(result, scatter(grad_output, theta, (1, 1, 12, 8), modes))
+            result = gather(grad_output, theta, (1, 1, 8, 8), modes, candidates=WAYS[way])
+        assert_close(result, scatter(grad_output, theta, (1, 1, 8, 8), modes))
 
 
 @pytest.mark.parametrize("way", list(WAYS))
@@ -235,6 +237,7 @@ def test_minors_that_underflow(device):
     assert_close(result, scatter(grad_output, theta, (1, 1, 2, 2, 2), modes))
 
 
+@pairwise
 @pytest.mark.parametrize("way", list(WAYS))
 @ALIGN
 @PADDINGS
@@ -471,6 +474,7 @@ def test_no_reader_is_left_out(device, source, fixed_point, align_corners):
     assert visited < 40 * readers, "bounds so wide are no bounds"
 
 
+@pairwise
 @pytest.mark.parametrize("flatness", [1e-2, 1e-3, 4e-4])
 @pytest.mark.parametrize("zoom", [0.05, 1.0, 100.0])
 @pytest.mark.parametrize("fixed_point", [True, False], ids=["fixed-point", "floats"])

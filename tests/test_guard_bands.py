@@ -6,7 +6,6 @@ is checked as well: a value that is read outside and then not used is a fault on
 """
 
 import contextlib
-import itertools
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from common import (
     assert_close,
     away_from_kinks,
     checked_addresses,
+    pairwise,
     place,
     quick_interpreter,
     random_grid,
@@ -41,16 +41,23 @@ OUT_SIZE = {2: (3, 6), 3: (2, 3, 5)}
 # Tiles that divide neither a row, nor the rows, nor the channels.
 RAGGED = {2: {"rows": 2, "columns": 8, "channels": 2}, 3: {"rows": 4, "columns": 8, "channels": 2}}
 
-COMBINATIONS = [
-    pytest.param(
-        *case, id="-".join((f"{case[0]}d", case[1], case[2], case[3], "corners" if case[4] else "edges"))
-    )
-    for case in itertools.product((2, 3), ("grid", "affine"), MODES, PADDINGS, (False, True))
-]
+AXES = {
+    "dims": (2, 3),
+    "source": ("grid", "affine"),
+    "mode": MODES,
+    "padding": PADDINGS,
+    "align_corners": (False, True),
+}
+
+
+def combinations(test):
+    for name, values in AXES.items():
+        test = pytest.mark.parametrize(name, values)(test)
+    return test
+
+
 # The interpreter computes with NumPy, which speaks of the infinities that it meets.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-
-combinations = pytest.mark.parametrize("dims, source, mode, padding, align_corners", COMBINATIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -207,11 +214,12 @@ def hard_layouts(index):
     return tuple(DENSE_LAYOUTS[(index * step + role) % count] for role, step in enumerate((1, 2, 3, 4, 5)))
 
 
+@pairwise
+@pytest.mark.parametrize("layouts", range(len(DENSE_LAYOUTS)))
 @combinations
-def test_sampler_stays_inside(device, monkeypatch, request, dims, source, mode, padding, align_corners):
-    """Both launchers, every combination of modes, ragged tiles: right values, NaNs and canaries untouched."""
-    index = [case.id for case in COMBINATIONS].index(request.node.callspec.id)
-    problem = Problem(device, dims, source, mode, padding, align_corners, hard_layouts(index))
+def test_sampler_stays_inside(device, monkeypatch, dims, source, mode, padding, align_corners, layouts):
+    """Both launchers, every two of the modes, ragged tiles: right values, NaNs and canaries untouched."""
+    problem = Problem(device, dims, source, mode, padding, align_corners, hard_layouts(layouts))
     # the interpreter takes half a second for each program of tricubic sampling
     tile = {"channels": 2} if dims == 3 and mode == "bicubic" else RAGGED[dims]
     with configs.override(**tile):
@@ -220,6 +228,7 @@ def test_sampler_stays_inside(device, monkeypatch, request, dims, source, mode, 
             problem.check_backward()
 
 
+@pairwise
 @pytest.mark.parametrize("source", ["grid", "affine"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("role", ["input", "params", "output", "grad_output", "grad_input"])
@@ -238,6 +247,7 @@ def test_each_layout_of_each_tensor(device, monkeypatch, role, layout, source):
             problem.check_backward()
 
 
+@pairwise
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("source", ["grid", "affine"])
@@ -291,6 +301,7 @@ def test_pixels_that_do_not_exist_read_no_nan(device, source):
 BAD = (NAN, float("inf"), -float("inf"), 1e30, -1e30, 2.0**31, -(2.0**31), torch.finfo(torch.float32).max)
 
 
+@pairwise
 @combinations
 def test_bad_coordinates_stay_inside(device, dims, source, mode, padding, align_corners):
     """Coordinates that mean nothing lead to no address outside the image, forward or backward."""
@@ -326,6 +337,7 @@ def test_bad_coordinates_stay_inside(device, dims, source, mode, padding, align_
 
 
 # ------------------------------------------------------------------------------------- affine_grid
+@pairwise
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
 @pytest.mark.parametrize("dims", [2, 3])

@@ -70,9 +70,8 @@ def run(device, name, dtype, samples, most=None):
 def test_samples(either_backend, device, name, dtype):
     """Every sample input of the operator: outputs and gradients are PyTorch's in float64."""
     samples = OPERATORS[name].sample_inputs("cpu", dtype, requires_grad=True)
-    # The interpreter's time goes by images: it leaves out batches of 10 and 20 volumes, of which PyTorch has
-    # three that differ in nothing else.
-    most = 10**5 if either_backend == "kernels" and device.type == "cpu" else None
+    # The interpreter's time goes by images: it leaves out large batches, which differ in nothing else.
+    most = 10**4 if either_backend == "kernels" and device.type == "cpu" else None
     assert run(device, name, dtype, samples, most) >= 12
 
 
@@ -83,7 +82,7 @@ def test_reference_samples(either_backend, device):
         pytest.skip("this PyTorch has no reference inputs for grid_sample")
     samples = list(info.reference_inputs("cpu", torch.float64))
     if either_backend == "kernels" and device.type == "cpu":
-        samples = samples[::7]  # 345 x 456 pixels each: a few of them in the interpreter, of different modes
+        samples = samples[::25]  # 345 x 456 pixels each: a few of them in the interpreter, of different modes
     assert run(device, info.name, torch.float64, samples) == len(samples) > 0
 
 

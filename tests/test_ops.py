@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from common import random_grid, random_theta
+from common import pairwise, random_grid, random_theta
 from torch._subclasses import FakeTensorMode
 
 import stn_triton as stn
@@ -98,6 +98,8 @@ def opcheck(operator, its_arguments, thorough):
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.name.lower())
 def test_opcheck(either_backend, device, source, dims, layout):
     """Each operator, with dense permuted images and gradients too."""
+    if dims == 3 and either_backend == "kernels" and device.type == "cpu":
+        pytest.skip("the interpreter tells nothing of volumes that it does not tell of images")
     sample_arguments = arguments(source, dims, device, layout)
     thorough = dims == 2 and either_backend == "torch"
     opcheck(NAMESPACE.sample.default, sample_arguments, thorough)
@@ -124,6 +126,7 @@ def test_opcheck_of_grids(either_backend, device, source):
         opcheck(NAMESPACE.grid_backward.default, (torch.randn_like(grid), *place, *rest), thorough)
 
 
+@pairwise
 @pytest.mark.parametrize("layout", list(FORMATS))
 @pytest.mark.parametrize(
     ("source", "transforms"),
@@ -195,6 +198,7 @@ def test_no_transforms(either_backend, device):
     assert theta.grad.shape == theta.shape
 
 
+@pairwise
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.name.lower())

@@ -11,6 +11,7 @@ from common import (
     affine_witness,
     assert_close,
     away_from_kinks,
+    pairwise,
     random_grid,
     random_theta,
     witness,
@@ -57,6 +58,7 @@ def expected(source, input, params, dims, mode, padding_mode, align_corners):
     return witness(input, grid, mode, padding_mode, align_corners), grid.detach(), (input, params)
 
 
+@pairwise
 @pytest.mark.parametrize("source", ["grid", "affine"])
 @dims_and_mode
 @padding
@@ -104,6 +106,7 @@ def test_tricubic(either_backend, device, padding_mode, align_corners):
     assert_close(output, wanted.view(output.shape))
 
 
+@pairwise
 @pytest.mark.filterwarnings("ignore:Since version 1.3.0, affine_grid behavior")  # on unit sizes
 @pytest.mark.parametrize("source", ["grid", "affine"])
 @pytest.mark.parametrize(("dims", "mode"), [(2, "bilinear"), (2, "bicubic"), (3, "bilinear"), (3, "bicubic")])
@@ -165,6 +168,7 @@ def test_channels(device, channels, memory_format):
     assert_close(actual[1], wanted[1], scale=channels**0.5 * 10)
 
 
+@pairwise
 @pytest.mark.filterwarnings("ignore:Since version 1.3.0, affine_grid behavior")  # on unit sizes
 @pytest.mark.parametrize("in_size", [(1, 1), (1, 6), (6, 1), (2, 2)], ids=str)
 @pytest.mark.parametrize("out_size", [(1, 1), (1, 5), (5, 1), (3, 4)], ids=str)
@@ -209,9 +213,7 @@ def test_tile_seams(device, dims):
         assert_close(actual, reference)
     tiles = [
         {"rows": 8, "columns": 8, "channels": 1, "unroll": 4, "splits": 1},
-        {"rows": 16, "columns": 16, "channels": 2, "unroll": 1, "splits": 3},
-        {"rows": 8, "columns": 4, "channels": 4, "unroll": 2, "splits": 2},
-        {"rows": 1, "columns": 32, "channels": 1, "unroll": 3, "splits": 2},
+        {"rows": 8, "columns": 4, "channels": 2, "unroll": 2, "splits": 2},
     ]
     for tile in tiles:
         for actual, reference in zip(run(**tile), plain):
@@ -241,8 +243,7 @@ STRIDES = ["contiguous", "channels_last", "permuted", "sliced", "expanded"]
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("kind", STRIDES)
-@pytest.mark.parametrize("grad_kind", STRIDES)
+@pytest.mark.parametrize(("kind", "grad_kind"), list(zip(STRIDES, STRIDES[2:] + STRIDES[:2])))
 def test_strides(device, dims, kind, grad_kind):
     """Any strides of the image, the parameters and the gradient, with the same results."""
     input, theta = (tensor.detach() for tensor in case("affine", dims, torch.float64, device))
@@ -276,6 +277,7 @@ def test_gradient_of_a_sum(device, dims):
         assert_close(params.grad, leaves[1].grad)
 
 
+@pairwise
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("transforms", [1, 3])
 @pytest.mark.parametrize("batch", ["own", "shared"])
@@ -345,6 +347,7 @@ def test_mixed_dtypes(either_backend, device, image, parameter, mode):
     assert_close(actual[1], wanted[1], DTYPES[parameter])
 
 
+@pairwise
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("dims", [2, 3])
 @padding
@@ -399,6 +402,7 @@ def test_identity(either_backend, device):
 
 
 # ---------------------------------------------------------------------------------------- affine_grid
+@pairwise
 @pytest.mark.filterwarnings("ignore:Since version 1.3.0, affine_grid behavior")  # on unit sizes
 @pytest.mark.parametrize("dims", [2, 3])
 @align

@@ -16,6 +16,7 @@ from common import (
     assert_close,
     away_from_kinks,
     checked_addresses,
+    pairwise,
     place,
     random_grid,
     random_theta,
@@ -137,23 +138,27 @@ def check(
 
 
 PLANAR_SOURCES = (Source.PROJECTIVE, Source.TPS)
-CASES = [
-    pytest.param(*case, id="-".join((f"{case[0]}d", case[1].name.lower(), *case[2:4], "ec"[case[4]])))
-    for case in itertools.product((2, 3), Source, MODES, PADDINGS, (False, True))
-    if case[0] == 2 or case[1] not in PLANAR_SOURCES
-]
+CASES = [(dims, source) for dims in (2, 3) for source in Source if dims == 2 or source not in PLANAR_SOURCES]
 
 
-@pytest.mark.parametrize("dims, source, mode, padding, align_corners", CASES)
-def test_every_mode(device, request, dims, source, mode, padding, align_corners):
-    """Every source in every mode; dtypes and numbers of transforms take turns."""
-    index = [case.id for case in CASES].index(request.node.callspec.id)
-    dtype = (F64, F32, BF16)[(index + index // 3 + index // 9) % 3]
-    transforms = (None, 2)[index % 2] if source not in (Source.GRID, Source.FLOW) else None
+@pairwise
+@pytest.mark.parametrize(
+    "dims, source", CASES, ids=[f"{dims}d-{source.name.lower()}" for dims, source in CASES]
+)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("transforms", [None, 2])
+def test_every_mode(device, dims, source, mode, padding, align_corners, dtype, transforms):
+    """Every source in every mode, of every dtype, with and without transforms."""
+    if source in (Source.GRID, Source.FLOW):
+        transforms = None
     few = {"batch": 1, "size": (2, 1, 2)} if (dims, mode) == (3, "bicubic") else {}
     check(device, dims, source, mode, padding, align_corners, dtype, transforms, channels=2, **few)
 
 
+@pairwise
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -293,6 +298,7 @@ def test_even_crowds(device):
     check(device, 2, Source.AFFINE, "bilinear", "border", False, in_size=(2, 2), size=(9, 13), batch=1)
 
 
+@pairwise
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [F64, F32], ids=["fp64", "fp32"])

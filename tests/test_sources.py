@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from common import MODES, PADDINGS, assert_close, away_from_kinks, witness
+from common import MODES, PADDINGS, assert_close, away_from_kinks, pairwise, witness
 
 import stn_triton as stn
 from stn_triton import ops
@@ -117,6 +117,7 @@ def check(source, input, params, mode, padding_mode, align_corners, dtype=None, 
         assert_close(result, reference)
 
 
+@pairwise
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("mode", MODES)
 @padding
@@ -145,6 +146,7 @@ def test_batches(device, source, batch):
         check(source, image(source, batch, torch.float64, device), params, "bilinear", "zeros", False)
 
 
+@pairwise
 @pytest.mark.parametrize("source", ["projective", "tps"])
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize(
@@ -172,6 +174,7 @@ def test_many_transforms(either_backend, device, source, shared, memory_format):
     assert actual[0].is_contiguous(memory_format=memory_format)
 
 
+@pairwise
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("params_dtype", [torch.float32, None], ids=["fp32-parameters", "half-parameters"])
@@ -181,6 +184,7 @@ def test_half_images(either_backend, device, source, dtype, params_dtype):
     check(source, image(source, 2, dtype, device), params, "bilinear", "zeros", False, dtype)
 
 
+@pairwise
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 @align
@@ -244,6 +248,7 @@ def test_scale_of_a_homography_means_nothing(either_backend, device):
     assert along.abs().max() < 1e-10
 
 
+@pairwise
 @padding
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
