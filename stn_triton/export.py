@@ -8,6 +8,10 @@ are not::
     torch.onnx.export(program, (), "model.onnx", dynamo=True, opset_version=20)
 
 runs on ``aten.grid_sampler_2d`` and ``_3d`` instead, which ONNX has as ``GridSample``.
+
+A model that is given to ``torch.onnx.export``, or to ``torch.jit.trace``, needs nothing of this: while they
+record, the functions run on PyTorch's operators. Only ``dynamo=True`` cannot translate volumes: those of a
+fixed size become single taps, others need ``custom_translation_table=stn.export.onnx_translations()``.
 """
 
 from __future__ import annotations

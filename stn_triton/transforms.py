@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import calls, distributed
-from .calls import elsewhere, has_torch_function, is_unchecked, plain, public, tracing_state
+from .calls import elsewhere, has_torch_function, is_taken, plain, public, tracing_state
 from .checks import check_device, check_int, check_regularization, check_tensor, refuse, to_number
 
 __all__ = [
@@ -307,7 +307,7 @@ def tps_coefficients(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    if has_torch_function(points, control_points) or (tracing_state() and is_unchecked()):
+    if (has_torch_function(points, control_points) or tracing_state()) and is_taken():
         return elsewhere(tps_coefficients, points, control_points, regularization)
     check_tensor("points", points)
     if points.dim() < 2 or points.shape[-1] != 2 or points.shape[-2] < 3:

@@ -311,6 +311,20 @@ def test_operators_of_subclasses(inference):
     torch.testing.assert_close(output, function(x, t))
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", ["grid_sample", "affine_grid_sample", "tps_grid_sample", "similarity"])
+def test_subclasses_compile_whole(name):
+    class Silent(torch.Tensor):
+        pass
+
+    function, tensors = case(name)
+    torch._dynamo.reset()
+    disguise = [tensor.as_subclass(Silent) for tensor in tensors]
+    output = torch.compile(function, fullgraph=True, backend="eager")(*disguise)
+    assert type(output) is Silent
+    torch.testing.assert_close(output.as_subclass(torch.Tensor), function(*tensors))
+
+
 def test_subclass_gradient():
     """A gradient that somebody passes to ``backward``."""
     function, tensors = case("affine_grid_sample")
@@ -484,7 +498,7 @@ def test_onnx_by_trace(name):
     assert_same_in_onnx(file.getvalue(), model, arguments)
 
 
-ONNX = ["net-affine", "net-tps", "control_points", "flow_grid_sample", "volume"]
+ONNX = ["net-affine", "control_points", "flow_grid_sample", "volume"]
 
 
 @QUIET
@@ -497,6 +511,20 @@ def test_onnx_without_decompositions(name):
     model = model if isinstance(model, nn.Module) else Calls(model)
     made = torch.onnx.export(model, arguments, dynamo=True, verbose=False)
     assert_same_in_onnx(made.model_proto.SerializeToString(), model, arguments)
+
+
+@QUIET
+@pytest.mark.usefixtures("quick")
+def test_onnx_of_volumes_of_any_size():
+    """These need a translation, which this package has."""
+    pytest.importorskip("onnxscript")
+    function, (x, t) = case("volume")
+    any_size = dict.fromkeys((0, 2, 3, 4), torch.export.Dim.DYNAMIC), {0: torch.export.Dim.DYNAMIC}
+    made = torch.onnx.export(
+        Calls(function), (x, t), dynamo=True, verbose=False, dynamic_shapes=any_size,
+        custom_translation_table=stn.export.onnx_translations(),
+    )  # fmt: skip
+    assert_same_in_onnx(made.model_proto.SerializeToString(), function, (image(3, (5, 4, 6)), theta(3, 3)))
 
 
 # -------------------------------------------------------------------------------------------------- fx

@@ -211,7 +211,7 @@ ALLOWED_IMPORTS = {
     "distributed": {"calls", "kernels.modes"},
     "transforms": {"calls", "checks", "distributed"},
     "reference": {"calls", "kernels.modes"},
-    "ops": {"kernels", "backend", "reference"},
+    "ops": {"kernels", "backend", "calls", "reference"},
     "autograd": {"ops", "backend", "calls", "distributed", "export", "reference", "kernels.modes"},
     "functional": {"autograd", "calls", "distributed", "transforms", "checks", "kernels.modes"},
     "export": {"ops", "reference", "transforms", "kernels.modes"},
