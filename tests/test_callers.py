@@ -521,7 +521,7 @@ def test_onnx_of_volumes_of_any_size():
     function, (x, t) = case("volume")
     any_size = dict.fromkeys((0, 2, 3, 4), torch.export.Dim.DYNAMIC), {0: torch.export.Dim.DYNAMIC}
     made = torch.onnx.export(
-        Calls(function), (x, t), dynamo=True, verbose=False, dynamic_shapes=any_size,
+        Calls(function), (x, t), dynamo=True, verbose=False, dynamic_shapes=(any_size,),
         custom_translation_table=stn.export.onnx_translations(),
     )  # fmt: skip
     assert_same_in_onnx(made.model_proto.SerializeToString(), function, (image(3, (5, 4, 6)), theta(3, 3)))
