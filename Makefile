@@ -2,7 +2,7 @@
 # ARGS= goes to pytest, `make test ARGS="-k affine -x"`, or to the report, `make kernels ARGS=--check`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint compile compile-oldest kernels host bench sweep plot tune gpu dist clean
+.PHONY: help demo test lint compile older-tritons versions kernels host bench sweep plot tune gpu dist clean
 .NOTPARALLEL:
 
 ifdef PY
@@ -19,10 +19,16 @@ if workers > 1 and importlib.util.find_spec("xdist"):
 endef
 export WORKERS
 
-# The oldest Triton supported, and the NumPy that its interpreter can work with.
-OLDEST := build/triton-3.6
-OLDEST_REQUIREMENTS := triton==3.6.0 'numpy<2.4'
-OLDEST_TESTS := tests/test_compile.py tests/test_oldest_triton.py
+# The supported versions of Triton before the newest, each beside the PyTorch at hand. Together they compile the
+# eight parts of the subset of specialisations; the newest compiles all of them.
+OLDER := 3.6 3.7 3.8
+REQUIREMENTS_3.6 := 'triton==3.6.*' 'numpy<2.4'
+REQUIREMENTS_3.7 := 'triton==3.7.*'
+REQUIREMENTS_3.8 := 'triton==3.8.*'
+PARTS_3.6 := 1 2 3 4
+PARTS_3.7 := 5 6
+PARTS_3.8 := 7 8
+OLDER_TESTS = tests/test_triton_versions.py $(PARTS_$*:%='tests/test_compile.py::test_specialisations_compile[%]')
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -30,9 +36,9 @@ help: ## list the targets
 demo: ## run the demonstration
 	@py=$$(.ci/venv demo) && "$$py" -m examples.demo
 
-test: ## run all tests, those under the oldest Triton included
+test: ## run all tests, those under older versions of Triton included
 	@py=$$(.ci/venv test) || exit 1; status=0; \
-	$(MAKE) --no-print-directory compile-oldest OPTIONAL=1 PY="$$py" || status=1; \
+	$(MAKE) --no-print-directory -k older-tritons OPTIONAL=1 PY="$$py" || status=1; \
 	"$$py" -m pytest $$("$$py" -c "$$WORKERS") $(ARGS) || status=1; \
 	exit $$status
 
@@ -44,24 +50,28 @@ lint: ## check style and types
 	exit $$status
 
 compile: ## compile every kernel specialisation for GPUs that need not be there
-	@py=$$(.ci/venv test) && "$$py" -m stn_triton.kernels.specialisations --all
+	@py=$$(.ci/venv test) && "$$py" -m bench.specialisations --all
+
+older-tritons: $(OLDER:%=triton-%) ## run what versions of Triton could differ in under each older one
 
 # With OPTIONAL=1 a Triton that cannot be had is reported, but is no failure. The directory comes into being
 # complete or not at all.
-compile-oldest: ## run the compile tests under the oldest supported Triton
-	@py=$$(.ci/venv test) || exit 1; \
-	tests=$$(ls $(OLDEST_TESTS) 2>/dev/null); \
-	[ -n "$$tests" ] || { echo "oldest Triton: skipped, no $(OLDEST_TESTS)"; exit 0; }; \
-	case $$("$$py" -c 'import triton; print(triton.__version__)') in 3.6.*) \
-		echo "oldest Triton: skipped, the environment's is that already"; exit 0;; esac; \
-	if [ ! -d $(OLDEST) ]; then \
-		rm -rf $(OLDEST).part; \
+triton-%:
+	@py=$$(.ci/venv test) || exit 1; dir=build/triton-$*; \
+	case $$("$$py" -c 'import triton; print(triton.__version__)') in $*.*) \
+		echo "Triton $*: skipped, the environment's is that already"; exit 0;; esac; \
+	if [ ! -d $$dir ]; then \
+		rm -rf $$dir.part; \
 		"$$py" -m pip --disable-pip-version-check -qq --retries 1 install \
-			--no-deps --target $(OLDEST).part $(OLDEST_REQUIREMENTS) && mv $(OLDEST).part $(OLDEST) || { \
-			echo "oldest Triton: skipped, pip cannot get $(OLDEST_REQUIREMENTS)"; [ -n "$(OPTIONAL)" ]; exit; }; \
+			--no-deps --target $$dir.part $(REQUIREMENTS_$*) && mv $$dir.part $$dir || { \
+			echo "Triton $*: skipped, pip cannot get" $(REQUIREMENTS_$*); [ -n "$(OPTIONAL)" ]; exit; }; \
 	fi; \
-	echo "oldest Triton: running" $$tests; \
-	PYTHONPATH="$(CURDIR)/$(OLDEST):$(CURDIR)" "$$py" -m pytest $$("$$py" -c "$$WORKERS") $$tests
+	echo "Triton $*: running" $(OLDER_TESTS); \
+	PYTHONPATH="$(CURDIR)/$$dir:$(CURDIR)" "$$py" -m pytest $$("$$py" -c "$$WORKERS") $(OLDER_TESTS)
+
+# By hand: two of the four bring gigabytes. Without an index of CPU builds name one, PIP_EXTRA_INDEX_URL=...
+versions: ## run the telling tests on each pair of PyTorch and Triton, in environments of their own under build/
+	@.ci/versions $(ARGS)
 
 kernels: ## report what the compiler made of the kernels; ARGS=--update-budget makes it the budget
 	@py=$$(.ci/venv test) && "$$py" -W ignore -m bench.report $(ARGS)

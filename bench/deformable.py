@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stn_triton.kernels.host.files import replacing
 from stn_triton.nn import SpatialTransformer, localisation_fcn
 from stn_triton.transforms import control_lattice, tps_coefficients
 
@@ -312,10 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nTimes on a CPU, of PyTorch's operators throughout: that it runs, and nothing else.")
     if options.output:
         content = {"facts": facts(device), "rows": [row._asdict() for row in rows]}
-        scratch = options.output.with_suffix(".part")
-        scratch.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(scratch, options.output)
+        with replacing(options.output) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n")
     return 0
 
 

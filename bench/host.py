@@ -41,7 +41,8 @@ from triton.backends.compiler import GPUTarget
 
 import stn_triton as stn
 from stn_triton import backend
-from stn_triton.kernels import configs, launch
+from stn_triton.kernels.host import configs, launch
+from stn_triton.kernels.host.files import replacing
 
 from . import machine
 
@@ -353,7 +354,8 @@ def main() -> int:
                 results["results"][name] = measure(case, effort)
                 print(table({name: results["results"][name]}), flush=True)
                 if options.json is not None:  # now: what was measured is kept if the rest is cut off
-                    options.json.write_text(json.dumps(results, indent=1) + "\n")
+                    with replacing(options.json) as part:
+                        part.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

@@ -22,6 +22,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from stn_triton.kernels.host.files import replacing
+
 from .results import Entry, Results, conditions, load
 
 # In the order of the bars, ours last. Distinct in grey as well, ours the darkest.
@@ -158,14 +160,14 @@ def _finish(figure: Figure, results: Results) -> Figure:
 def draw(results: Results, folder: Path) -> list[Path]:
     """Writes the pictures; their paths."""
     written = []
-    folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
         for name, make in (("bars", bars), ("roofline", roofline)):
             figure = make(results)
             for suffix in ("svg", "png"):
                 path = folder / f"{name}.{suffix}"
                 metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-                figure.savefig(path, dpi=160, metadata=metadata)
+                with replacing(path) as part:
+                    figure.savefig(part, dpi=160, metadata=metadata)
                 written.append(path)
             plt.close(figure)
     return written

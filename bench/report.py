@@ -50,11 +50,12 @@ import torch
 import triton
 from torch import Tensor
 
+from bench import specialisations
 from bench.assembly import Code, Instruction, Line, Loop, parse_amdgcn, parse_sass, traffic
-from stn_triton.kernels import derivatives, gather, grid, sample, specialisations
-from stn_triton.kernels import sorted as sorted_kernels
+from bench.specialisations import TARGETS, Launch, field_of
+from stn_triton.kernels import derivatives, gather, grid, sample, sort
+from stn_triton.kernels.host.files import replacing
 from stn_triton.kernels.modes import Interpolation, Padding, Source
-from stn_triton.kernels.specialisations import TARGETS, Launch
 
 BUDGET = Path(__file__).with_name("budget.json")
 KERNELS = Path(sample.__file__).parent
@@ -66,7 +67,7 @@ BYTES_PER_SECOND = 4.3e12
 WARP_INSTRUCTIONS_PER_SECOND = 132 * 4 * 1.755e9
 
 GROWTH = 1.1
-GROWING = ("registers", "code", "issued", "spills")
+GROWING = ("registers", "code", "per_pixel", "spills")
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DTYPE_NAMES = {F16: "f16", BF16: "bf16", F32: "f32"}
@@ -110,8 +111,8 @@ KERNEL_OF = {
     "scatter": "sample_backward_kernel",
     "params": "sample_backward_kernel",
     "both": "sample_backward_kernel",
-    "sorted-keys": "sorted_keys_kernel",
-    "sorted-sums": "sorted_sum_kernel",
+    "sorted-keys": "sort_keys_kernel",
+    "sorted-sums": "sort_sums_kernel",
     "grid": "grid_kernel",
     "grid-backward": "grid_kernel",
     "jvp": "sample_jvp_kernel",
@@ -154,7 +155,7 @@ def _case(
         image = _image(n, channels, size, dtype, last)
         output = torch.empty_like(image)
         total = image if dtype == F32 else torch.empty_like(image, dtype=F32)
-        moved = torch.empty((n, 1, *size, dims), device="meta")
+        coord_tangent = torch.empty((n, 1, *size, dims), device="meta")
         if direction == "forward":
             sample.sample_forward(image, params, controls, output, *kinds)
         elif direction == "gather":
@@ -167,7 +168,7 @@ def _case(
             total = torch.empty_like(image, dtype=F32)
             sample.sample_backward(output, image, params, controls, total, *kinds, True)
         elif direction.startswith("sorted"):
-            sorted_kernels.sorted_backward(output, params, controls, image, *kinds)
+            sort.sorted_backward(output, params, controls, image, *kinds)
         elif direction == "grid":
             points = torch.empty((n, *size, dims), dtype=dtype, device="meta")
             grid.grid_forward(params, controls, points, kinds[0], False)
@@ -175,10 +176,12 @@ def _case(
             points = torch.empty((n, *size, dims), dtype=dtype, device="meta")
             grid.grid_backward(points, params, controls, kinds[0], False)
         elif direction == "jvp":
-            derivatives.sample_jvp(image, torch.empty_like(image), params, controls, moved, output, *kinds)
+            tangents = torch.empty_like(image), params, controls, coord_tangent
+            derivatives.sample_jvp(image, *tangents, output, *kinds)
         else:
-            tangent, total = torch.empty_like(image), torch.empty_like(image, dtype=F32)
-            derivatives.sample_hvp(output, image, tangent, params, controls, moved, total, *kinds, True)
+            tangents = torch.empty_like(image), params, controls, coord_tangent
+            total = torch.empty_like(image, dtype=F32)
+            derivatives.sample_hvp(output, image, *tangents, total, *kinds, True)
 
     return Case(
         "-".join([*names, "+".join(types)]),
@@ -305,21 +308,30 @@ TRIPS: dict[tuple[str, str], Trips] = {
     ("*", "block"): lambda arguments, case: arguments["split_blocks"],
     # of the two ways, the dearer one: blocks of which not all pixels are read inside the image
     ("*", "step"): lambda arguments, case: arguments["steps"],
-    ("tps_coordinates", "k"): lambda arguments, case: arguments["controls"],
-    ("tps_backward", "k0"): lambda arguments, case: -(-arguments["controls"] // 16),
+    ("tps_coordinates", "k"): lambda arguments, case: arguments["num_controls"],
+    ("tps_backward", "k0"): lambda arguments, case: -(-arguments["num_controls"] // 16),
     ("gather_backward_kernel", "t"): lambda arguments, case: arguments["transforms"],
-    ("gather_backward_kernel", "i"): _always(1),
-    ("search", "i"): _always(1),
+    ("find_candidates", "i"): _always(1),
+    ("add_transform", "i"): _always(1),
     **{("add_by_pixel", axis): _readers(number) for number, axis in enumerate("xyz")},
     ("add_by_output", "start"): _always(0),
     ("add_by_output", "_"): _always(0),
     **{("add_block", axis): _always(0) for axis in "xyz"},
-    ("sorted_sum_kernel", "number"): lambda arguments, case: arguments["lists"],
-    ("sorted_sum_kernel", "row"): lambda arguments, case: len(READERS[case.interpolation][:2]),
-    ("sorted_sum_kernel", "k"): _readers(0),
-    ("sorted_sum_kernel", "while"): _always(0),
-    ("sorted_sum_kernel", "start"): _always(0),
+    ("sort_sums_kernel", "number"): lambda arguments, case: arguments["lists"],
+    ("sort_sums_kernel", "cell"): lambda arguments, case: len(READERS[case.interpolation][:2]),
+    ("add_row", "i"): _readers(0),
+    ("add_row", "while"): _always(0),
+    ("add_row", "start"): _always(0),
 }
+
+
+def kernel_file(file: str) -> Path | None:
+    """The source of the kernels that a name in the code's line table means; None for any other file."""
+    parts = Path(file).parts
+    if "kernels" not in parts:
+        return None
+    path = KERNELS.joinpath(*parts[len(parts) - parts[::-1].index("kernels") :])
+    return path if path.exists() else None
 
 
 @functools.cache
@@ -328,8 +340,8 @@ def _scopes(file: str) -> list[tuple[range, str, str | None]]:
 
     Of a source file of the kernels; of any other, nothing.
     """
-    path = KERNELS / Path(file).name
-    if not path.exists() or Path(file).parent.name != "kernels":
+    path = kernel_file(file)
+    if path is None:
         return []
     found: list[tuple[range, str, str | None]] = []
 
@@ -368,12 +380,18 @@ def loop_of(line: Line | None) -> tuple[str, str] | None:
 
 def reads_image(instruction: Instruction) -> bool:
     """Whether a load is one of pixels: not of parameters, and not of the sorted backward's lists."""
-    if instruction.line is None:
+    path = kernel_file(instruction.line[0]) if instruction.line else None
+    if instruction.line is None or path is None:
         return False
-    file, number = instruction.line
-    return Path(file).name != "sources.py" and not re.search(
-        r"\b(order|record|starts?)\w*", linecache.getline(str(KERNELS / Path(file).name), number)
+    return path.name != "sources.py" and not re.search(
+        r"\b(order|indices|fractions|starts?)\w*", linecache.getline(str(path), instruction.line[1])
     )
+
+
+def logarithms(instructions: Iterable[Instruction]) -> int:
+    """Those of splines: in each an exponent becomes a float."""
+    converted = (each for each in instructions if re.match(r"I2FP?\b|v_cvt_f32_i32", each.op))
+    return sum(function_of(each.line) == "tps_log" for each in converted)
 
 
 def source_loops(loop: Loop, code: Code) -> list[tuple[str, str]]:
@@ -400,8 +418,8 @@ def unrolled(loop: Loop, code: Code, pixels: float) -> tuple[int, int]:
 
     alike = [o for o in code.loops if source_loops(o, code) == keys and parents(o) == parents(loop)]
     counted = {id(other): traffic(code.inside(other)) for other in alike}
-    if keys == [("tps_coordinates", "k")] and counted[id(loop)].special["lg2"]:
-        sizes = {key: counts.special["lg2"] / max(pixels, 1) for key, counts in counted.items()}
+    if keys == [("tps_coordinates", "k")] and logarithms(code.inside(loop)):
+        sizes = {id(other): logarithms(code.inside(other)) / max(pixels, 1) for other in alike}
         least = 1.0
     else:
         sizes = {key: counts.loads.total() + counts.adds.total() for key, counts in counted.items()}
@@ -458,16 +476,18 @@ def _read(compiled: Any) -> tuple[list[Instruction], int, int]:
 def moved_bytes(launch: Launch) -> int:
     """Bytes of the launch's tensors, each once; of one that is added to, twice."""
     arguments = launch.arguments
+    into_input = field_of(arguments["SPEC"], "input_grad")
     unused = set()
-    if not arguments.get("SOURCE_GRAD", True):
-        unused |= {"input_ptr", "grad_source_ptr"}
-    if not arguments.get("INPUT_GRAD", True):
-        unused |= {"grad_input_ptr"}
+    if launch.compiled.name == "sample_backward_kernel":
+        if not field_of(arguments["SPEC"], "source_grad"):
+            unused |= {"input_ptr", "partial_ptr"}
+        if not into_input:
+            unused |= {"grad_input_ptr"}
     total, seen = 0, set()
     for name, value in arguments.items():
         if isinstance(value, Tensor) and name not in unused and id(value) not in seen:
             seen.add(id(value))
-            added = name == "grad_input_ptr" and arguments.get("INPUT_GRAD", False)
+            added = name == "grad_input_ptr" and into_input
             total += value.numel() * value.element_size() * (2 if added else 1)
     return total
 
@@ -478,7 +498,8 @@ def measure(launch: Launch, case: Case, target: str) -> dict[str, Any]:
     instructions, registers, noted_spills = _read(compiled)
     code, counted = Code(instructions), traffic(instructions)
     lanes, warps = TARGETS[target].warp_size, compiled.metadata.num_warps
-    pixels = launch.arguments["BLOCK_ROWS"] * launch.arguments["BLOCK_COLUMNS"] / (lanes * warps)
+    spec = launch.arguments["SPEC"]
+    pixels = field_of(spec, "rows") * field_of(spec, "columns") / (lanes * warps)
     trips = {id(loop): trips_of(loop, code, launch, case, pixels) for loop in code.loops}
 
     def once(loop: Loop) -> float:
@@ -507,7 +528,7 @@ def measure(launch: Launch, case: Case, target: str) -> dict[str, Any]:
         "atomics": dict(sorted(counted.atomics.items())),
         "swaps": counted.swaps,
         "fences": counted.fences.total(),
-        "logarithms": counted.special["lg2"],
+        "logarithms": logarithms(code.instructions),
         "special": dict(sorted(counted.special.items())),
         "image_loads": dict(sorted(traffic(filter(reads_image, instructions)).loads.items())),
         "code": len(instructions),
@@ -573,7 +594,8 @@ class Budget(NamedTuple):
             lines.append(f"    {json.dumps(name)}: {{\n      " + ",\n      ".join(rows) + "\n    }")
         rest = ",\n".join(f"    {json.dumps(exception)}" for exception in self.exceptions)
         head = f'{{\n  "triton": {json.dumps(self.triton)},\n  "exceptions": [\n{rest}\n  ],\n  "cases": {{\n'
-        BUDGET.write_text(head + ",\n".join(lines) + "\n  }\n}\n")
+        with replacing(BUDGET) as part:
+            part.write_text(head + ",\n".join(lines) + "\n  }\n}\n")
 
     def excused(self, rule: str, name: str, target: str) -> bool:
         return any(
@@ -605,7 +627,7 @@ def broken_rules(case: Case | None, target: str, row: dict[str, Any]) -> Iterato
         return
     if set(row["image_loads"]) != {16}:
         yield "vectors", f"loads of images by bytes a lane are {row['image_loads']}: all must be 16"
-    writes = case.kernel in ("sample_forward_kernel", "gather_backward_kernel", "sorted_sum_kernel")
+    writes = case.kernel in ("sample_forward_kernel", "gather_backward_kernel", "sort_sums_kernel")
     if writes and set(row["stores"]) != {16}:
         yield "vectors", f"stores by bytes a lane are {row['stores']}: all must be 16"
     if target in ("sm_90", "sm_100") and set(row["adds"]) - {"f32x4"}:
@@ -782,7 +804,8 @@ def main() -> int:
     results = dict(zip(work, run_all(work, options.jobs)))
     if options.json:
         data = [{"target": target, "case": name, **row} for (target, name), row in results.items()]
-        Path(options.json).write_text(json.dumps({"triton": triton.__version__, "cases": data}, indent=1))
+        with replacing(Path(options.json)) as part:
+            part.write_text(json.dumps({"triton": triton.__version__, "cases": data}, indent=1))
     if options.check:
         found = complaints(results, budget)
         for line in [*found, HELP] if found else []:

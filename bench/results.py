@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from stn_triton.kernels.host.files import replacing
 
 SCHEMA = 1
 # Two results are of one run if these agree; other facts of the machine may differ (date, clocks).
@@ -101,21 +102,24 @@ class Results:
 
     def save(self, path: Path) -> None:
         """All or nothing: who is killed in it leaves what was there before."""
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n")
-        os.replace(part, path)
+        with replacing(path) as part:
+            part.write_text(json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n")
 
 
 def load(path: Path) -> Results:
-    """Raises ValueError for a file of another schema."""
-    data = json.loads(path.read_text())
-    if data.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema {data.get('schema')!r}, this code reads {SCHEMA}")
-    entries = [
-        Entry(**entry | {"measurements": [Measurement(**m) for m in entry["measurements"]]})
-        for entry in data.pop("entries")
-    ]
-    return Results(**data, entries=entries)
+    """Raises ValueError for a file that is damaged or of another schema."""
+    try:
+        data = json.loads(path.read_text())
+        schema = data.get("schema")
+        if schema == SCHEMA:
+            entries = [
+                Entry(**entry | {"measurements": [Measurement(**m) for m in entry["measurements"]]})
+                for entry in data.pop("entries")
+            ]
+            return Results(**data, entries=entries)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, make it anew: {type(error).__name__}: {error}") from error
+    raise ValueError(f"{path}: schema {schema!r}, this code reads {SCHEMA}")
 
 
 # ------------------------------------------------------------------------------------------------ the table

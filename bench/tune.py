@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import stn_triton as stn
-from stn_triton.kernels import tables, tuning
+from stn_triton.kernels.host import tables, tuning
 
 from . import machine, rivals, timing
 from .cases import CASES, QUICK, Case, make_inputs
@@ -35,7 +35,7 @@ from .cases import CASES, QUICK, Case, make_inputs
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
     """Inside, the search compiles what it would time and finds nothing faster."""
-    from stn_triton.kernels import launch
+    from stn_triton.kernels.host import launch
 
     def compile_only(kernel: Any, programs: int, device: torch.device, *args: Any, **kwargs: Any) -> None:
         kernel.warmup(*args, grid=(programs,), **kwargs)
@@ -97,8 +97,8 @@ def check(cases: Sequence[Case], device: torch.device) -> list[str]:
     return wrong
 
 
-def shipped(content: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
-    """The table to ship: of a user's, where the rules were slower, what is to be instead of theirs."""
+def shipped(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entries to ship: of a user's, where the rules were slower, what is to be instead of theirs."""
     entries = {}
     for key, entry in sorted(content["entries"].items()):
         rules = entry["rules"]
@@ -106,7 +106,7 @@ def shipped(content: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
         if fields:
             times = {name: round(entry[name], 5) for name in ("milliseconds", "milliseconds_by_the_rules")}
             entries[key] = {"fields": fields, **times}
-    return {"format": tables.FORMAT, **about, "entries": entries}
+    return entries
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -162,19 +162,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         left = tune(cases, device, options.budget_seconds - (time.monotonic() - start))
         done = [case for case in cases if case not in left]
         wrong = check(done, device)
-    content = tables.read(tables.user_table(device).path) or {"entries": {}}
+    found = tables.user_table(device).path
+    if found is None:
+        print(f"{options.work} cannot be used", file=sys.stderr)
+        return 1
+    content = tables.read(found) or {"entries": {}}
     target = options.out / f"{tables.architecture(device)}.json"
     if wrong:
         print(f"wrong results, {target} is left as it is:", *wrong, sep="\n    ")
         return 1
     facts = machine.facts(device, options.commit)
     about = {name: facts[name] for name in ("device", "driver", "torch", "triton", "commit", "date")}
-    table = shipped(content, about)
-    old = tables.read(target) or {"entries": {}}  # what was not searched now stays
-    kept = {key: entry for key, entry in old["entries"].items() if key not in content["entries"]}
-    tables.write(target, {**table, "entries": kept | table["entries"]})
-    print(f"{target}: {len(table['entries'])} of {len(content['entries'])} problems faster than by the rules")
-    for key, entry in table["entries"].items():
+    about["architecture"] = tables.architecture(device)
+    entries = shipped(content)
+    # what was not searched now stays
+    only = {"architecture": about["architecture"]}
+    tables.update(target, about, entries, only, without=content["entries"])
+    print(f"{target}: {len(entries)} of {len(content['entries'])} problems faster than by the rules")
+    for key, entry in entries.items():
         print(
             f"    {key}: {entry['milliseconds_by_the_rules']} -> {entry['milliseconds']} ms {entry['fields']}"
         )

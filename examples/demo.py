@@ -27,12 +27,13 @@ from torch import Tensor
 
 GPU = next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), None)
 DEVICE = "cpu" if GPU is None or os.environ.get("TRITON_INTERPRET") == "1" else GPU
-if DEVICE == "cpu":
+if DEVICE == "cpu" and importlib.util.find_spec("triton") is not None:
     # To be set before Triton is imported. Whoever sets it to 0 gets PyTorch's operators alone.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import stn_triton as stn  # noqa: E402
 from examples import straighten  # noqa: E402
+from examples.files import replacing  # noqa: E402
 from stn_triton import backend, viz  # noqa: E402
 
 Sampler = Callable[[Tensor, Tensor], Tensor]
@@ -454,8 +455,8 @@ def draw_figure(columns: Sequence[Column], digits: straighten.Straightened, outp
         axes = add_axes(left + k * (across + 3), top, across, down)
         axes.imshow(zoomed[0].clamp(0, 1).permute(1, 2, 0).cpu().numpy(), aspect="auto")
         write(left + k * (across + 3), top + down + 17, mode)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=100)
+    with replacing(output) as part:
+        figure.savefig(part, dpi=100)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -476,8 +477,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"this needs {' and '.join(missing)}: pip install stn_triton[demo]")
 
     chosen = backend.select(DEVICE)
-    if chosen.name == "interpreter" and importlib.util.find_spec("triton") is None:
-        chosen = backend.Backend("torch", "Triton is not installed")
     names: list[backend.Name] = [chosen.name]
     if chosen.name == "interpreter":
         names.append("torch")

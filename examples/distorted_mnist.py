@@ -7,7 +7,6 @@ done is not run again, one that was stopped goes on, and the table shows what th
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from bench.machine import facts
 from examples import models
 from examples.data import DISTORTIONS, Digits, Distortion, Mnist, Similar, load_mnist
+from examples.files import load, read_json, reading, replacing, write_json, write_text
 from examples.outputs import Panel, save_animation, save_picture, warmed_up
 from examples.training import (
     Config,
@@ -32,8 +32,6 @@ from examples.training import (
     processes,
     rank,
     train,
-    write_json,
-    write_text,
 )
 from stn_triton.nn import SpatialTransformer
 from stn_triton.transforms import compose, invert
@@ -57,6 +55,10 @@ FACTS = {
     "Triton": "triton",
     "Commit": "commit",
 }
+RESULT = (  # what a result tells
+    *("job", "error", "parameters", "budget", "seconds", "trained_together", "data", "config", "facts"),
+)
+REMEDY = "Delete its folder, and the model is trained again"
 TEST_SEED = 2015  # of the test set's distortions, the same for all
 SHOWN = 6  # digits in the pictures
 SHOWN_LABEL = 3  # of some of them
@@ -184,9 +186,9 @@ def run(jobs: Sequence[Job], mnist: Mnist, settings: Settings, output: Path) -> 
     for index, job in enumerate(jobs):
         net = trained.model.replica(index) if isinstance(trained.model, Replicas) else trained.model
         own = output / "runs" / str(job)
-        own.mkdir(parents=True, exist_ok=True)
         grids = [(step, kept[index] if together else kept) for step, kept in trained.snapshots]
-        torch.save({"model": net.state_dict(), "snapshots": grids}, own / "model.pt")
+        with replacing(own / "model.pt") as part:
+            torch.save({"model": net.state_dict(), "snapshots": grids}, part)
         result = {
             "job": job._asdict(),
             "error": trained.figures[f"{index}/error" if together else "error"],
@@ -214,6 +216,7 @@ def pending(
 
     Raises:
         ValueError: a result there is of other settings.
+        DataError: a result there is damaged.
     """
     left = []
     for job in jobs:
@@ -221,9 +224,11 @@ def pending(
         if not path.exists():
             left.append(job)
             continue
-        done = json.loads(path.read_text())
+        done = read_json(path, REMEDY)
         config, parameters = settings(job.model)
-        if (done["config"], done["budget"], done["data"]) != (asdict(config), parameters, source):
+        with reading(path, REMEDY):
+            its = done["config"], done["budget"], done["data"]
+        if its != (asdict(config), parameters, source):
             raise ValueError(f"{path} is of other settings: name another --output, or delete it")
     if not together:
         return [[job] for job in left]
@@ -236,7 +241,21 @@ def pending(
 
 # --------------------------------------------------------------------------------------------------- table
 def results(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(output.glob("runs/*/result.json"))]
+    """What was written so far.
+
+    Raises:
+        DataError: one of the files is damaged.
+    """
+    found = []
+    for path in sorted(output.glob("runs/*/result.json")):
+        result = read_json(path, REMEDY)
+        with reading(path, REMEDY):
+            missing = [name for name in RESULT if name not in result]
+            if missing:
+                raise ValueError(f"it lacks {', '.join(missing)}")
+            Job(**result["job"])
+        found.append(result)
+    return found
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
@@ -306,9 +325,11 @@ def draw_results(output: Path, jobs: Sequence[Job], budgets: dict[Job, int], mni
     panels: list[Panel] = []
     frames: dict[int, list[Panel]] = defaultdict(list)
     for job in shown:
-        kept = torch.load(output / "runs" / str(job) / "model.pt", map_location=device, weights_only=True)
+        path = output / "runs" / str(job) / "model.pt"
+        kept = load(path, REMEDY, map_location=device)
         net = build(job, budgets[job], device).eval()
-        net.load_state_dict(kept["model"])
+        with reading(path, REMEDY):
+            net.load_state_dict(kept["model"])
         transformer, images = net.transformer, torch.cat([one, several])
         with torch.no_grad():
             panels += _panels(job.model, transformer, images, transformer.localise(images))

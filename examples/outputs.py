@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.machine import facts
-from examples.training import Config, write_json, write_text
+from examples.files import replacing, write_json, write_text
+from examples.training import Config
 from stn_triton import viz
 from stn_triton.nn import SpatialTransformer
 
@@ -97,7 +98,6 @@ def save_table(
         "settings": settings,
         "facts": described,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / f"{name}.md", text)
     write_json(folder / f"{name}.json", content)
     return text
@@ -175,8 +175,8 @@ class Panel(NamedTuple):
 
 def save_picture(path: Path, panels: Sequence[Panel], title: str, columns: int = 10) -> None:
     """A PNG: inputs with the transformers' grids, and below each what the transformers made of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _draw(panels, title, columns).savefig(path, dpi=80)
+    with replacing(path) as part:
+        _draw(panels, title, columns).savefig(part, dpi=80)
 
 
 def save_animation(path: Path, frames: Sequence[tuple[str, Sequence[Panel]]], columns: int = 10) -> None:
@@ -191,8 +191,10 @@ def save_animation(path: Path, frames: Sequence[tuple[str, Sequence[Panel]]], co
         figure.canvas.draw()
         images.append(Image.fromarray(numpy.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(32))
     durations = [150] * (len(images) - 1) + [2000]  # milliseconds
-    path.parent.mkdir(parents=True, exist_ok=True)
-    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True)
+    with replacing(path) as part:
+        images[0].save(
+            part, save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True
+        )
 
 
 def save_training(

@@ -6,8 +6,6 @@ and 1 the outer edges. Scenes are made once, by seed, and stay on the device as 
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Generator, Tensor
 
 import stn_triton as stn
 from examples.data import INK, SIDE, Digits
+from examples.files import load, replacing
 from stn_triton.transforms import attention
 
 PHOTOGRAPHS = (
@@ -104,17 +103,17 @@ def paste(canvas: Tensor, ink: Tensor, centre: Tensor, reach: Tensor, generator:
     return canvas + mask * (colour[..., None, None] - canvas)
 
 
+REMAKE = "Delete it, and it is made again"
+
+
 def remembered(path: Path, make: Callable[[], Any]) -> Any:
-    """What ``make`` returns, kept in a file that comes into being complete or not at all."""
+    """What ``make`` returns, kept in a file that comes into being complete or not at all.
+
+    Raises:
+        DataError: the file is damaged.
+    """
     if not path.exists():
         made = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as scratch:
-            try:
-                torch.save(made, scratch)
-                scratch.close()
-                os.replace(scratch.name, path)
-            except BaseException:
-                os.unlink(scratch.name)
-                raise
-    return torch.load(path, weights_only=True, mmap=True)
+        with replacing(path) as part:
+            torch.save(made, part)
+    return load(path, REMAKE, mmap=True)

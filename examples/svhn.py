@@ -21,6 +21,7 @@ import stn_triton as stn
 from bench.machine import facts
 from bench.timing import own_stream, time_device
 from examples.data import load_mnist
+from examples.files import write_json, write_text
 from examples.models import count
 from examples.outputs import (
     Panel,
@@ -43,7 +44,7 @@ from examples.svhn_data import (
     make_stand_in,
 )
 from examples.svhn_models import KINDS, TorchTransformer, sequence_errors, sequence_loss, svhn_net
-from examples.training import Config, Task, processes, rank, write_json, write_text
+from examples.training import Config, Task, processes, rank
 from stn_triton.nn import SpatialTransformer
 from stn_triton.transforms import compose
 
@@ -182,7 +183,6 @@ def measure_steps(options: argparse.Namespace, config: Config, device: torch.dev
     shape = f"Batches of {config.batch}, {options.size} px, width {options.width:g}"
     found = step_times(options.size, config.batch, options.width, device)
     table = step_table(found, device, shape)
-    options.output.mkdir(parents=True, exist_ok=True)
     content = {"facts": facts(device), "size": options.size, "batch": config.batch, "width": options.width}
     write_json(options.output / "svhn_step.json", content | {"steps": found})
     write_text(options.output / "svhn_step.md", "# SVHN: the time of a step\n\n" + table)

@@ -20,7 +20,7 @@ from examples.svhn_models import KINDS, svhn_net
 from stn_triton.nn import SpatialTransformer
 
 FLOAT, INDEX, MASK = 4, 8, 1  # bytes
-COUNTED = nn.Conv2d, nn.Linear, nn.ReLU, nn.Dropout, nn.MaxPool2d
+COUNTED = nn.ReLU, nn.Dropout, nn.MaxPool2d  # besides convolutions and linear layers
 BALANCES = 15, 100
 """Operations that a GPU does while it moves a byte: about an H200's in float32, and in TF32."""
 
@@ -52,6 +52,15 @@ def summed(costs: Sequence[Cost]) -> Cost:
     return Cost(sum(one.flops for one in costs), sum(one.bytes for one in costs))
 
 
+def has_weight(module: nn.Module) -> bool:
+    """A convolution, a linear layer, or a transformer's regression layer."""
+    return isinstance(getattr(module, "weight", None), nn.Parameter)
+
+
+def is_counted(module: nn.Module) -> bool:
+    return has_weight(module) or isinstance(module, COUNTED)
+
+
 def step_costs(model: nn.Module, size: int, batch: int, *, fused: bool = True) -> Costs:
     """Of a net of :func:`examples.svhn_models.svhn_net` on images (batch, 3, size, size).
 
@@ -67,7 +76,7 @@ def step_costs(model: nn.Module, size: int, batch: int, *, fused: bool = True) -
         if isinstance(module, SpatialTransformer):
             pixels = batch * output[0, 0].numel()
             found.sampling.append(sampling_cost(pixels, output.shape[1], differentiated, fused))
-        elif isinstance(module, COUNTED):
+        elif is_counted(module):
             where = found.localisation if id(module) in inside else found.layers
             where.append(layer_cost(module, read, written, differentiated))
 
@@ -81,7 +90,7 @@ def step_costs(model: nn.Module, size: int, batch: int, *, fused: bool = True) -
         parameters = sum(
             one.numel()
             for part in model.modules()
-            if isinstance(part, COUNTED) and (id(part) in inside) is its
+            if is_counted(part) and (id(part) in inside) is its
             for one in part.parameters()
         )
         where.append(Cost(0, FLOAT * 3 * parameters))  # the update reads and writes them, by their gradients
@@ -95,7 +104,7 @@ def layer_cost(module: nn.Module, read: int, written: int, differentiated: bool)
     as large as the third.
     """
     backward = int(differentiated)
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
+    if has_weight(module):
         weight = module.weight.numel()
         products = 2 * written * weight // module.weight.shape[0]
         return Cost(products * (2 + backward), FLOAT * (read + weight + written) * (2 + backward))

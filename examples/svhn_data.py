@@ -17,7 +17,16 @@ from torch import Tensor
 
 import stn_triton as stn
 from examples.data import Digits
-from examples.scenes import backgrounds, load_photographs, paste, remembered, resized, stand_in_of
+from examples.files import reading
+from examples.scenes import (
+    REMAKE,
+    backgrounds,
+    load_photographs,
+    paste,
+    remembered,
+    resized,
+    stand_in_of,
+)
 from stn_triton.transforms import attention
 
 LENGTH = 5
@@ -77,8 +86,10 @@ def load_full_numbers(folder: Path | str, half: str, size: int) -> Sequences:
     Raises:
         ImportError: h5py, which reads digitStruct.mat, or Pillow is not installed.
         FileNotFoundError: neither archive nor folder is there.
+        DataError: a file is damaged or missing, or says what cannot be.
     """
     folder = Path(folder)
+    kept = folder / f"{half}-{size}.pt"
 
     def make() -> tuple[Tensor, Tensor]:
         images, labels = [], []
@@ -88,24 +99,38 @@ def load_full_numbers(folder: Path | str, half: str, size: int) -> Sequences:
                 labels.append(torch.tensor(number.digits + [NONE] * (LENGTH - len(number.digits))))
         return torch.stack(images), torch.stack(labels)
 
-    return Sequences(*remembered(folder / f"{half}-{size}.pt", make), f"SVHN {half}, full numbers")
+    made = remembered(kept, make)
+    with reading(kept, REMAKE):
+        images, labels = made
+        _check(images, labels, size)
+    return Sequences(images, labels, f"SVHN {half}, full numbers")
+
+
+def _check(images: Tensor, labels: Tensor, size: int) -> None:
+    if images.dtype != torch.uint8 or images.shape != (len(labels), 3, size, size):
+        raise ValueError(f"it has images of {images.dtype} and shape {tuple(images.shape)}")
+    if labels.shape[1:] != (LENGTH,) or not ((labels >= 0) & (labels <= NONE)).all():
+        raise ValueError(f"it has labels of shape {tuple(labels.shape)}, or beyond 0 to {NONE}")
+
+
+_REMEDY = "Get SVHN's files anew from http://ufldl.stanford.edu/housenumbers"
 
 
 def _photographs(folder: Path, half: str) -> Iterator[tuple[Tensor, Number]]:
     """Each photograph, (3, H, W), uint8, in the order in which they are stored."""
     unpacked, archive = folder / half, folder / f"{half}.tar.gz"
-    if (unpacked / "digitStruct.mat").exists():
-        for number in read_structure((unpacked / "digitStruct.mat").read_bytes()):
-            yield decode((unpacked / number.name).read_bytes()), number
+    file = unpacked / "digitStruct.mat"
+    if file.exists():
+        with reading(file, _REMEDY):
+            numbers = read_structure(file.read_bytes())
+        for number in numbers:
+            path = unpacked / number.name
+            with reading(path, _REMEDY):
+                pixels = decode(path.read_bytes())
+            yield pixels, number
     elif archive.exists():
-        # Twice through the archive, which can be read from its start alone: the structure may come last.
-        with tarfile.open(archive, "r|gz") as files:
-            structure = next(_read(files, file) for file in files if file.name.endswith("digitStruct.mat"))
-        numbers = {number.name: number for number in read_structure(structure)}
-        with tarfile.open(archive, "r|gz") as files:
-            for file in files:
-                if file.name.endswith(".png"):
-                    yield decode(_read(files, file)), numbers[Path(file.name).name]
+        with reading(archive, _REMEDY):
+            yield from _archived(archive)
     else:
         raise FileNotFoundError(
             f"{folder} has neither {half}.tar.gz nor {half}/digitStruct.mat: SVHN's format 1 is at "
@@ -113,15 +138,41 @@ def _photographs(folder: Path, half: str) -> Iterator[tuple[Tensor, Number]]:
         )
 
 
-def _read(files: tarfile.TarFile, file: tarfile.TarInfo) -> bytes:
-    content = files.extractfile(file)
-    assert content is not None
-    return content.read()
+def _archived(archive: Path) -> Iterator[tuple[Tensor, Number]]:
+    # Twice through the archive, which can be read from its start alone: the structure may come last.
+    structure = next((content for name, content in _members(archive, "digitStruct.mat")), None)
+    if structure is None:
+        raise ValueError("it has no digitStruct.mat")
+    with reading(f"digitStruct.mat in {archive}", _REMEDY):
+        numbers = {number.name: number for number in read_structure(structure)}
+    for name, content in _members(archive, ".png"):
+        if name in numbers:
+            with reading(f"{name} in {archive}", _REMEDY):
+                pixels = decode(content)
+            yield pixels, numbers.pop(name)
+    if numbers:
+        raise ValueError(f"it lacks {len(numbers)} photographs, {min(numbers)} among them")
+
+
+def _members(archive: Path, ending: str) -> Iterator[tuple[str, bytes]]:
+    """Names, without their folders, and contents of files; what macOS adds to archives (``._*``) is none."""
+    with tarfile.open(archive, "r|gz") as files:
+        for file in files:
+            name = Path(file.name).name
+            if file.isfile() and name.endswith(ending) and not name.startswith("._"):
+                content = files.extractfile(file)
+                assert content is not None  # of what is a file
+                yield name, content.read()
 
 
 def read_structure(content: bytes) -> list[Number]:
     """digitStruct.mat, which is HDF5: struct arrays of MATLAB, whose single values stand where of several
-    there are references to them, and whose texts are columns of character codes."""
+    there are references to them, and whose texts are columns of character codes.
+
+    Raises:
+        ImportError: h5py is not installed.
+        Exception: the content is damaged; of many kinds.
+    """
     try:
         import h5py
     except ModuleNotFoundError as error:
@@ -137,14 +188,17 @@ def read_structure(content: bytes) -> list[Number]:
         structure = file["digitStruct"]
         for name, box in zip(structure["name"][()].ravel(), structure["bbox"][()].ravel()):
             fields = {key: values(field) for key, field in file[box].items()}
-            sides = [fields[key] for key in ("left", "top", "width", "height")]
-            numbers.append(
-                Number(
-                    "".join(map(chr, file[name][()].ravel())),
-                    torch.tensor(sides).T,
-                    [int(label) % 10 for label in fields["label"]],  # 10 is a zero
-                )
-            )
+            sides = torch.tensor([fields[key] for key in ("left", "top", "width", "height")])
+            called, labels = "".join(map(chr, file[name][()].ravel())), fields["label"]
+            if not called or Path(called).name != called:
+                raise ValueError(f"{called!r} is no name of a file")
+            if sides.shape[1] != len(labels) or not sides.isfinite().all():
+                raise ValueError(f"of {called} the boxes are not one for each of {len(labels)} digits")
+            if any(label not in range(1, 11) for label in labels):
+                raise ValueError(f"{called} has the labels {labels}, and labels are 1 to 10")
+            numbers.append(Number(called, sides.T, [int(label) % 10 for label in labels]))  # 10 is a zero
+    if not numbers:
+        raise ValueError("it describes no photograph")
     return numbers
 
 
@@ -179,6 +233,7 @@ def load_cropped_digits(folder: Path | str, half: str, size: int) -> Sequences:
     Raises:
         ImportError: SciPy, which reads the file, is not installed.
         FileNotFoundError: it is not there.
+        DataError: it is damaged.
     """
     try:
         from scipy import io as matlab
@@ -189,8 +244,14 @@ def load_cropped_digits(folder: Path | str, half: str, size: int) -> Sequences:
         raise FileNotFoundError(
             f"{file} is not there: SVHN's format 2 is at http://ufldl.stanford.edu/housenumbers"
         )
-    content = matlab.loadmat(file)
-    small = torch.from_numpy(content["X"]).permute(3, 2, 0, 1)
+    with reading(file, _REMEDY):
+        content = matlab.loadmat(file)
+        small = torch.from_numpy(content["X"]).permute(3, 2, 0, 1)
+        digits = torch.from_numpy(content["y"]).flatten().long()
+        if small.dtype != torch.uint8 or small.shape[1:] != (3, 32, 32) or len(small) != len(digits):
+            raise ValueError(f"{len(digits)} labels, and images of {small.dtype}, {tuple(small.shape)}")
+        if not len(digits) or digits.min() < 0 or digits.max() > 10:
+            raise ValueError("it is empty, or has labels beyond 1 to 10")
     images = torch.cat(
         [
             to_bytes(torch.nn.functional.interpolate(part.float() / 255, (size, size), mode="bilinear"))
@@ -198,7 +259,7 @@ def load_cropped_digits(folder: Path | str, half: str, size: int) -> Sequences:
         ]
     )
     labels = torch.full((len(images), LENGTH), NONE)
-    labels[:, 0] = torch.from_numpy(content["y"]).flatten().long() % 10
+    labels[:, 0] = digits % 10
     return Sequences(images, labels, f"SVHN {half}, cropped digits")
 
 

@@ -14,7 +14,6 @@ import argparse
 import copy
 import csv
 import dataclasses
-import json
 import math
 import os
 import time
@@ -29,6 +28,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, stack_module_state
+
+from examples.files import load, reading, replacing
 
 # ---------------------------------------------------------------------------------------------- settings
 Optimiser = Literal["sgd", "adam"]
@@ -290,6 +291,7 @@ def train(
 
     Raises:
         ValueError: the settings do not go together, or the checkpoint is of other settings.
+        DataError: the checkpoint is damaged; the model is left as it was.
     """
     if config.batch % world_size():
         raise ValueError(f"batch must be divisible by {world_size()} processes, got {config.batch}")
@@ -403,7 +405,7 @@ class _Run:
         self.history.append(line)
         if rank() == 0:
             names = list(dict.fromkeys(name for entry in self.history for name in entry))
-            with _atomic(self.folder / "log.csv") as path, path.open("w", newline="") as file:
+            with replacing(self.folder / "log.csv") as path, path.open("w", newline="") as file:
                 writer = csv.DictWriter(file, names)
                 writer.writeheader()
                 writer.writerows(self.history)
@@ -441,7 +443,7 @@ class _Run:
                 "scaler": self.scaler.state_dict(),
                 "generators": states,
             }
-            with _atomic(self.folder / "checkpoint.pt") as path:
+            with replacing(self.folder / "checkpoint.pt") as path:
                 torch.save(state, path)
         if world_size() > 1:
             dist.barrier()
@@ -450,27 +452,38 @@ class _Run:
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        theirs, ours = state.get("settings", {}), self.settings
-        other = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+        remedy = "Delete it to begin anew, or name another --output"
+        state = load(path, remedy, map_location=self.device)
+        with reading(path, remedy):
+            theirs, ours = state["settings"], self.settings
+            other = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
         if other:
             said = ", ".join(f"{name} {theirs.get(name)}, now {ours.get(name)}" for name in other)
             raise ValueError(
                 f"{path} is of a run with other settings ({said}): name another --output, or delete it"
             )
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.running.copy_(state["running"])
-        self.history = state["history"]
-        self.snapshots = [(step, _to_cpu(kept)) for step, kept in state["snapshots"]]
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.scaler.load_state_dict(state["scaler"])
+        with reading(path, remedy):
+            self._take(state)
+
+    def _take(self, state: dict[str, Any]) -> None:
         own = state["generators"][rank()]
-        for generator, its in zip(self.task.generators, own["task"]):
-            generator.set_state(its.cpu())
-        torch.set_rng_state(own["cpu"].cpu())
-        if own["device"] is not None:
-            torch.cuda.set_rng_state(own["device"].cpu(), self.device)
+        snapshots = [(step, _to_cpu(kept)) for step, kept in state["snapshots"]]
+        before = copy.deepcopy(self.model.state_dict())
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.running.copy_(state["running"])
+            for generator, its in zip(self.task.generators, own["task"], strict=True):
+                generator.set_state(its.cpu())
+            torch.set_rng_state(own["cpu"].cpu())
+            if own["device"] is not None:
+                torch.cuda.set_rng_state(own["device"].cpu(), self.device)
+            self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+            self.snapshots = snapshots
+        except BaseException:
+            self.model.load_state_dict(before)  # the caller's, who may go on without the file
+            raise
 
 
 class _Captured:
@@ -542,27 +555,6 @@ def _to_cpu(kept: Any) -> Any:
     if isinstance(kept, Tensor):
         return kept.cpu()
     return [_to_cpu(one) for one in kept] if isinstance(kept, list) else kept
-
-
-@contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the other's place when all is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    with _atomic(path) as part:
-        part.write_text(text)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 class _NoBar:

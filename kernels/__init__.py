@@ -1,7 +1,7 @@
 """Device code and launchers; imported as ``stn_triton.kernels``, never on its own.
 
-Importing this package imports no triton: ``launchers``, and with it the modules that need it, are imported
-at the first launch.
+Importing this package imports no triton: ``dispatch``, and with it the modules that need it, are imported at
+the first launch.
 """
 
 import importlib
@@ -9,6 +9,6 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    if name == "launchers":
-        return importlib.import_module(".launchers", __name__)
+    if name == "dispatch":
+        return importlib.import_module(".dispatch", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,132 +7,58 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs, sources
-from .launch import Plan, compute_dtypes, has_fast_log, index_dtype, planned
-from .modes import Interpolation, Source
-from .tiles import axes, output_pixels, pixel_offset, rounded
-
-UNSPECIALIZED = (
-    "grid_ptr",
-    "source_ptr",
-    "control_ptr",
-    "controls",
-    "grad_source_ptr",
-    *(f"source_stride_{i}" for i in range(5)),
-    *(f"stride_{axis}" for axis in ("b", "k", "x", "y", "z")),
-    *(f"out_{size}" for size in ("width", "height", "depth")),
-    "batch",
-    "transforms",
-    "column_tiles",
-    "row_tiles",
-)
+from .device import sources
+from .device.arithmetic import rounded
+from .device.tiles import first_row, offset_of, pixels_from, place_of_program
+from .host import configs, parameters
+from .host.launch import Plan, compute_dtypes, index_dtype, planned
+from .host.parameters import axes, num_controls, source_strides
+from .modes import Interpolation
+from .spec import SPECIALIZATION, Params, Sizes, Spec, Tiling, Work
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(**SPECIALIZATION)
 def grid_kernel(
-    grid_ptr,
-    grad_source_ptr,
-    source_ptr,
-    source_stride_0,
-    source_stride_1,
-    source_stride_2,
-    source_stride_3,
-    source_stride_4,
-    control_ptr,
-    controls,
-    stride_b,
-    stride_k,
-    stride_x,
-    stride_y,
-    stride_z,
-    out_width,
-    out_height,
-    out_depth,
-    batch,
-    transforms,
-    column_tiles,
-    row_tiles,
-    SOURCE: tl.constexpr,
-    ALIGN_CORNERS: tl.constexpr,
-    DIMS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    INDEX: tl.constexpr,
-    FAST_LOG: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    CONTROL_GRAD: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """Writes the grid; or, BACKWARD, reads its gradient there and reduces it to that of the source.
+    grid_ptr, partial_ptr, source_ptr, control_ptr,
+    stride_grid_n, stride_grid_k, stride_grid_x, stride_grid_y, stride_grid_z,
+    stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4, num_controls,
+    out_width, out_height, out_depth, batch, transforms, column_tiles, row_tiles,
+    SPEC: tl.constexpr,
+):  # fmt: skip
+    """Writes the grid; for ``source_grad``, reads its gradient there and reduces it to the source's.
 
-    grid_ptr: (batch, [D,] H, W, DIMS) with strides stride_b, _z, _y, _x, _k.
-    grad_source_ptr: the buffer of ``sources.gradient_buffer``, only for BACKWARD.
+    grid_ptr: (batch, [D,] H, W, dims), stride_grid_k by component. partial_ptr: as in
+    ``sample_backward_kernel``.
     """
-    pid = tl.program_id(0)
-    tiles = column_tiles * row_tiles
-    tile = pid % tiles
-    b = pid // tiles
-    source = (source_ptr, source_stride_0, source_stride_1, source_stride_2, source_stride_3, source_stride_4)
-    out_size = (out_width, out_height, out_depth)
-    out, mask = output_pixels(tile, column_tiles, out_size, DIMS, BLOCK_ROWS, BLOCK_COLUMNS, INDEX)
-    target = (
-        grid_ptr + b.to(tl.int64) * stride_b + pixel_offset(out, (stride_x, stride_y, stride_z), DIMS, INDEX)
-    )
-    stride_k = tl.cast(stride_k, INDEX)  # twice of it may pass 2^31
-    outputs = sources.outputs_of(b, batch, transforms, 1)
-    matrix = sources.matrix_for(source, outputs, SOURCE, DIMS, COMPUTE)
-    if BACKWARD:
-        # a third entry is there in 2-D too, where no one reads it
-        g_x = tl.load(target, mask, other=0.0).to(COMPUTE)
-        g_y = tl.load(target + stride_k, mask, other=0.0).to(COMPUTE)
-        g_z = tl.load(target + (DIMS - 1) * stride_k, mask, other=0.0).to(COMPUTE)
-        sums = sources.backward(
-            grad_source_ptr,
-            sources.zero_sums(SOURCE, DIMS, BLOCK_ROWS * BLOCK_COLUMNS, COMPUTE),
-            source,
-            matrix,
-            control_ptr,
-            controls,
-            outputs,
-            ((g_x, g_y, g_z),),
-            out,
-            out_size,
-            mask,
-            b,
-            batch,
-            0,
-            tile,
-            tiles,
-            SOURCE,
-            1,
-            CONTROL_GRAD,
-            ALIGN_CORNERS,
-            DIMS,
-            INDEX,
-            COMPUTE,
-            FAST_LOG,
+    sizes = Sizes((1, 1, 1), (out_width, out_height, out_depth), batch, transforms, 1)
+    stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
+    params = Params(source_ptr, stride_source, control_ptr, num_controls)
+    column_tile, row_tile, split, b = place_of_program(Tiling(column_tiles, row_tiles, 1, 1, 1))
+    column = column_tile * SPEC.columns
+    row = first_row(row_tile, SPEC.rows, SPEC)
+    outputs = sources.outputs_of(b, sizes, SPEC)
+    matrix = sources.load_matrix(params, outputs[0][0], outputs[0][1], SPEC)
+    tile = row_tile * column_tiles + column_tile
+    work = Work(
+        b, outputs, matrix, column, row, 1, (), (0, 1), False, split, tile, column_tiles * row_tiles
+    )  # fmt: skip
+    out, mask = pixels_from(column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
+    stride_grid = (stride_grid_x, stride_grid_y, stride_grid_z)
+    target = grid_ptr + b.to(tl.int64) * stride_grid_n + offset_of(out, stride_grid, 1, SPEC)
+    stride_k = tl.cast(stride_grid_k, SPEC.index)  # twice of it may pass 2^31
+    if SPEC.source_grad:
+        gradient = ()
+        for k in tl.static_range(SPEC.dims):
+            gradient += (tl.load(target + stride_k * k, mask, other=0.0).to(SPEC.compute),)
+        sums = sources.zero_sums(SPEC)
+        sums = sources.add_gradient(
+            partial_ptr, sums, params, work, b * 0, (gradient,), out, mask, sizes, SPEC
         )
-        sources.store_sums(grad_source_ptr, sums, b, tile, tiles, SOURCE, DIMS)
+        sources.store_sums(partial_ptr, sums, work, (1.0, 1.0, 1.0), sizes, SPEC)
     else:
-        p = sources.coordinates(
-            source,
-            matrix,
-            control_ptr,
-            controls,
-            outputs,
-            out,
-            out_size,
-            mask,
-            SOURCE,
-            1,
-            ALIGN_CORNERS,
-            DIMS,
-            INDEX,
-            COMPUTE,
-            FAST_LOG,
-        )
-        for k in tl.static_range(DIMS):
-            tl.store(target + k * stride_k, rounded(p[0][k], grid_ptr), mask)
+        coordinates = sources.coordinates_of(params, work, out, mask, sizes, SPEC)
+        for k in tl.static_range(SPEC.dims):
+            tl.store(target + stride_k * k, rounded(coordinates[0][k], grid_ptr), mask)
 
 
 @planned
@@ -144,7 +70,7 @@ def _plan(
     align_corners: bool,
     backward: bool,
     control_grad: bool,
-) -> tuple[Plan, sources.Sums]:
+) -> tuple[Plan, parameters.Sums]:
     dims = grid.shape[-1]
     size = grid.shape[1:-1]
     columns, rows = size[-1], size[:-1].numel()
@@ -165,7 +91,6 @@ def _plan(
     column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
     tiles = column_tiles * row_tiles
     compute = compute_dtypes(params) if control_points is None else compute_dtypes(params, control_points)
-    controls = control_points.shape[0] if control_grad and control_points is not None else 0
     stride = grid.stride()
     plan = Plan(
         grid_kernel,
@@ -173,28 +98,34 @@ def _plan(
         grid.device,
         grid,
         grid,  # or the buffer of the sums
-        *sources.pack(source, params, control_points),
+        *parameters.pointers(params, control_points),
         stride[0],
         stride[-1],
         *axes(stride[1:-1]),
+        *source_strides(source, params),
+        num_controls(control_points),
         *axes(size),
         batch=grid.shape[0],
         transforms=params.shape[1] if params.dim() == 4 else 1,
         column_tiles=column_tiles,
         row_tiles=row_tiles,
-        SOURCE=int(source),
-        ALIGN_CORNERS=int(align_corners),
-        DIMS=dims,
-        COMPUTE=compute[0],
-        INDEX=index_dtype(grid, rows=rows),
-        FAST_LOG=source == Source.TPS and has_fast_log(grid.device, compute[0]),
-        BACKWARD=backward,
-        CONTROL_GRAD=control_grad,
-        BLOCK_ROWS=tile.rows,
-        BLOCK_COLUMNS=tile.columns,
+        SPEC=Spec(
+            source=int(source),
+            interpolation=int(Interpolation.NEAREST),
+            padding=(0,) * dims,
+            align_corners=int(align_corners),
+            dims=dims,
+            compute=compute[0],
+            index=index_dtype(grid, rows=rows),
+            rows=tile.rows,
+            columns=tile.columns,
+            source_grad=backward,
+            control_grad=control_grad,
+        ),
         num_warps=tile.warps,
     )
-    return plan, sources.Sums(grid.shape[0], 1, tiles, compute[1], controls)
+    controls = num_controls(control_points) if control_grad else 0
+    return plan, parameters.Sums(grid.shape[0], 1, tiles, compute[1], controls)
 
 
 def grid_forward(
@@ -206,7 +137,7 @@ def grid_forward(
 ) -> None:
     """Fills ``grid``, (N, [D,] H, W, dims), with normalised coordinates."""
     plan, _ = _plan((grid, params, control_points), source, align_corners, False, False)
-    plan(grid, grid, *sources.pointers(params, control_points))
+    plan(grid, grid, *parameters.pointers(params, control_points))
 
 
 def grid_backward(
@@ -219,6 +150,6 @@ def grid_backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """d params, and d control points if asked for, summed in a fixed order."""
     plan, sums = _plan((grad_grid, params, control_points), source, align_corners, True, control_grad)
-    buffer = sources.gradient_buffer(source, params, *sums)
-    plan(grad_grid, buffer, *sources.pointers(params, control_points))
-    return sources.reduce_gradient(source, params, buffer, control_points if control_grad else None)
+    buffer = parameters.gradient_buffer(source, params, sums)
+    plan(grad_grid, buffer, *parameters.pointers(params, control_points))
+    return parameters.reduce_gradient(source, params, buffer, control_points if control_grad else None)

@@ -5,6 +5,9 @@ Pure Python: importing this module imports neither torch nor triton.
 
 from enum import IntEnum
 
+# Blocks of pixels, one below the other, over which coordinates may be carried on (``device/affine.py``).
+MOST_STEPS = 13
+
 
 class Interpolation(IntEnum):
     """How a value between pixels is made. The codes are those of ATen's ``grid_sampler``."""
@@ -23,7 +26,7 @@ class Padding(IntEnum):
 
 
 class Source(IntEnum):
-    """Where the coordinates come from (see ``kernels/sources.py``)."""
+    """Where the coordinates come from (see ``kernels/device/sources.py``)."""
 
     GRID = 0
     AFFINE = 1

@@ -4,6 +4,9 @@ Importing the package needs no GPU and starts nothing: Triton is imported at the
 matplotlib at the first drawing.
 """
 
+from . import versions as versions  # first: what is too old fails in other ways further on
+
+# isort: split
 from . import export, nn, transforms, viz
 from .functional import (
     affine_grid,
@@ -15,7 +18,7 @@ from .functional import (
     tps_grid,
     tps_grid_sample,
 )
-from .kernels.tuning import autotune
+from .kernels.host.tuning import autotune
 from .patch import patch_torch
 
 __version__ = "0.1.0"

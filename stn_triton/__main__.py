@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 
 import torch
 
 from . import __version__, backend
-from .kernels import tables
+from .kernels.host import tables
+from .versions import triton_version
 
 _CODE = {
     "triton": "Triton kernels",
     "interpreter": "Triton kernels, interpreted in Python",
     "torch": "PyTorch's operators",
 }
-
-
-def _triton_version() -> str:
-    try:
-        return metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _devices() -> list[tuple[str, str]]:
@@ -36,6 +29,15 @@ def _devices() -> list[tuple[str, str]]:
     return devices
 
 
+def _code(kind: str) -> str:
+    """What computes on a device of this type, and why."""
+    try:
+        chosen = backend.select(kind)
+    except ImportError as error:
+        return f"nothing - {error}"
+    return f"{_CODE[chosen.name]} - {chosen.reason}"
+
+
 def _configurations(devices: list[tuple[str, str]]) -> str:
     """Where the kernels' tile sizes come from."""
     sources = []
@@ -46,7 +48,7 @@ def _configurations(devices: list[tuple[str, str]]) -> str:
             sources.append(f"{entries} tuned for {architecture}")
         if backend.select(kind).name == "triton":
             user = tables.user_table(torch.device(kind, 0))
-            sources.append(f"inside autotune() {len(user.entries)} in {user.path}")
+            sources.append(f"inside autotune() {len(user.entries)} in {user.path or 'memory alone'}")
     sources.append("else the rules in stn_triton/kernels/configs.py")
     return "; ".join(sources).removeprefix("else ") + " (nothing is tuned unless asked for)"
 
@@ -55,14 +57,13 @@ def main() -> None:
     versions = {
         "stn_triton": __version__,
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": triton_version() or "not installed",
         "python": platform.python_version(),
     }
     print("versions:", ", ".join(f"{name} {version}" for name, version in versions.items()))
     devices = _devices()
     for kind, description in devices:
-        chosen = backend.select(kind)
-        print(f"{description}: {_CODE[chosen.name]} - {chosen.reason}")
+        print(f"{description}: {_code(kind)}")
     if len(devices) == 1:
         print("no accelerator: torch finds none")
     print("kernel configurations:", _configurations(devices))

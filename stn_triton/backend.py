@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-__all__ = ["Backend", "select", "use", "without_autocast"]
+from .kernels.host.blocks import Block, Blocks
+
+__all__ = ["Backend", "has_autocast", "select", "use", "without_autocast"]
 
 Name = Literal["triton", "interpreter", "torch"]
 
@@ -24,8 +24,7 @@ class Backend(NamedTuple):
     reason: str
 
 
-_forced: tuple[Backend, ...] = ()  # by the blocks that are open, the last one's last
-_lock = threading.Lock()
+_forced: Blocks[Backend] = Blocks()
 
 
 def interpreting() -> bool:
@@ -34,9 +33,12 @@ def interpreting() -> bool:
 
 
 def select(device_type: str) -> Backend:
-    """The backend for tensors on a device of this type ("cpu", "cuda", "xpu", ...)."""
-    forced = _forced
-    if forced:
+    """The backend for tensors on a device of this type ("cpu", "cuda", "xpu", ...).
+
+    Raises:
+        ImportError: TRITON_INTERPRET asks for Triton's interpreter, and Triton cannot be imported.
+    """
+    if _forced.open and (forced := _forced.values()):
         return forced[-1]
     return _select(device_type, device_type == "cpu" and interpreting())
 
@@ -45,6 +47,7 @@ def select(device_type: str) -> Backend:
 def _select(device_type: str, interpret: bool) -> Backend:
     if device_type == "cpu":
         if interpret:
+            _need_triton("TRITON_INTERPRET is set", "or unset that")
             return Backend("interpreter", "TRITON_INTERPRET is set")
         return Backend("torch", "Triton has no CPU driver; TRITON_INTERPRET=1 runs the kernels in Python")
     try:
@@ -58,22 +61,43 @@ def _select(device_type: str, interpret: bool) -> Backend:
     return Backend("triton", f"Triton {triton.__version__} has a {target} driver")
 
 
-@contextmanager
-def use(name: Name) -> Iterator[None]:
-    """Force one backend, in all threads: for comparing them. "torch" works on every device."""
-    global _forced
-    chosen = Backend(name, "asked for by backend.use")
-    with _lock:
-        _forced = *_forced, chosen
+def _need_triton(asked: str, otherwise: str) -> None:
     try:
-        yield
-    finally:
-        with _lock:  # other threads' blocks may have been opened since, and stay open
-            _forced = tuple(other for other in _forced if other is not chosen)
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"{asked}, but Triton is missing ({error}): install it (pip install triton), {otherwise}"
+        ) from error
+
+
+def use(name: Name) -> Block[Backend]:
+    """Force one backend, in all threads: for comparing them. "torch" works on every device.
+
+    A context manager and decorator. Blocks may overlap; the one that was opened last decides.
+
+    Raises:
+        ValueError: there is no such backend.
+        ImportError: it needs Triton, which cannot be imported.
+    """
+    if name not in get_args(Name):
+        raise ValueError(f"name must be one of {', '.join(map(repr, get_args(Name)))}, got {name!r}")
+    if name != "torch":
+        _need_triton(f"backend.use({name!r})", 'or use "torch"')
+    return Block(_forced, Backend(name, "asked for by backend.use"))
+
+
+def has_autocast(device_type: str) -> bool:
+    """Whether ``torch.autocast`` takes this type of device.
+
+    The compiler of PyTorch 2.11 cannot trace the question. What it compiles for has autocast, but for meta.
+    """
+    if torch.compiler.is_compiling():
+        return device_type != "meta"
+    return torch.amp.is_autocast_available(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Inside, operators compute in the type they are given, autocast or not."""
-    if torch.amp.is_autocast_available(device_type):
+    if has_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

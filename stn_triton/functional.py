@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, distributed, transforms
+from . import autograd, backend, distributed, transforms
 from .calls import elsewhere, has_torch_function, is_taken, tracing_state
 from .checks import (
     DTYPES,
@@ -149,7 +149,7 @@ _UNIT_SIZE = (
 )
 
 
-_INSIDE = tuple(os.path.dirname(path) + os.sep for path in (__file__, str(torch.__file__)))
+_INSIDE = tuple(os.path.join(path, "") for path in (*torch.__path__, os.path.dirname(__file__)))
 
 
 def _warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
@@ -181,7 +181,7 @@ def _ask_pytorch(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
 def _autocast(input: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
     """Under autocast, the types PyTorch gives ``grid_sample``: float32 on the CPU, else the widest."""
     device = input.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not backend.has_autocast(device) or not torch.is_autocast_enabled(device):
         return input, grid
     if torch.float64 in (input.dtype, grid.dtype) or not {input.dtype, grid.dtype} <= DTYPES:
         return input, grid

@@ -374,12 +374,13 @@ class _LazyRegression(LazyModuleMixin, _Regression):
 
     def __init__(self, out_features: int) -> None:
         super().__init__(0, out_features)
-        self.weight = UninitializedParameter()
+        self.weight = UninitializedParameter()  # type: ignore[assignment]
 
     def initialize_parameters(self, input: Tensor) -> None:
         if self.has_uninitialized_params():
             with torch.no_grad():
-                self.weight.materialize((self.out_features, input.shape[-1]))
+                shape = self.out_features, input.shape[-1]
+                self.weight.materialize(shape)  # type: ignore[attr-defined]
                 nn.init.zeros_(self.weight)
 
 

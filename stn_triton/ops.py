@@ -148,7 +148,7 @@ def _fill(
         with backend.without_autocast(input.device.type):
             samples = reference.sample(input, params, control_points, *place)
         return output.copy_(samples.view(output.shape))
-    kernels.launchers.sample_forward(input, params, control_points, output, source, *modes)
+    kernels.dispatch.sample_forward(input, params, control_points, output, source, *modes)
     return output
 
 
@@ -249,7 +249,7 @@ def _sample_backward(
         if by_input is not None:
             grad_input.copy_(by_input)
     else:
-        by_params, by_controls = kernels.launchers.first(
+        by_params, by_controls = kernels.dispatch.sample_backward(
             grad_output,
             input,
             params,
@@ -309,7 +309,7 @@ def _sample_jvp(
     tangent: Tensor | None,
     params: Tensor,
     control_points: Tensor | None,
-    moved: Tensor | None,
+    coord_tangent: Tensor | None,
     source: int,
     size: list[int],
     interpolation: int,
@@ -317,22 +317,31 @@ def _sample_jvp(
     align_corners: bool,
 ) -> Tensor:
     output = _sample_jvp_fake(
-        input, tangent, params, control_points, moved, source, size, interpolation, padding, align_corners
+        input,
+        tangent,
+        params,
+        control_points,
+        coord_tangent,
+        source,
+        size,
+        interpolation,
+        padding,
+        align_corners,
     )
     if interpolation == Interpolation.NEAREST:
-        moved = None
-    if output.numel() == 0 or (moved is None and tangent is None):
+        coord_tangent = None
+    if output.numel() == 0 or (coord_tangent is None and tangent is None):
         return output.zero_()
     modes = interpolation, padding, align_corners
-    if moved is None:  # samples are linear in the image
+    if coord_tangent is None:  # samples are linear in the image
         assert tangent is not None
         return _fill(output, tangent, params, control_points, source, *modes)
     if backend.select(output.device.type).name == "torch":
         place = Source(source), tuple(size), *named_modes(*modes)
         with backend.without_autocast(output.device.type):
-            samples = reference.sample_jvp(input, tangent, params, control_points, moved, *place)
+            samples = reference.sample_jvp(input, tangent, params, control_points, coord_tangent, *place)
         return output.copy_(samples.view(output.shape))
-    kernels.launchers.sample_jvp(input, tangent, params, control_points, moved, output, source, *modes)
+    kernels.dispatch.sample_jvp(input, tangent, params, control_points, coord_tangent, output, source, *modes)
     return output
 
 
@@ -341,7 +350,7 @@ def _sample_jvp_fake(
     tangent: Tensor | None,
     params: Tensor,
     control_points: Tensor | None,
-    moved: Tensor | None,
+    coord_tangent: Tensor | None,
     source: int,
     size: Any,
     interpolation: int,
@@ -354,7 +363,7 @@ def _sample_jvp_fake(
 
 
 sample_jvp = _register(
-    "sample_jvp(Tensor? input, Tensor? tangent, Tensor params, Tensor? control_points, Tensor? moved,"
+    "sample_jvp(Tensor? input, Tensor? tangent, Tensor params, Tensor? control_points, Tensor? coord_tangent,"
     " int source, SymInt[] size, int interpolation, int padding, bool align_corners) -> Tensor",
     _sample_jvp,
     _sample_jvp_fake,
@@ -368,7 +377,7 @@ def _sample_hvp(
     tangent: Tensor | None,
     params: Tensor,
     control_points: Tensor | None,
-    moved: Tensor | None,
+    coord_tangent: Tensor | None,
     source: int,
     in_shape: list[int],
     channels_last: bool,
@@ -391,7 +400,7 @@ def _sample_hvp(
                 tangent,
                 params,
                 control_points,
-                moved,
+                coord_tangent,
                 Source(source),
                 in_shape[2:],
                 *named_modes(interpolation, padding, align_corners),
@@ -401,13 +410,13 @@ def _sample_hvp(
         if by_input is not None:
             grad_input.copy_(by_input)
     else:
-        by_places = kernels.launchers.second(
+        by_places = kernels.dispatch.sample_double_backward(
             grad_output,
             input,
             tangent,
             params,
             control_points,
-            moved,
+            coord_tangent,
             grad_input if input_grad else None,
             source,
             interpolation,
@@ -440,7 +449,7 @@ def _sample_hvp_fake(
     tangent: Tensor | None,
     params: Tensor,
     control_points: Tensor | None,
-    moved: Tensor | None,
+    coord_tangent: Tensor | None,
     source: int,
     in_shape: Any,
     channels_last: bool,
@@ -457,8 +466,8 @@ def _sample_hvp_fake(
 
 sample_hvp = _register(
     "sample_hvp(Tensor grad_output, Tensor? input, Tensor? tangent, Tensor params, Tensor? control_points,"
-    " Tensor? moved, int source, SymInt[] in_shape, bool channels_last, int interpolation, int padding,"
-    " bool align_corners, bool input_grad, bool coordinates_grad) -> (Tensor, Tensor)",
+    " Tensor? coord_tangent, int source, SymInt[] in_shape, bool channels_last, int interpolation,"
+    " int padding, bool align_corners, bool input_grad, bool coordinates_grad) -> (Tensor, Tensor)",
     _sample_hvp,
     _sample_hvp_fake,
 )
@@ -478,7 +487,7 @@ def _grid(
         with backend.without_autocast(params.device.type):
             grid = reference.coordinates(*place, reference.compute_dtype(params))
         return output.copy_(grid.squeeze(1))
-    kernels.launchers.grid_forward(params, control_points, output, source, align_corners)
+    kernels.dispatch.grid_forward(params, control_points, output, source, align_corners)
     return output
 
 
@@ -514,7 +523,7 @@ def _grid_backward(
                 Source(source), by_transform, params, control_points, align_corners, control_grad
             )
     else:
-        by_params, by_controls = kernels.launchers.grid_backward(
+        by_params, by_controls = kernels.dispatch.grid_backward(
             grad_grid, params, control_points, source, align_corners, control_grad
         )
     return _packed(by_params), params.new_empty(0) if by_controls is None else _packed(by_controls)

@@ -9,11 +9,11 @@ cuDNN's options, in autograd already: the derivative of ``grid_sampler_2d`` make
 
 from __future__ import annotations
 
-import threading
+import _thread
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ContextDecorator, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,12 +22,13 @@ from torch import Tensor
 from . import backend, kernels
 from .calls import plain
 from .checks import DTYPES
+from .kernels.host.blocks import Block, Blocks, whole
 from .kernels.modes import Interpolation, Padding, Source
 
 __all__ = ["patch_torch"]
 
 
-class patch_torch(ContextDecorator):
+class patch_torch(Block[None]):
     """Makes PyTorch's own ``grid_sample`` run on this package's kernels, for code that nobody edits.
 
     For a block::
@@ -36,7 +37,8 @@ class patch_torch(ContextDecorator):
             warped = kornia.geometry.transform.warp_affine(image, matrix, (224, 224))
             warped.mean().backward()
 
-    or, as ``@stn.patch_torch()``, for a function; or from here on, until ``disable``::
+    or, as ``@stn.patch_torch()``, for a function, coroutine and generator functions among them; or from here
+    on, until ``disable``::
 
         stn.patch_torch().enable()
 
@@ -49,52 +51,91 @@ class patch_torch(ContextDecorator):
     The patch holds for the whole process, for all threads, and an operator runs on what is in force when it
     runs: a backward pass outside the block runs on PyTorch's kernels. Blocks may be nested and may overlap
     in several threads: the last one to end restores PyTorch's kernels, unless ``enable`` was called.
+
+    A block is entered and left whole or not at all. An interrupt (Ctrl-C, any signal whose handler raises)
+    leaves in force what was before the block, at the latest when its exception has been dealt with. An
+    interrupted ``enable`` or ``disable`` leaves the old state or the new one.
+
     PyTorch does not guard the registration of operators against calls in other threads: best turn it on
     before they start. Inside a compiled function it cannot be turned on; what the compiler writes code for
     (Inductor: the 2-D forward pass) calls no operator and stays the compiler's.
     """
 
-    def __enter__(self) -> patch_torch:
-        _patch.change(blocks=+1)
-        return self
+    def __init__(self) -> None:
+        super().__init__(_patch.blocks, None)
 
-    def __exit__(self, *exception: object) -> None:
-        _patch.change(blocks=-1)
+    def _given(self) -> patch_torch:
+        return patch_torch()
+
+    _another = _given
 
     @staticmethod
     def enable() -> None:
         """From here on, in all threads. A second call changes nothing."""
-        _patch.change(enabled=True)
+        _patch.switch(True)
 
     @staticmethod
     def disable() -> None:
         """Undoes ``enable``, whoever called it. Blocks that are open stay in force until they end."""
-        _patch.change(enabled=False)
+        _patch.switch(False)
 
 
 class _Patch:
-    """What is in force."""
+    """What is in force.
+
+    Whether the patch is wanted follows from ``_enabled`` and the open blocks, each set by one assignment;
+    what is registered with PyTorch follows that.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._blocks = 0
+        self.blocks: Blocks[None] = Blocks(self.settle)
         self._enabled = False
         self._library: torch.library.Library | None = None
+        self._lock = _thread.allocate_lock()
+        self._settling: int | None = None  # the thread that does
         self._registered_before = False
         # other threads may still be inside a kernel that was just removed: the last ones are kept alive
         self._recent: deque[list[Callable[..., Any]]] = deque(maxlen=64)
 
-    def change(self, blocks: int = 0, enabled: bool | None = None) -> None:
+    def _wanted(self) -> bool:
+        return self._enabled or bool(self.blocks)
+
+    def switch(self, enabled: bool) -> None:
+        before = self._enabled
+        try:
+            self._enabled = enabled
+            self.settle()
+        except BaseException:
+            self._enabled = before
+            self.settle()
+            raise
+
+    def settle(self) -> None:
+        """Registers or removes the kernels, as is wanted; returns when that is done, whoever does it."""
+        if self._settling == _thread.get_ident():  # from within: _settle looks again
+            return
+        while self._settling is not None or (self._library is not None) != self._wanted():
+            whole(self._settle)
+
+    def _settle(self) -> None:
         with self._lock:
-            blocks += self._blocks
-            enabled = self._enabled if enabled is None else enabled
-            on = enabled or blocks > 0
-            if on and self._library is None:
-                self._library = self._register()
-            elif not on and self._library is not None:
-                self._library._destroy()
-                self._library = None
-            self._blocks, self._enabled = blocks, enabled
+            self._settling = _thread.get_ident()
+            try:
+                while True:
+                    wanted, library = self._wanted(), self._library
+                    if wanted and library is None:
+                        self._library = self._register()
+                    elif not wanted and library is not None:
+                        # Told first: who opens a block from here on waits, who did before is seen now.
+                        self._library = None
+                        if self._wanted():
+                            self._library = library
+                        else:
+                            library._destroy()
+                    else:
+                        return
+            finally:
+                self._settling = None
 
     def _register(self) -> torch.library.Library:
         library = torch.library.Library("aten", "IMPL")
@@ -244,7 +285,7 @@ def _sample(input: Tensor, grid: Tensor, interpolation: int, padding: int, align
     output = input.new_empty(_output_shape(input, grid))
     if output.numel() > 0:
         modes = Source.GRID, interpolation, padding, align_corners
-        kernels.launchers.sample_forward(input, grid, None, output, *modes)
+        kernels.dispatch.sample_forward(input, grid, None, output, *modes)
     return output
 
 
@@ -288,7 +329,7 @@ def _gradients(
     grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device) if input_grad else None
     modes = interpolation, padding, align_corners
     repeatable = torch.are_deterministic_algorithms_enabled()
-    grad_grid, _ = kernels.launchers.first(
+    grad_grid, _ = kernels.dispatch.sample_backward(
         grad_output, input, grid, None, grad_input, Source.GRID, *modes, grid_grad, False, repeatable
     )
     return grad_input, grad_grid

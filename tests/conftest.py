@@ -34,7 +34,7 @@ def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _quick():
     """Tests of memory and of overflow ask for the interpreter's checks themselves."""
     with quick_interpreter(overflow_checks=False):

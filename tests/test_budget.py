@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from bench import report
 from bench.assembly import Code, parse_amdgcn, parse_sass, traffic
-from stn_triton.kernels.specialisations import TARGETS
+from bench.specialisations import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARDS = 4
@@ -51,7 +51,7 @@ def test_budget_has_every_case():
 def test_every_loop_of_the_kernels_has_trips():
     """Of each loop in device code the report knows how often it is taken; and of no other."""
     found = set()
-    for file in report.KERNELS.glob("*.py"):
+    for file in report.KERNELS.rglob("*.py"):
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.FunctionDef) and any(
                 "jit" in ast.unparse(d) for d in node.decorator_list
@@ -60,6 +60,17 @@ def test_every_loop_of_the_kernels_has_trips():
                 found |= {(name, variable) for _, name, variable in loops if variable and name == node.name}
     found = {key if key in report.TRIPS else ("*", key[1]) for key in found}
     assert found == set(report.TRIPS)
+
+
+def test_lines_are_found_whichever_way_the_kernels_are_imported():
+    """Line tables name files as they were imported: through the link, in place or installed."""
+    source = report.KERNELS / "device" / "padding.py"
+    line = 1 + next(
+        i for i, text in enumerate(source.read_text().splitlines()) if text.startswith("def pad_index")
+    )
+    for root in (str(report.KERNELS), "/x/kernels", "/x/site-packages/stn_triton/kernels"):
+        assert report.function_of((f"{root}/device/padding.py", line)) == "pad_index"
+    assert report.function_of(("/x/triton/language/standard.py", line)) == "standard.py"
 
 
 # ------------------------------------------------------------------------------------------ machine code
@@ -281,7 +292,8 @@ import torch, triton
 import triton.language as tl
 from bench import report
 from bench.assembly import traffic
-from stn_triton.kernels import launch, specialisations
+from bench import specialisations
+from stn_triton.kernels.host import launch
 
 @triton.jit
 def copy(source, target, N: tl.constexpr):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import stn_triton as stn
-from stn_triton.kernels import configs
+from stn_triton.kernels.host import configs
 
 CROPS = 4
 # Ours and PyTorch's have as many roundings, and differ by luck. One that outputs share doubles the error.

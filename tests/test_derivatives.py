@@ -436,5 +436,5 @@ def test_operators_make_the_derivatives(anywhere, device):
         function = sampler(name, size, "bilinear", "zeros")
         weights = torch.ones_like(function(*tensors))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(autograd._SampleHvp, "plain", None)
+            patch.setattr(autograd.samples._SampleHvp, "plain", None)
             second_order(function, tensors, [torch.ones_like(t) for t in tensors], weights)

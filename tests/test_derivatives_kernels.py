@@ -26,8 +26,9 @@ from common import (
     random_theta,
 )
 
+from bench.specialisations import field_of
 from stn_triton import reference
-from stn_triton.kernels import configs
+from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
 IN_SIZE = {2: (5, 6), 3: (3, 4, 5)}
@@ -141,7 +142,7 @@ class Problem:
         controls = None if self.control_points is None else self.control_points.double().cpu()
         in_size = self.input.shape[2:]
         where = self.source, params, controls, self.size, in_size, self.align_corners, F64
-        pixels = reference._places(*where, in_pixels=in_pixels)
+        pixels = reference.operators.places(*where, in_pixels=in_pixels)
         return pixels.expand(self.input.shape[0], *pixels.shape[1:])
 
     def away_from_kinks(self):
@@ -158,7 +159,9 @@ class Problem:
         """Pixels per unit of the source's coordinates."""
         if self.source == Source.FLOW:
             return torch.ones(self.dims, dtype=F64)
-        return torch.tensor(reference._pixel_scales(self.input.shape[2:], self.align_corners), dtype=F64)
+        return torch.tensor(
+            reference.sources.pixel_scales(self.input.shape[2:], self.align_corners), dtype=F64
+        )
 
     def expected(self):
         """The derivative along the direction; the Hessian's image part, and its part by the coordinates."""
@@ -169,7 +172,7 @@ class Problem:
         leaves = [leaf.clone().requires_grad_() for leaf in (g, input, self.pixels())]
         g, input, pixels = leaves
         tall = (g if g.dim() > input.dim() else g.unsqueeze(1)).movedim(1, 2).flatten(2, 3)
-        samples = reference._sample_pixels(input, pixels.flatten(1, 2), self.modes)
+        samples = reference.taps.sample_pixels(input, pixels.flatten(1, 2), self.modes)
         by_input, by_pixels = torch.autograd.grad(
             (samples * tall).sum(), leaves[1:], create_graph=True, materialize_grads=True
         )
@@ -385,12 +388,13 @@ def test_wide_offsets(device, monkeypatch):
     """64-bit offsets, which the largest of all tensors asks for."""
     import triton.language as tl
 
-    from stn_triton.kernels import launch, sample
+    from stn_triton.kernels import sample
+    from stn_triton.kernels.host import launch
 
     seen = []
 
     def spy(kernel, programs, device, *args, **kwargs):
-        seen.append(kwargs["INDEX"])
+        seen.append(field_of(kwargs["SPEC"], "index"))
         launch.run(kernel, programs, device, *args, **kwargs)
 
     monkeypatch.setattr(launch, "runner", spy)

@@ -26,6 +26,7 @@ from common import (
     TOLERANCE,
     affine_witness,
     assert_band,
+    number_of,
     pixel_coordinates,
     place,
     quick_interpreter,
@@ -33,7 +34,7 @@ from common import (
 )
 
 import stn_triton as stn
-from stn_triton.kernels import configs
+from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 from stn_triton.reference import sample_taps
 
@@ -463,12 +464,12 @@ KINDS = {  # name: (source, dims, modes, share of the cases)
 
 
 def budget(device):
-    return int(os.environ.get("STN_FUZZ", 1500 if device.type == "cpu" else 300))
+    return number_of("STN_FUZZ", 1500 if device.type == "cpu" else 300)
 
 
 @pytest.fixture(scope="module")
 def base_seed():
-    return int(os.environ.get("STN_FUZZ_SEED", random.SystemRandom().randrange(2**32)))
+    return number_of("STN_FUZZ_SEED", random.SystemRandom().randrange(2**32))
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from common import (
 )
 
 import stn_triton as stn
-from stn_triton.kernels import configs
+from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
 INTERPOLATION = dict(zip(MODES, Interpolation))
@@ -62,16 +62,16 @@ def _checked():
 @contextlib.contextmanager
 def banded_buffers(monkeypatch):
     """The kernels' own buffers too: NaN where something must be written, canaries around them."""
-    from stn_triton.kernels import sources
+    from stn_triton.kernels.host import parameters
 
-    make, buffers = sources.gradient_buffer, []
+    make, buffers = parameters.gradient_buffer, []
 
     def banded(*args):
         buffers.append(place(torch.full_like(make(*args), NAN), fill=CANARY))
         return buffers[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "gradient_buffer", banded)
+        patch.setattr(parameters, "gradient_buffer", banded)
         yield
     assert buffers
     for buffer in buffers:

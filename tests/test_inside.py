@@ -23,9 +23,15 @@ from common import (
     witness,
 )
 
-from stn_triton.kernels import configs, interpolation, sample, sources
+from stn_triton.kernels import sample
+from stn_triton.kernels.device import interpolation, sources
+from stn_triton.kernels.device.affine import starts_of
+from stn_triton.kernels.device.arithmetic import PROJECTIVE
+from stn_triton.kernels.device.bounds import is_interior
+from stn_triton.kernels.device.tiles import place_of_program
+from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source
-from stn_triton.kernels.tiles import pixels_from
+from stn_triton.kernels.spec import SPECIALIZATION, Params, Sizes, Spec, Tiling, Work
 
 INF, NAN = math.inf, math.nan
 INTERPOLATION = dict(zip(MODES, Interpolation))
@@ -91,83 +97,58 @@ def homographies(device):
     return torch.cat([theta, bottom[:, None]], 1)
 
 
-@triton.jit
+@triton.jit(**SPECIALIZATION)
 def told_kernel(
-    matrix_ptr,
-    told_ptr,
-    inside_ptr,
-    in_width,
-    in_height,
-    out_width,
-    out_height,
-    column_blocks,
-    SOURCE: tl.constexpr,
-    INTERPOLATION: tl.constexpr,
-    PADDING: tl.constexpr,
-    ALIGN_CORNERS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Of each block what ``reads_inside`` tells, and whether all its pixels exist and read inside."""
-    column = tl.program_id(0) % column_blocks * COLUMNS
-    row = tl.program_id(0) // column_blocks * ROWS
-    entries: tl.constexpr = 9 if SOURCE == sources.PROJECTIVE else 6
-    n = tl.program_id(1).to(tl.int64)
-    source = (matrix_ptr, entries, 0, 3, 1, 0)
-    in_size = (in_width, in_height, 0)
-    out_size = (out_width, out_height, 0)
-    outputs = ((n, n),)
-    matrix = sources.matrix_for(source, outputs, SOURCE, 2, tl.float32)
-    told = sample.reads_inside(
-        matrix,
-        column,
-        row,
-        ROWS,
-        in_size,
-        out_size,
-        SOURCE,
-        INTERPOLATION,
-        ALIGN_CORNERS,
-        2,
-        tl.float32,
-        COLUMNS,
-    )
-    out, mask = pixels_from(column, row, out_size, 2, ROWS, COLUMNS, tl.int32)
-    p = sources.input_pixels(
-        source,
-        matrix,
-        matrix_ptr,
-        0,
-        outputs,
-        out,
-        out_size,
-        in_size,
-        mask,
-        SOURCE,
-        1,
-        ALIGN_CORNERS,
-        2,
-        tl.int32,
-        tl.float32,
-        False,
-    )
-    x, y, _ = sample.taps_of_axes(p[0], in_size, INTERPOLATION, 0, ALIGN_CORNERS, 2, tl.float32)
-    inside = mask
-    for k in tl.static_range(interpolation.axis_tap_count(INTERPOLATION)):
-        inside = inside & x[1][k] & y[1][k]
-    place = n * tl.num_programs(0) + tl.program_id(0)
-    tl.store(told_ptr + place, tl.cast(told, tl.int32))
-    tl.store(inside_ptr + place, tl.min(tl.min(inside.to(tl.int32), 1), 0))
+    source_ptr, told_ptr, inside_ptr,
+    in_width, in_height, out_width, out_height, batch, column_tiles, row_tiles,
+    SPEC: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Of each tile what ``is_interior`` tells, and whether all its pixels exist and read inside."""
+    entries: tl.constexpr = 9 if SPEC.source == PROJECTIVE else 6
+    sizes = Sizes((in_width, in_height, 0), (out_width, out_height, 0), batch, 1, 1)
+    params = Params(source_ptr, (entries, 0, 3, 1, 0), source_ptr, 0)
+    column_tile, row_tile, _, b = place_of_program(Tiling(column_tiles, row_tiles, 1, 1, STEPS))
+    column = column_tile * SPEC.columns
+    row = row_tile * (SPEC.rows * STEPS)
+    outputs = sources.outputs_of(b, sizes, SPEC)
+    map = sources.map_of(params, outputs[0][0], outputs[0][1], sizes, SPEC)
+    told = is_interior(map, column, row, SPEC.rows * STEPS, sizes, SPEC)
+    starts = starts_of(map, column, row, sizes, SPEC)
+    work = Work(b, outputs, map, column, row, STEPS, starts, (0, 1), False, 0, 0, 1)
+    at = tl.program_id(0)
+    tl.store(told_ptr + at, tl.cast(told, tl.int32))
+    inside = 1
+    for step in tl.static_range(STEPS):
+        _, mask, places = sample.pixels_of(work, step, params, sizes, SPEC)
+        x, y, _ = interpolation.taps_of_axes(places[0], sizes, SPEC)
+        for k in tl.static_range(interpolation.tap_count(SPEC)):
+            mask = mask & x.inside[k] & y.inside[k]
+        inside = tl.minimum(tl.min(tl.min(mask.to(tl.int32), 1), 0), inside)
+    tl.store(inside_ptr + at, inside)
 
 
-def tell(matrices, source, mode, align_corners, in_size, out_size):
-    rows, columns = 4, 4
-    column_blocks = -(-out_size[1] // columns)
-    blocks = -(-out_size[0] // rows) * column_blocks
+def spec_of(source, mode, align_corners, fixed_point, **tile):
+    return Spec(
+        source=int(source),
+        interpolation=int(INTERPOLATION[mode]),
+        padding=(0, 0),
+        align_corners=int(align_corners),
+        dims=2,
+        compute=tl.float32,
+        index=tl.int32,
+        fixed_point=fixed_point,
+        **tile,
+    )
+
+
+def tell(matrices, source, mode, align_corners, fixed_point, in_size, out_size):
+    """Of tiles of two steps, 2 x 4 pixels each."""
+    column_tiles, row_tiles = -(-out_size[1] // 4), -(-out_size[0] // 4)
     told, inside = (
-        torch.empty(len(matrices), blocks, dtype=torch.int32, device=matrices.device) for _ in range(2)
+        torch.empty(len(matrices), column_tiles * row_tiles, dtype=torch.int32, device=matrices.device)
+        for _ in range(2)
     )
-    told_kernel[(blocks, len(matrices))](
+    told_kernel[(told.numel(),)](
         matrices,
         told,
         inside,
@@ -175,31 +156,30 @@ def tell(matrices, source, mode, align_corners, in_size, out_size):
         in_size[0],
         out_size[1],
         out_size[0],
-        column_blocks,
-        SOURCE=int(source),
-        INTERPOLATION=int(INTERPOLATION[mode]),
-        PADDING=0,
-        ALIGN_CORNERS=int(align_corners),
-        ROWS=rows,
-        COLUMNS=columns,
+        len(matrices),
+        column_tiles,
+        row_tiles,
+        SPEC=spec_of(source, mode, align_corners, fixed_point, rows=2, columns=4),
+        STEPS=2,
     )
     return told.bool().cpu(), inside.bool().cpu()
 
 
 @pytest.mark.parametrize(
-    "source, mode, align_corners",
+    "source, mode, align_corners, fixed_point",
     [
-        pytest.param(Source.AFFINE, "bilinear", True, id="affine-bilinear-corners"),
-        pytest.param(Source.AFFINE, "nearest", False, id="affine-nearest-edges"),
-        pytest.param(Source.AFFINE, "bicubic", False, id="affine-bicubic-edges"),
-        pytest.param(Source.PROJECTIVE, "bilinear", False, id="projective-bilinear-edges"),
+        pytest.param(Source.AFFINE, "bilinear", True, True, id="affine-bilinear-corners"),
+        pytest.param(Source.AFFINE, "bilinear", True, False, id="affine-bilinear-corners-floats"),
+        pytest.param(Source.AFFINE, "nearest", False, True, id="affine-nearest-edges"),
+        pytest.param(Source.AFFINE, "bicubic", False, True, id="affine-bicubic-edges"),
+        pytest.param(Source.PROJECTIVE, "bilinear", False, False, id="projective-bilinear-edges"),
     ],
 )
-def test_what_is_told_inside_is(device, source, mode, align_corners):
+def test_what_is_told_inside_is(device, source, mode, align_corners, fixed_point):
     """And blocks that are well inside are told so."""
     matrices = batch(device) if source == Source.AFFINE else homographies(device)
     for in_size, out_size in (((SIZE, SIZE), (8, 9)), ((5, 3), (4, 4))):
-        told, inside = tell(matrices, source, mode, align_corners, in_size, out_size)
+        told, inside = tell(matrices, source, mode, align_corners, fixed_point, in_size, out_size)
         assert not (told & ~inside).any()
         if in_size == (SIZE, SIZE):
             places = list(THETAS)
@@ -266,17 +246,14 @@ def test_volumes(device, mode, steps):
     assert_close(output, witness(input, grid, mode, "zeros", False))
 
 
-@triton.jit
-def ask_kernel(out_ptr, matrix_ptr, column, row, rows, in_width, width, height, COLUMNS: tl.constexpr):
-    m = ()
-    for i in tl.static_range(2):
-        m += (
-            (tl.load(matrix_ptr + 3 * i), tl.load(matrix_ptr + 3 * i + 1), tl.load(matrix_ptr + 3 * i + 2)),
-        )
-    inside = sample.reads_inside(
-        m, column, row, rows, (in_width, in_width, 0), (width, height, 0), 1, 0, 0, 2, tl.float32, COLUMNS
-    )
-    tl.store(out_ptr, inside.to(tl.int32))
+@triton.jit(**SPECIALIZATION)
+def ask_kernel(
+    out_ptr, source_ptr, column, row, rows, in_width, in_height, out_width, out_height, SPEC: tl.constexpr
+):
+    sizes = Sizes((in_width, in_height, 0), (out_width, out_height, 0), 1, 1, 1)
+    n = tl.program_id(0).to(tl.int64)
+    map = sources.map_of(Params(source_ptr, (6, 0, 3, 1, 0), source_ptr, 0), n, n, sizes, SPEC)
+    tl.store(out_ptr, is_interior(map, column, row, rows, sizes, SPEC).to(tl.int32))
 
 
 @pytest.mark.parametrize(
@@ -293,5 +270,6 @@ def test_blocks_that_pass_the_last_pixel_near_2_to_the_31(width, height, column,
     found = torch.zeros(1, dtype=torch.int32)
     matrix = torch.tensor([[0.1, 0.0, 0.0], [0.0, 0.1, 0.0]])
     with quick_interpreter(overflow_checks=False):
-        ask_kernel[(1,)](found, matrix, column, row, 512, 100, width, height, 32)
+        spec = spec_of(Source.AFFINE, "bilinear", False, False, columns=32)
+        ask_kernel[(1,)](found, matrix, column, row, 512, 100, 100, width, height, SPEC=spec)
     assert not found.item()

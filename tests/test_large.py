@@ -18,9 +18,13 @@ import triton.language as tl
 from common import assert_close, random_grid, random_theta
 
 import stn_triton as stn
-from stn_triton.kernels import derivatives, gather, grid, launch, sample, specialisations
+from bench import specialisations
+from stn_triton.kernels import derivatives, gather, grid, sample
+from stn_triton.kernels.device.arithmetic import divided
+from stn_triton.kernels.device.tiles import first_row, pixels_from
+from stn_triton.kernels.host import launch
 from stn_triton.kernels.modes import Interpolation, Padding, Source
-from stn_triton.kernels.tiles import output_pixels
+from stn_triton.kernels.spec import SPECIALIZATION, Spec
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = Interpolation.BILINEAR, Padding.ZEROS, False
@@ -40,7 +44,7 @@ def index_of(monkeypatch):
     found = []
 
     def record(kernel, programs, device, *args, **kwargs):
-        found.append(kwargs["INDEX"])
+        found.append(specialisations.field_of(kwargs["SPEC"], "index"))
 
     def index_of(launcher, *args):
         found.clear()
@@ -68,7 +72,7 @@ def test_index_width_follows_the_largest_image():
     assert launch.index_dtype(image(1, 1, 2**15, 2**15).expand(1, 64, -1, -1)) == tl.int32
 
 
-def every_launcher(image, output, params, source, control_points=None, moved=None):
+def every_launcher(image, output, params, source, control_points=None, coord_tangent=None):
     """(name, launcher, arguments) of all kernels that sample; the scatter's d image is float32."""
     total = torch.empty_like(image, dtype=torch.float32)
     yield "forward", sample.sample_forward, (image, params, control_points, output, source, *MODES)
@@ -79,15 +83,15 @@ def every_launcher(image, output, params, source, control_points=None, moved=Non
     )
     if source in (Source.AFFINE, Source.PROJECTIVE):
         yield "gather", gather.gather_backward, (output, params, image, source, *MODES)
-    if moved is None:
+    if coord_tangent is None:
         arguments = (None, image, params, control_points, None, output, source, *MODES)
         yield "jvp", derivatives.sample_jvp, arguments
         arguments = (output, None, image, params, control_points, None, None, source, *MODES, True)
         yield "hvp", derivatives.sample_hvp, arguments
     else:
-        arguments = (image, image, params, control_points, moved, output, source, *MODES)
+        arguments = (image, image, params, control_points, coord_tangent, output, source, *MODES)
         yield "jvp", derivatives.sample_jvp, arguments
-        arguments = (output, image, image, params, control_points, moved, total, source, *MODES, True)
+        arguments = (output, image, image, params, control_points, coord_tangent, total, source, *MODES, True)
         yield "hvp", derivatives.sample_hvp, arguments
 
 
@@ -131,8 +135,8 @@ def test_index_width_of_a_large_output(index_of, source):
                 assert index_of(launcher, *args) == index, name
     for size, index in zip(HALF_PLANES, (tl.int32, tl.int64)):
         params, control_points = parameters(source, size)
-        for moved in (None, meta(1, 1, *size, 2, dtype=torch.float32)):
-            calls = every_launcher(image, meta(1, 1, *size), params, source, control_points, moved)
+        for coord_tangent in (None, meta(1, 1, *size, 2, dtype=torch.float32)):
+            calls = every_launcher(image, meta(1, 1, *size), params, source, control_points, coord_tangent)
             hvp = next(call for call in calls if call[0] == "hvp")
             assert index_of(hvp[1], *hvp[2]) == index
 
@@ -187,7 +191,9 @@ import torch
 from triton import language as tl
 sys.path.insert(0, "tests")
 import test_large as large
-from stn_triton.kernels import grid, launch, specialisations
+from bench import specialisations
+from stn_triton.kernels import grid
+from stn_triton.kernels.host import launch
 from stn_triton.kernels.modes import Source
 
 done = []
@@ -198,8 +204,8 @@ for source, narrow, wide in (
     for size in (narrow, wide):
         params, _ = large.parameters(source, size)
         image = output = large.meta(1, 1, *size)
-        moved = large.meta(1, 1, *size, 2, dtype=torch.float32)
-        calls = list(large.every_launcher(image, output, params, source, None, moved))
+        coord_tangent = large.meta(1, 1, *size, 2, dtype=torch.float32)
+        calls = list(large.every_launcher(image, output, params, source, None, coord_tangent))
         if source == Source.AFFINE:
             target = large.meta(1, *size, 2)
             calls.append(("grid", grid.grid_forward, (params, None, target, source, False)))
@@ -208,7 +214,12 @@ for source, narrow, wide in (
             with specialisations.compiling("sm_90") as compiled:
                 compile_only = launch.runner
                 found = []
-                launch.runner = lambda *a, **k: (found.append(k["INDEX"]), compile_only(*a, **k))
+
+                def note(*args, **kwargs):
+                    found.append(specialisations.field_of(kwargs["SPEC"], "index"))
+                    compile_only(*args, **kwargs)
+
+                launch.runner = note
                 launcher(*args)
             assert found == [tl.int32 if size == narrow else tl.int64], (name, found)
             assert compiled[-1].asm["cubin"]
@@ -257,7 +268,7 @@ def far_cases():
         ("grid", ("forward", "backward"), (0, 1, 4)),
         ("flow", ("forward", "backward"), (0, 1, 3)),
         ("theta", ("forward", "backward", "gather", "grid", "grid_backward"), (1, 2)),
-        ("moved", ("jvp", "hvp"), (0, 3, 5)),
+        ("coord_tangent", ("jvp", "hvp"), (0, 3, 5)),
         ("written", ("grid", "grid_backward"), (0, 2, 4)),
     ):
         cases += [(kind, which, dim) for kind in kinds for dim in dims]
@@ -279,14 +290,14 @@ def test_tensors_far_apart(device, kind, which, dim):
     tensors = {
         "image": torch.randn(batch, channels, *in_size, device=device).half(),
         "output": torch.randn(batch, channels, *size, device=device).half(),
-        "moved": torch.randn(batch, 1, *size, 3, device=device),
+        "coord_tangent": torch.randn(batch, 1, *size, 3, device=device),
         "written": torch.randn(batch, *size, 3, device=device).half(),
         "params": params,
     }
     dtype = torch.float16 if kind == "gather" else torch.float32
     tensors["grad_input"] = torch.zeros(batch, channels, *in_size, dtype=dtype, device=device)
 
-    def run(image, output, moved, written, params, grad_input):
+    def run(image, output, coord_tangent, written, params, grad_input):
         """All that is written."""
         results = []
         if kind == "forward":
@@ -299,11 +310,11 @@ def test_tensors_far_apart(device, kind, which, dim):
             gather.gather_backward(output, params, grad_input, source, *MODES)
             results = [grad_input]
         elif kind == "jvp":
-            derivatives.sample_jvp(image, None, params, None, moved, output, source, *MODES)
+            derivatives.sample_jvp(image, None, params, None, coord_tangent, output, source, *MODES)
             results = [output]
         elif kind == "hvp":
             by_coordinates = derivatives.sample_hvp(
-                output, image, None, params, None, moved, grad_input, source, *MODES, True
+                output, image, None, params, None, coord_tangent, grad_input, source, *MODES, True
             )
             results = [grad_input, by_coordinates]
         elif kind == "grid":
@@ -342,12 +353,13 @@ def test_splines_far_apart(device, what, batch):
         assert_close(found, result)
 
 
-@triton.jit
-def pixels_kernel(
-    result_ptr, tile, column_tiles, width, height, depth, ROWS: tl.constexpr, INDEX: tl.constexpr
-):
-    out, mask = output_pixels(tile, column_tiles, (width, height, depth), 3, ROWS, 1, INDEX)
-    target = result_ptr + 4 * tl.arange(0, ROWS)[:, None]
+@triton.jit(**SPECIALIZATION)
+def pixels_kernel(result_ptr, tile, column_tiles, out_width, out_height, out_depth, SPEC: tl.constexpr):
+    row_tile, column_tile = divided(tile, column_tiles)
+    row = first_row(row_tile, SPEC.rows, SPEC)
+    size = (out_width, out_height, out_depth)
+    out, mask = pixels_from(column_tile * SPEC.columns, row, size, SPEC.rows, SPEC.columns, SPEC)
+    target = result_ptr + 4 * tl.arange(0, SPEC.rows)[:, None]
     for axis in tl.static_range(3):
         tl.store(target + axis, out[axis].to(tl.int64))
     tl.store(target + 3, mask.to(tl.int64))
@@ -357,10 +369,20 @@ def pixels_kernel(
 def test_rows_of_a_tall_volume(device, height, depth):
     """Tiles know their rows, depth * height of them, past 2^31."""
     rows, width, columns = 8, 2, 2
+    spec = Spec(
+        source=int(Source.AFFINE),
+        interpolation=int(Interpolation.BILINEAR),
+        padding=(0, 0, 0),
+        align_corners=0,
+        dims=3,
+        compute=tl.float32,
+        index=tl.int64,
+        rows=rows,
+    )
     for row in (0, 2**31 - rows, 2**31, height * depth // rows * rows):
         result = torch.empty(rows, 4, dtype=torch.int64, device=device)
         tile = row // rows * columns + 1
-        pixels_kernel[(1,)](result, tile, columns, width, height, depth, rows, tl.int64)
+        pixels_kernel[(1,)](result, tile, columns, width, height, depth, SPEC=spec)
         for place, (x, y, z, exists) in enumerate(result.tolist(), start=row):
             assert (x, y, z) == (1, place % height, place // height)
             assert exists == (place < height * depth)

@@ -86,8 +86,9 @@ def wheel(checkout):
 
 
 def modules_of(package):
-    """The files of the package's modules, relative to its directory."""
-    return {path.name for path in (ROOT / package).glob("*.py")}
+    """The files of the package's modules and of its packages' own, relative to its directory."""
+    root = ROOT / package
+    return {str(path.relative_to(root)) for path in root.rglob("*.py")}
 
 
 @needs_build
@@ -97,7 +98,7 @@ def test_sdist_has_every_source_once(sdist):
     assert len(names) == len(set(names))
     expected = {f"{package}/{name}" for package in ("stn_triton", "kernels") for name in modules_of(package)}
     expected |= {"kernels/README.md", "stn_triton/py.typed", "pyproject.toml", "README.md", "LICENSE"}
-    expected |= {"CHANGELOG.md", "Makefile", ".ci/run", ".ci/venv", "tests/test_package.py"}
+    expected |= {"CHANGELOG.md", "Makefile", ".ci/run", ".ci/venv", ".ci/versions", "tests/test_package.py"}
     assert not expected - set(names)
     assert not [name for name in names if name.startswith("stn_triton/kernels") or name.endswith(".pyc")]
 
@@ -125,7 +126,7 @@ import stn_triton, stn_triton.kernels
 from importlib.machinery import PathFinder
 assert PathFinder.find_spec("kernels", [sys.argv[1]]) is None, "a top-level package `kernels` was installed"
 if importlib.util.find_spec("triton"):
-    for module in pkgutil.iter_modules(stn_triton.kernels.__path__, "stn_triton.kernels."):
+    for module in pkgutil.walk_packages(stn_triton.kernels.__path__, "stn_triton.kernels."):
         importlib.import_module(module.name)
 print(stn_triton.__version__, stn_triton.__file__, stn_triton.kernels.__file__, sep="\\n")
 """
@@ -196,7 +197,14 @@ def test_import_starts_nothing(tmp_path):
     """`import stn_triton` loads no Triton, initialises no CUDA and starts neither a thread nor a process."""
     loaded = run("-c", IMPORT_EFFECTS, cwd=tmp_path, PYTHONPATH=ROOT).split()
     assert "stn_triton" in loaded
-    banned = ("triton", "matplotlib", "skimage", "torch.distributed.tensor", "stn_triton.kernels.sample")
+    banned = (
+        "triton",
+        "matplotlib",
+        "filelock",
+        "skimage",
+        "torch.distributed.tensor",
+        "stn_triton.kernels.sample",
+    )
     assert not [name for name in loaded if name.startswith(banned)]
 
 
@@ -205,15 +213,25 @@ def test_import_starts_nothing(tmp_path):
 ANY = None
 ALLOWED_IMPORTS = {
     "kernels": {"kernels"},
-    "backend": set(),
+    "versions": set(),
+    "backend": {"kernels.host.blocks"},
     "calls": set(),
     "checks": {"calls", "kernels.modes"},
     "distributed": {"calls", "kernels.modes"},
     "transforms": {"calls", "checks", "distributed"},
-    "reference": {"calls", "kernels.modes"},
+    "reference": {"reference", "calls", "kernels.modes", "kernels.host.dtypes"},
     "ops": {"kernels", "backend", "calls", "reference"},
-    "autograd": {"ops", "backend", "calls", "distributed", "export", "reference", "kernels.modes"},
-    "functional": {"autograd", "calls", "distributed", "transforms", "checks", "kernels.modes"},
+    "autograd": {
+        "autograd",
+        "ops",
+        "backend",
+        "calls",
+        "distributed",
+        "export",
+        "reference",
+        "kernels.modes",
+    },
+    "functional": {"autograd", "backend", "calls", "distributed", "transforms", "checks", "kernels.modes"},
     "export": {"ops", "reference", "transforms", "kernels.modes"},
     "nn": {"functional", "transforms", "calls", "checks", "backend"},
     "patch": {"kernels", "backend", "calls", "checks"},
@@ -222,7 +240,16 @@ ALLOWED_IMPORTS = {
     "__main__": ANY,
 }
 # These are plain PyTorch: they run where Triton is not installed.
-PURE = {"calls", "checks", "distributed", "transforms", "reference", "kernels.modes"}
+PURE = {
+    "versions",
+    "calls",
+    "checks",
+    "distributed",
+    "transforms",
+    "reference",
+    "kernels.modes",
+    "kernels.host.dtypes",
+}
 
 
 def imports_of(path, package):
@@ -270,6 +297,19 @@ def test_imports_run_one_way(layer, package, path):
         if within(f"{package}.{path.stem}", PURE):
             known = top in ("stn_triton", "torch") or top in sys.stdlib_module_names
             assert known, f"{package}.{path.stem} imports {name}, and may import only torch"
+
+
+DEVICE = ROOT / "kernels" / "device"
+
+
+@pytest.mark.parametrize("path", sorted(DEVICE.glob("*.py")), ids=lambda path: path.stem)
+def test_device_code_knows_triton_alone(path):
+    """No torch, no launchers: kernels import it, never the other way round."""
+    allowed = tuple(f"stn_triton.kernels.{name}." for name in ("device", "modes", "spec"))
+    for name in imports_of(path, "stn_triton.kernels.device"):
+        top = name.partition(".")[0]
+        known = top == "triton" or top in sys.stdlib_module_names or f"{name}.".startswith(allowed)
+        assert known, f"{path.name} imports {name}"
 
 
 def test_readme_snippets_run():

@@ -11,6 +11,7 @@ Image = pytest.importorskip("PIL.Image")
 from examples.birds_data import SPARE, load_cub, make_single, make_stand_in  # noqa: E402
 from examples.birds_models import REGIONS, BuiltInTrunk, PartsNet, make_trunk  # noqa: E402
 from examples.data import Digits  # noqa: E402
+from examples.files import DataError  # noqa: E402
 from stn_triton import backend  # noqa: E402
 
 
@@ -67,6 +68,49 @@ def test_official_folder(cub):
 def test_other_folder_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"not CUB-200-2011: it has no images\.txt"):
         load_cub(tmp_path, 28)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "text", "missing"])
+def test_damaged_photograph_is_named(cub, how):
+    path = cub / "images" / "002.B" / "b1.jpg"
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"truncated": path.read_bytes()[:300], "empty": b"", "text": b"<html>"}[how])
+    with pytest.raises(DataError, match=r"b1\.jpg cannot be used: .*Get CUB-200-2011 anew from"):
+        load_cub(cub, 28)
+    assert not list(cub.glob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("images.txt", "", "it is empty"),
+        ("images.txt", "1\n2\n", "ValueError"),
+        ("images.txt", "\xff", "UnicodeDecodeError"),
+        ("image_class_labels.txt", "1 1\n2 1\n3 2\n", "KeyError: '4'"),
+        ("image_class_labels.txt", "1 1\n2 1\n3 2\n4 3\n", "it has 1 to 3, not 1 to 2"),
+        ("image_class_labels.txt", "1 0\n2 1\n3 2\n4 2\n", "it has 0 to 2, not 1 to 2"),
+        ("image_class_labels.txt", "1 1\n2 1\n3 two\n4 2\n", "invalid literal"),
+        ("train_test_split.txt", "1 1\n2 0\n3 7\n4 0\n", "it has 0 to 7, not 0 to 1"),
+        ("classes.txt", "1 001.A\n3 002.B\n", "KeyError: '2'"),
+    ],
+)
+def test_damaged_tables_are_named(cub, name, content, says):
+    (cub / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(DataError, match=rf"{name} cannot be used: .*{says}.*Get CUB-200-2011 anew from"):
+        load_cub(cub, 28)
+
+
+def test_damaged_squares_are_named(cub):
+    load_cub(cub, 28)
+    path = cub / "squares-32.pt"
+    torch.save(torch.load(path)[:3], path)
+    with pytest.raises(DataError, match=r"squares-32\.pt cannot be used: .*Delete it, and it is made again"):
+        load_cub(cub, 28)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"squares-32\.pt cannot be used: .*Delete it"):
+        load_cub(cub, 28)
 
 
 def test_stand_in(digits):

@@ -1,13 +1,14 @@
-"""Co-localisation: the loss, which crop the net learns from, the encoder, and that digits are found."""
+"""Co-localisation: the loss, the search, what the net is led by, the encoder, and that digits are found."""
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from examples import colocalisation
-from examples.colocalisation import Boxes, Finding, most_alike, overlap, triplet_hinge
+from examples.colocalisation import Boxes, Finding, candidates, in_common, overlap, triplet_hinge
 from examples.data import SIDE, Digits
 from examples.training import train
 from stn_triton import affine_grid_sample
@@ -70,30 +71,59 @@ def test_hinge():
     near = crops + torch.tensor([0.0, 0.5])
     # (0, 1) and (1, 0) have 0 - 0.25 + 1, the other four 4 - 0.25 + 1; no image goes with itself.
     assert triplet_hinge(crops, near) == pytest.approx((2 * 0.75 + 4 * 4.75) / 6)
-    # Of the two others half is one: of the first two images each other, of the third the first.
-    assert triplet_hinge(crops, near, 0.5) == pytest.approx((2 * 0.75 + 4.75) / 3)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_most_alike(share):
-    """By its definition, pair for pair."""
-    images, tries = 6, 4
-    tried, others = (
-        torch.randn(images, tries, 3, generator=generator()),
-        torch.randn(6, 3, generator=generator(1)),
+def test_candidates_leave_no_gap():
+    """Whatever the box, half and more of it is one of the candidates'."""
+    tried = candidates()
+    assert (tried.centre.abs() + tried.half.unsqueeze(-1) <= 1 + 1e-5).all()
+    half = torch.rand(200, generator=generator()) * 0.3 + 0.25
+    place = (1 - half).unsqueeze(-1) * (2 * torch.rand(200, 2, generator=generator(1)) - 1)
+    boxes = Boxes(place, half)
+    each = Boxes(boxes.centre.repeat_interleave(len(tried.half), 0), half.repeat_interleave(len(tried.half)))
+    all_of_them = Boxes(tried.centre.repeat(200, 1), tried.half.repeat(200))
+    assert overlap(each, all_of_them).view(200, -1).amax(1).min() > 0.5
+
+
+@pytest.fixture
+def discs():
+    """Images with a disc each and a bar across, and where the discs are; how crops of them are encoded."""
+    y, x = torch.meshgrid(torch.arange(SIDE) - 13.5, torch.arange(SIDE) - 13.5, indexing="ij")
+    disc = x.square() + y.square() < 9**2
+    digits = Digits(255 * disc.byte().expand(48, -1, -1), torch.zeros(48, dtype=torch.long), "stand-in")
+    kernel = 1.4 * torch.where(disc, 1 / disc.sum(), -1 / (~disc).sum())
+    scene = colocalisation.collect(digits, 0, "T", generator(), 48)
+    images = scene.images.clone()
+    for image, at in zip(images, torch.randint(80, (48,), generator=generator(2)).tolist()):
+        image[0, at : at + 4] = 1.0
+    return scene._replace(images=images), lambda crops: (crops * kernel).sum((2, 3))
+
+
+def test_search_finds_what_is_common(discs):
+    scene, encode = discs
+    found = in_common(scene.images, encode, generator())
+    ratio = overlap(found, scene.boxes)
+    assert (ratio > 0.5).float().mean() > 0.9
+    again = in_common(scene.images, encode, generator())
+    assert torch.equal(found.centre, again.centre)
+    assert torch.equal(found.half, again.half)
+
+
+def test_search_takes_the_least_hinge(discs):
+    """Of three boxes for each image, the digit's, half as large and beside it, the digit's."""
+    scene, encode = discs
+    for among in (scene.boxes, Boxes(scene.boxes.centre, 0.5 * scene.boxes.half)):
+        one = Boxes(among.centre[:1], among.half[:1])
+        chosen = in_common(scene.images, encode, generator(), one)
+        torch.testing.assert_close(chosen.centre, one.centre.expand(48, -1))
+        torch.testing.assert_close(chosen.half, one.half.expand(48))
+    image, true = scene.images[:1].expand(6, -1, -1, -1), Boxes(scene.boxes.centre[:1], scene.boxes.half[:1])
+    among = Boxes(
+        torch.cat([true.centre, true.centre, true.centre + 0.3]), true.half * torch.tensor([0.5, 1.0, 1.0])
     )
-    expected = []
-    for n in range(images):
-        hinges = []
-        for crop in tried[n]:
-            apart = sorted((tried[m] - crop).square().sum(-1).min() for m in range(images) if m != n)
-            kept = apart[: max(1, math.ceil(share * (images - 1)))]
-            margin = 1 - (crop - others[n]).square().sum()
-            hinges.append(sum((one + margin).clamp_min(0) for one in kept) / len(kept))
-        expected.append(hinges.index(min(hinges)))
-    assert len(set(expected)) > 1
-    assert most_alike(tried, others, share).tolist() == expected
-    assert most_alike(tried, others, torch.tensor(share)).tolist() == expected
+    chosen = in_common(image, encode, generator(), among)
+    torch.testing.assert_close(chosen.centre, true.centre.expand(6, -1))
+    torch.testing.assert_close(chosen.half, true.half.expand(6))
 
 
 def test_encoder_tells_digits_in_their_frame(digits):
@@ -117,25 +147,19 @@ def test_encoder_tells_digits_in_their_frame(digits):
     assert right < 0.7 * hinge(Boxes(scene.boxes.centre * 0.5 + aside, scene.boxes.half))
 
 
-def test_crops_are_tried_around_the_models_less_and_less(digits):
+def test_the_loss_is_led_first_and_the_papers_at_full_strength(digits):
     scene = colocalisation.collect(digits, 3, "T", generator(), 12)
-    task = Finding(scene, ring, 0, tries=40)
-    around = task.around(scene.boxes)
-    task.strength.fill_(0)
-    wide = task.around(scene.boxes)
-    torch.testing.assert_close(around.centre, scene.boxes.centre.unsqueeze(1).expand(-1, 40, -1))
-    torch.testing.assert_close(around.half, scene.boxes.half.unsqueeze(1).expand(-1, 40))
-    assert (wide.centre - around.centre).std() == pytest.approx(colocalisation.SHIFT, rel=0.1)
-    assert (wide.half / around.half).log().std() == pytest.approx(colocalisation.ZOOM, rel=0.1)
-
-
-def test_at_full_strength_the_loss_is_the_papers(digits):
-    scene = colocalisation.collect(digits, 3, "T", generator(), 12)
-    task = Finding(scene, ring, 0)
+    task = Finding(scene, lambda: Boxes(scene.boxes.centre + 0.1, scene.boxes.half), ring, 0)
     images, target = task.batch(12)
     theta = scene.boxes.theta()
     crops = ring(affine_grid_sample(images, theta, (28, 28)))
-    torch.testing.assert_close(task.loss(theta, target), triplet_hinge(crops, ring(target[1])))
+    papers = triplet_hinge(crops, ring(target[1]))
+    led = torch.tensor(colocalisation.LEAD * 2 * 0.1**2)
+    torch.testing.assert_close(task.loss(theta, target), papers)
+    task.strength.fill_(0)
+    torch.testing.assert_close(task.loss(theta, target), led)
+    task.strength.fill_(0.25)
+    torch.testing.assert_close(task.loss(theta, target), 0.75 * led + 0.25 * papers)
 
 
 def test_paper_localisation_net():
@@ -153,16 +177,13 @@ def test_several_processes_are_refused(monkeypatch, capsys):
     assert "so it takes one process" in capsys.readouterr().err
 
 
-def test_digits_are_found(tmp_path):
-    """Discs, compared by their ink inside of the frame's disc without that outside of it."""
-    y, x = torch.meshgrid(torch.arange(SIDE) - 13.5, torch.arange(SIDE) - 13.5, indexing="ij")
-    disc = x.square() + y.square() < 9**2
-    discs = Digits(255 * disc.byte().expand(48, -1, -1), torch.zeros(48, dtype=torch.long), "stand-in")
-    kernel = 1.4 * torch.where(disc, 1 / disc.sum(), -1 / (~disc).sum())
-    scene = colocalisation.collect(discs, 0, "T", generator(), 48)
-    task = Finding(scene, lambda crops: (crops * kernel).sum((2, 3)), 0, tries=16)
+def test_digits_are_found(discs, tmp_path):
+    """By the search, and then by the net, which is left with the paper's loss."""
+    scene, encode = discs
+    task = Finding(scene, partial(in_common, scene.images, encode, generator()), encode, 0)
     torch.manual_seed(0)
     config = replace(colocalisation.QUICK, steps=180, batch=48, lr=1e-2, snapshots=0)
     found = train(colocalisation.make_model(), task, config, tmp_path, progress=False)
+    assert found.figures["searched"] > 90
     assert found.figures["found"] > 80
     assert found.figures["IoU"] > 0.6

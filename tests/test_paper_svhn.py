@@ -1,5 +1,6 @@
 """SVHN: the official files' formats, the stand-in, and the three models."""
 
+import shutil
 import tarfile
 
 import pytest
@@ -16,6 +17,7 @@ Image = pytest.importorskip("PIL.Image")
 
 import stn_triton as stn  # noqa: E402
 from examples.data import Digits  # noqa: E402
+from examples.files import DataError  # noqa: E402
 from examples.outputs import looks  # noqa: E402
 from examples.svhn import Reading, following, frame  # noqa: E402
 from examples.svhn_cost import cost_table, layer_cost, sampling_cost, step_costs, summed  # noqa: E402
@@ -154,6 +156,141 @@ def test_killed_while_reading_leaves_nothing(official, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         load_full_numbers(official, "train", 64)
     assert sorted(path.name for path in official.iterdir()) == before
+
+
+def packed(folder, change=lambda member: [member]):
+    """The unpacked half as an archive; ``change``: what comes in place of a member."""
+    with tarfile.open(folder / "train.tar.gz", "w:gz") as files:
+        for path in sorted((folder / "train").iterdir()):
+            for member in change(path):
+                files.add(member, f"train/{member.name}")
+    shutil.rmtree(folder / "train")
+    return folder / "train.tar.gz"
+
+
+@pytest.fixture
+def unpacked(tmp_path):
+    folder = tmp_path / "train"
+    folder.mkdir()
+    write_structure(folder / "digitStruct.mat")
+    for name, (boxes, _) in PICTURES.items():
+        picture(name, boxes).save(folder / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "text"])
+@pytest.mark.parametrize("name", ["digitStruct.mat", "2.png"])
+def test_damaged_full_numbers(unpacked, name, how):
+    path = unpacked / "train" / name
+    path.write_bytes({"truncated": path.read_bytes()[:-90], "empty": b"", "text": b"<html>"}[how])
+    with pytest.raises(DataError, match=rf"{name} cannot be used: .*Get SVHN's files anew"):
+        load_full_numbers(unpacked, "train", 64)
+    archive = packed(unpacked)
+    with pytest.raises(
+        DataError, match=rf"{name} in .*{archive.name} cannot be used: .*Get SVHN's files anew"
+    ):
+        load_full_numbers(unpacked, "train", 64)
+    assert [path.name for path in unpacked.iterdir()] == ["train.tar.gz"]
+
+
+@pytest.mark.parametrize(
+    "how, says",
+    [
+        ("truncated", "EOFError|ReadError"),
+        ("empty", "ReadError|EOFError"),
+        ("no structure", "it has no digitStruct.mat"),
+        ("no picture", "it lacks 1 photographs, 2.png among them"),
+    ],
+)
+def test_damaged_archive(unpacked, how, says):
+    left_out = {"no structure": "digitStruct.mat", "no picture": "2.png"}.get(how)
+    archive = packed(unpacked, lambda path: [] if path.name == left_out else [path])
+    if how in ("truncated", "empty"):
+        archive.write_bytes(archive.read_bytes()[: 400 if how == "truncated" else 0])
+    with pytest.raises(DataError, match=rf"train\.tar\.gz cannot be used: .*({says})"):
+        load_full_numbers(unpacked, "train", 64)
+
+
+def test_missing_picture_is_named(unpacked):
+    (unpacked / "train" / "2.png").unlink()
+    with pytest.raises(DataError, match=r"2\.png cannot be used: it is missing"):
+        load_full_numbers(unpacked, "train", 64)
+
+
+def test_what_macos_adds_to_archives_is_passed_over(unpacked):
+    """AppleDouble files beside each file, and folders whose names end like those of files."""
+    expected = load_full_numbers(unpacked, "train", 64)
+    (unpacked / "train-64.pt").unlink()
+    more = unpacked / "more"
+    (more / "5.png").mkdir(parents=True)
+    (more / "digitStruct.mat").mkdir()
+
+    def change(path):
+        double = more / f"._{path.name}"
+        double.write_bytes(b"Mac OS X")
+        return [double, path]
+
+    (unpacked / "train.tar.gz").unlink(missing_ok=True)
+    archive = packed(unpacked, change)
+    whole = archive.with_name("whole.tar.gz")
+    with tarfile.open(archive) as old, tarfile.open(whole, "w:gz") as new:
+        for name in ("5.png", "digitStruct.mat"):
+            new.add(more / name, f"train/{name}", recursive=False)
+        for member in old:
+            new.addfile(member, old.extractfile(member))
+    whole.rename(archive)
+    found = load_full_numbers(unpacked, "train", 64)
+    assert torch.equal(found.images, expected.images)
+    assert torch.equal(found.labels, expected.labels)
+
+
+@pytest.mark.parametrize("label", [0, 11, -1, 2.5, float("nan")])
+def test_labels_of_full_numbers_are_1_to_10(unpacked, monkeypatch, label):
+    monkeypatch.setitem(PICTURES, "2.png", ([(5, 5, 20, 30)], [label]))
+    write_structure(unpacked / "train" / "digitStruct.mat")
+    with pytest.raises(DataError, match=r"digitStruct\.mat cannot be used: .*2\.png has the labels"):
+        load_full_numbers(unpacked, "train", 64)
+
+
+@pytest.mark.parametrize("name", ["../../secret.png", "/etc/hosts", "a/b.png", ""])
+def test_names_that_lead_elsewhere_are_refused(unpacked, monkeypatch, name):
+    monkeypatch.setitem(PICTURES, name, PICTURES["2.png"])
+    write_structure(unpacked / "train" / "digitStruct.mat")
+    with pytest.raises(DataError, match=r"digitStruct\.mat cannot be used"):
+        load_full_numbers(unpacked, "train", 64)
+
+
+@pytest.mark.parametrize("how", ["truncated", "labels", "shapes"])
+def test_damaged_crops_are_named(unpacked, how):
+    load_full_numbers(unpacked, "train", 64)
+    path = unpacked / "train-64.pt"
+    images, labels = torch.load(path)
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "labels":
+        torch.save((images, labels + 8), path)
+    else:
+        torch.save((images[:1], labels), path)
+    with pytest.raises(DataError, match=r"train-64\.pt cannot be used: .*Delete it, and it is made again"):
+        load_full_numbers(unpacked, "train", 64)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "text", "no labels", "labels", "counts"])
+def test_damaged_cropped_digits(tmp_path, how):
+    matlab = pytest.importorskip("scipy.io")
+    path = tmp_path / "test_32x32.mat"
+    content = {"X": numpy.zeros((32, 32, 3, 4), numpy.uint8), "y": numpy.array([[10], [3], [5], [9]])}
+    if how == "no labels":
+        del content["y"]
+    elif how == "labels":
+        content["y"][0] = 11
+    elif how == "counts":
+        content["y"] = content["y"][:3]
+    matlab.savemat(path, content)
+    if how in ("truncated", "empty", "text"):
+        path.write_bytes({"truncated": path.read_bytes()[:-200], "empty": b"", "text": b"<html>"}[how])
+    with pytest.raises(DataError, match=r"test_32x32\.mat cannot be used: .*Get SVHN's files anew"):
+        load_cropped_digits(tmp_path, "test", 64)
 
 
 def test_missing_files_are_named(tmp_path):

@@ -16,6 +16,7 @@ from torch import nn
 from examples import training
 from examples.data import DISTORTIONS, Digits, Mnist, Similar
 from examples.distorted_mnist import TEST_SEED, Classify, Job, Settings, alignment, pending
+from examples.files import write_json
 from examples.models import Transformed
 from examples.training import Config, Replicas, ReplicaTask, Task, train
 from stn_triton.nn import SpatialTransformer, localisation_fcn
@@ -174,7 +175,7 @@ def test_results_of_other_settings_are_not_taken_for_these(tmp_path):
     job, new, config = Job("CNN", "R", 0), Job("CNN", "P", 0), Config(steps=5)
     path = tmp_path / "runs" / str(job) / "result.json"
     result = {"config": dataclasses.asdict(config), "budget": 1000, "data": "MNIST"}
-    training.write_json(path, result)
+    write_json(path, result)
 
     def left(config=config, budget=1000, data="MNIST"):
         its = Settings(config, budget)

@@ -12,8 +12,9 @@ from common import PADDINGS, assert_close, away_from_kinks, random_grid
 from test_backend import python
 
 import stn_triton as stn
+from bench.specialisations import field_of
 from stn_triton import backend
-from stn_triton.kernels import launch
+from stn_triton.kernels.host import launch
 
 try:
     from torch.testing._internal import common_methods_invocations as database
@@ -43,6 +44,11 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(launch, "runner", spy)
     return launches
+
+
+def wanted(spec):
+    """Which gradients a backward kernel was asked for: the image's and the coordinates'."""
+    return field_of(spec, "input_grad"), field_of(spec, "source_grad")
 
 
 def names(launches):
@@ -96,7 +102,7 @@ def test_values_and_gradients(device, launched, dims, mode, padding, align_corne
     with stn.patch_torch():
         actual = derivatives(F.grid_sample, leaves, *options)
     assert names(launched) == [FORWARD, BACKWARD]
-    assert launched[1][1]["SOURCE_GRAD"] == (mode != "nearest")  # steps have no slope
+    assert field_of(launched[1][1]["SPEC"], "source_grad") == (mode != "nearest")  # steps have no slope
     wide = [leaf.detach().double().cpu().requires_grad_() for leaf in leaves]
     for a, b in zip(actual, derivatives(F.grid_sample, wide, *options)):
         assert a.is_contiguous()
@@ -111,7 +117,7 @@ def test_dtypes(device, launched, dtype):
     with stn.patch_torch():
         actual = derivatives(F.grid_sample, leaves, "bilinear", "zeros", False)
     assert names(launched) == [FORWARD, BACKWARD]
-    assert launched[0][1]["COMPUTE"].name == ("fp64" if dtype == torch.float64 else "fp32")
+    assert field_of(launched[0][1]["SPEC"], "compute").name == ("fp64" if dtype == torch.float64 else "fp32")
     wide = [leaf.detach().double().cpu().requires_grad_() for leaf in leaves]
     for a, b in zip(actual, derivatives(F.grid_sample, wide, "bilinear", "zeros", False)):
         assert_close(a, b, dtype, scale=4)
@@ -165,7 +171,7 @@ def test_only_what_is_asked_for(device, launched, dims, mask):
     call = grad_output, image, grid, 0, 0, False, list(mask)
     with stn.patch_torch():
         actual = operator(*call)
-    assert [(kw["INPUT_GRAD"], kw["SOURCE_GRAD"]) for _, kw in launched] == ([mask] if any(mask) else [])
+    assert [wanted(kw["SPEC"]) for _, kw in launched] == ([mask] if any(mask) else [])
     promised = operator(*(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in call))
     for a, b in zip(actual, promised):
         assert (a is None) == (b is None)
@@ -181,7 +187,7 @@ def test_needs_of_autograd(device, launched):
     with stn.patch_torch():
         derivatives(F.grid_sample, [image.detach(), grid], "bilinear", "zeros", False)
         derivatives(F.grid_sample, [image, grid.detach()], "bilinear", "zeros", False)
-    backward = [(kw["INPUT_GRAD"], kw["SOURCE_GRAD"]) for name, kw in launched if name == BACKWARD]
+    backward = [wanted(kw["SPEC"]) for name, kw in launched if name == BACKWARD]
     assert backward == [(False, True), (True, False)]
 
 
@@ -282,7 +288,7 @@ def test_cudnn(device, launched, cudnn):
         actual = derivatives(torch.cudnn_grid_sampler, [image, grid])
         derivatives(torch.cudnn_grid_sampler, [image.detach(), grid])
     assert names(launched) == [FORWARD, BACKWARD] * 2
-    assert not launched[3][1]["INPUT_GRAD"]
+    assert not field_of(launched[3][1]["SPEC"], "input_grad")
     for a, b in zip(actual, expected):
         assert_close(a, b.double())
     with stn.patch_torch(), torch.inference_mode():  # past autograd
@@ -634,7 +640,7 @@ def test_deterministic(device, launched):
     finally:
         torch.use_deterministic_algorithms(False)
     assert FORWARD in names(launched)
-    assert "sorted_sum_kernel" in names(launched)
+    assert "sort_sums_kernel" in names(launched)
 
 
 OPERATOR_SAMPLES = ["grid_sampler_2d", "grid_sampler_3d", "nn.functional.grid_sample"]

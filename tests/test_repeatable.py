@@ -11,7 +11,8 @@ import torch
 from common import random_grid, random_theta
 
 import stn_triton as stn
-from stn_triton.kernels import configs, launch
+from bench.specialisations import field_of
+from stn_triton.kernels.host import configs, launch
 
 MODES = ("bilinear", "nearest", "bicubic")
 SIZE = (5, 6)
@@ -91,7 +92,7 @@ def atomics(monkeypatch):
     run = launch.runner
 
     def watched(kernel, *args, **kwargs):
-        seen.append(bool(kwargs.get("INPUT_GRAD")))
+        seen.append(field_of(kwargs["SPEC"], "input_grad"))
         run(kernel, *args, **kwargs)
 
     monkeypatch.setattr(launch, "runner", watched)

@@ -17,7 +17,7 @@ from common import (
 )
 
 import stn_triton as stn
-from stn_triton.kernels import configs
+from stn_triton.kernels.host import configs
 
 align = pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
 padding = pytest.mark.parametrize("padding_mode", PADDINGS)

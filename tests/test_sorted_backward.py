@@ -22,8 +22,9 @@ from common import (
 )
 
 import stn_triton as stn
+from bench.specialisations import field_of
 from stn_triton import reference
-from stn_triton.kernels import configs
+from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
 INTERPOLATION = dict(zip(MODES, Interpolation))
@@ -61,11 +62,13 @@ def places(params, control_points, in_size, size, source, align_corners):
     """The normalised coordinates (N or 1, T, *size, dims) in float64, on the CPU."""
     params, points = (None if t is None else t.double().cpu() for t in (params, control_points))
     place = source, params, points, tuple(size), torch.Size(in_size), align_corners, F64
-    return reference._places(*place, in_pixels=False)
+    return reference.operators.places(*place, in_pixels=False)
 
 
-def expected(grad_output, grid, grad_input, source, interpolation, padding, align_corners, moved=None):
-    """d image in float64, tap by tap; with ``moved`` its derivative along it, by forward differentiation."""
+def expected(
+    grad_output, grid, grad_input, source, interpolation, padding, align_corners, coord_tangent=None
+):
+    """d image in float64, tap by tap; with ``coord_tangent`` its derivative along it, by forward mode."""
     n = grad_input.shape[0]
     g = grad_output.double().cpu()
     g = (g if g.dim() > grad_input.dim() else g.unsqueeze(1)).movedim(1, 2).flatten(2, 3)
@@ -78,22 +81,22 @@ def expected(grad_output, grid, grad_input, source, interpolation, padding, alig
 
         return torch.func.vjp(forward, image)[1](g)[0]
 
-    if moved is None:
+    if coord_tangent is None:
         return backward(grid)
-    tangent = moved.double().cpu().expand(n, *moved.shape[1:]).flatten(1, 2)
+    tangent = coord_tangent.double().cpu().expand(n, *coord_tangent.shape[1:]).flatten(1, 2)
     if source == Source.FLOW:
         sizes = torch.tensor(grad_input.shape[:1:-1], dtype=F64)
         tangent = tangent / ((sizes - int(align_corners)) / 2)
     return torch.func.jvp(backward, (grid,), (tangent,))[1]
 
 
-def solve(grad_output, params, control_points, grad_input, *modes, moved=None, **tile):
+def solve(grad_output, params, control_points, grad_input, *modes, coord_tangent=None, **tile):
     """Fills ``grad_input``, whatever is in it."""
-    from stn_triton.kernels.sorted import sorted_backward
+    from stn_triton.kernels.sort import sorted_backward
 
     grad_input.fill_(NAN)
     with configs.override(**tile):
-        sorted_backward(grad_output, params, control_points, grad_input, *modes, moved)
+        sorted_backward(grad_output, params, control_points, grad_input, *modes, coord_tangent)
     return grad_input
 
 
@@ -125,10 +128,12 @@ def check(
     if mode == "nearest" or move:
         grad_output *= away_from_kinks(grid, in_size, mode, align_corners).unsqueeze(2)
     grad_output = (grad_output if transforms else grad_output.squeeze(1)).to(device, dtype)
-    moved = torch.randn(grid.shape).to(device, compute) if move else None
+    coord_tangent = torch.randn(grid.shape).to(device, compute) if move else None
     grad_input = torch.empty(batch, channels, *in_size, dtype=compute if move else dtype, device=device)
-    solve(grad_output, params, control_points, grad_input, *modes, moved=moved, **(tile or {}))
-    assert_close(grad_input, expected(grad_output, grid, grad_input, *modes, moved=moved))
+    solve(
+        grad_output, params, control_points, grad_input, *modes, coord_tangent=coord_tangent, **(tile or {})
+    )
+    assert_close(grad_input, expected(grad_output, grid, grad_input, *modes, coord_tangent=coord_tangent))
 
 
 PLANAR_SOURCES = (Source.PROJECTIVE, Source.TPS)
@@ -244,15 +249,15 @@ def test_collapsed_maps(device, dims, mode, move):
     grid = torch.full((1, *size, dims), 0.37, dtype=F64)
     grid[:, 0] = random_grid(1, size, F64, "cpu")[:, 0]
     grad_output = torch.randn(1, 3, *size, dtype=F64)
-    moved = torch.randn(1, 1, *size, dims, dtype=F64) if move else None
+    coord_tangent = torch.randn(1, 1, *size, dims, dtype=F64) if move else None
     if mode == "nearest" or move:
         grad_output *= away_from_kinks(grid, in_size, mode, False).unsqueeze(1)
     grad_input = torch.empty(1, 3, *in_size, dtype=F64, device=device)
-    result = expected(grad_output, grid.unsqueeze(1), grad_input, *modes, moved=moved)
+    result = expected(grad_output, grid.unsqueeze(1), grad_input, *modes, coord_tangent=coord_tangent)
     arguments = [t if t is None else t.to(device) for t in (grad_output, grid, None, grad_input)]
-    moved = moved if moved is None else moved.to(device)
+    coord_tangent = coord_tangent if coord_tangent is None else coord_tangent.to(device)
     for tile in ({}, {"channels": 2, "rows": 2, "columns": 8}) if mode == "bilinear" else ({},):
-        assert_close(solve(*arguments, *modes, moved=moved, **tile), result)
+        assert_close(solve(*arguments, *modes, coord_tangent=coord_tangent, **tile), result)
 
 
 def test_work_is_shared(device, monkeypatch):
@@ -279,8 +284,8 @@ def test_work_is_shared(device, monkeypatch):
     grad_input = torch.empty(1, 1, 4, 4, dtype=F64)
     solve(grad_output, grid, None, grad_input, *modes, rows=8, columns=8)
     assert_close(grad_input, expected(grad_output, grid.unsqueeze(1), grad_input, *modes))
-    # four pixels: 32 outputs alone, the rest by 64 lanes; four loads for each step
-    assert counted.loads < 4 * (2 * 32 + 4 * 25) + 100
+    # four pixels: 32 outputs alone, the rest by 64 lanes; six loads for each step, two for each axis' place
+    assert counted.loads < 6 * (2 * 32 + 4 * 25) + 100
 
 
 def test_even_crowds(device):
@@ -328,16 +333,28 @@ def test_layouts(device, dims, layout):
     params, _ = parameters(Source.AFFINE, 2, OUT_SIZE[dims], F32, "cpu", 2)
     params = place(params, layout, device=device)
     grad_output = place(torch.randn(2, 2, 3, *OUT_SIZE[dims]), layout, device=device)
-    moved = place(torch.randn(2, 2, *OUT_SIZE[dims], dims), layout, device=device) if dims == 3 else None
+    coord_tangent = (
+        place(torch.randn(2, 2, *OUT_SIZE[dims], dims), layout, device=device) if dims == 3 else None
+    )
     result = torch.empty(2, 3, *IN_SIZE[dims])
     grad_input = place(result, layout if layout in DENSE_LAYOUTS else "sliced", CANARY, device)
     modes = Source.AFFINE, Interpolation.BILINEAR, Padding.BORDER, True
     grid = places(params, None, IN_SIZE[dims], OUT_SIZE[dims], Source.AFFINE, True)
     with checked_addresses():
-        solve(grad_output, params, None, grad_input, *modes, moved=moved, rows=4, columns=8, channels=4)
-    assert_close(grad_input, expected(grad_output, grid, grad_input, *modes, moved=moved))
+        solve(
+            grad_output,
+            params,
+            None,
+            grad_input,
+            *modes,
+            coord_tangent=coord_tangent,
+            rows=4,
+            columns=8,
+            channels=4,
+        )
+    assert_close(grad_input, expected(grad_output, grid, grad_input, *modes, coord_tangent=coord_tangent))
     assert_band(grad_input, CANARY)
-    for tensor in (grad_output, params, *(() if moved is None else (moved,))):
+    for tensor in (grad_output, params, *(() if coord_tangent is None else (coord_tangent,))):
         assert_band(tensor)
 
 
@@ -368,7 +385,7 @@ def test_empty(device):
 @pytest.mark.parametrize("source", list(Source), ids=lambda source: source.name.lower())
 def test_parts(device, monkeypatch, source):
     """Images done in turn give the same bits; lists that are cut, and 64-bit numbers, the same sums."""
-    from stn_triton.kernels import sorted
+    from stn_triton.kernels import sort
 
     size, in_size = (3, 4), (5, 4)
     params, control_points = parameters(source, 3, size, F64, device)
@@ -381,29 +398,30 @@ def test_parts(device, monkeypatch, source):
 
     whole = result()
     for outputs in (25, 1):
-        monkeypatch.setattr(sorted, "OUTPUTS_AT_ONCE", outputs)
+        monkeypatch.setattr(sort, "OUTPUTS_AT_ONCE", outputs)
         assert torch.equal(result(), whole)
     for length in (12, 5):
-        monkeypatch.setattr(sorted, "LIST_LENGTH", length)
+        monkeypatch.setattr(sort, "LIST_LENGTH", length)
         assert_close(result(), whole)
-    monkeypatch.setattr(sorted, "INT32_MAX", 10)
+    monkeypatch.setattr(sort, "INT32_MAX", 10)
     assert_close(result(), whole)
 
 
 def test_widths(monkeypatch):
     """Past 2^31 pixels keys have 64 bits, past 2^31 elements offsets have; lists are never longer."""
-    from stn_triton.kernels import sorted
+    from stn_triton.kernels import sort
 
     kernels = {"keys": [], "lists": []}
 
     def launched(kernel, programs, device, *args, **kwargs):
-        if kernel is sorted.sorted_keys_kernel:
-            kernels["keys"].append((args[0].dtype, str(kwargs["INDEX"])))
+        index = str(field_of(kwargs["SPEC"], "index"))
+        if kernel is sort.sort_keys_kernel:
+            kernels["keys"].append((args[0].dtype, index))
         else:
-            assert args[4].dtype == torch.int32
-            kernels["lists"].append((kwargs["lists"], str(kwargs["INDEX"])))
+            assert args[5].dtype == torch.int32  # where cells begin
+            kernels["lists"].append((kwargs["lists"], index))
 
-    monkeypatch.setattr(sorted, "launch", launched)
+    monkeypatch.setattr(sort, "launch", launched)
 
     def widths(in_shape, out_shape):
         for found in kernels.values():
@@ -412,7 +430,7 @@ def test_widths(monkeypatch):
         grid = torch.empty(1, 1, 1, 2, device="meta").expand(out_shape[0], *out_shape[2:], 2)
         grad_input = torch.empty(in_shape, dtype=F16, device="meta")
         modes = Source.GRID, Interpolation.BILINEAR, Padding.ZEROS, False
-        sorted.sorted_backward(grad_output, grid, None, grad_input, *modes)
+        sort.sorted_backward(grad_output, grid, None, grad_input, *modes)
         return kernels["keys"], kernels["lists"]
 
     small, wide = (torch.int32, "int32"), (torch.int64, "int64")

@@ -217,3 +217,25 @@ def test_nothing_is_hidden_from_dynamo():
         assert "compiler.disable" not in text, path
         assert "_dynamo.disable" not in text, path
         assert "graph_break" not in text, path
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "name, kind",
+    [("grid_sample", "device"), ("grid_sample", "meta"), ("SpatialTransformer-affine", "device")],
+)
+def test_whether_a_device_has_autocast_is_not_traced(device, monkeypatch, name, kind):
+    """The compiler of PyTorch 2.11 cannot."""
+    ask = torch.amp.is_autocast_available
+
+    def outside(device_type):
+        assert not torch.compiler.is_compiling()
+        return ask(device_type)
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", outside)
+    torch._dynamo.reset()
+    build, make = FUNCTIONS[name]
+    inputs = case(make, *SHAPES[0], device if kind == "device" else torch.device("meta"), False)
+    output = torch.compile(build(device), fullgraph=True, backend="eager")(*inputs)
+    assert output.shape == inputs[0].shape
+    assert output.device.type == inputs[0].device.type

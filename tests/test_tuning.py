@@ -11,7 +11,7 @@ from common import quick_interpreter
 
 import stn_triton as stn
 from stn_triton import backend
-from stn_triton.kernels import configs, tables, tuning
+from stn_triton.kernels.host import configs, tables, tuning
 from stn_triton.kernels.modes import Interpolation, Source
 
 PROBLEM = configs.Problem(
@@ -290,7 +290,7 @@ def test_autotune_searches_once_and_changes_no_result(pretend):
 
 def test_what_is_tuned_costs_nothing_more(pretend, monkeypatch):
     """In the block a later call is one launch of a plan that is kept; after it the plan from before holds."""
-    from stn_triton.kernels import launch
+    from stn_triton.kernels.host import launch
 
     launches, call = [], launch.Plan.__call__
 
@@ -473,7 +473,7 @@ def test_make_tune_says_what_it_did_not_come_to(pretend, monkeypatch, tmp_path, 
 
 def test_compiling_ahead_times_and_runs_nothing(pretend, monkeypatch):
     from bench import tune
-    from stn_triton.kernels import launch
+    from stn_triton.kernels.host import launch
 
     _, timed = pretend
     compiled = []

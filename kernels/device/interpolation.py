@@ -1,0 +1,242 @@
+"""Interpolation along one axis: which pixels a place reads, and with what weight.
+
+``axis_taps``, ``axis_slopes`` and ``axis_curvatures`` are the whole interface: the taps, and the first and
+second derivatives of their weights by the coordinate that was not yet padded. Kernels take the tensor product
+over the axes, so an interpolation that is added here works in 2-D and 3-D, forward and backward.
+"""
+
+import triton
+import triton.language as tl
+
+from ..modes import Interpolation
+from ..spec import Taps, constant, plain
+from .arithmetic import BICUBIC, BILINEAR, NEAREST, ZEROS, clamp, in_bounds
+from .padding import pad_index, pad_place, padding_of
+
+CUBIC_A = constant(-0.75)  # PyTorch's cubic convolution coefficient
+
+
+@triton.constexpr_function
+def tap_count(spec):
+    """Pixels read along one axis."""
+    return {Interpolation.BILINEAR: 2, Interpolation.NEAREST: 1, Interpolation.BICUBIC: 4}[
+        plain(spec.interpolation)
+    ]
+
+
+@triton.constexpr_function
+def taps_z(spec):
+    """Pixels read along z: in 2-D the one there is."""
+    return plain(tap_count(spec)) if plain(spec.dims) == 3 else 1
+
+
+@triton.constexpr_function
+def has_curvature(spec):
+    """Whether the weights have second derivatives along their axis."""
+    return plain(spec.interpolation) == Interpolation.BICUBIC
+
+
+@triton.constexpr_function
+def taps_in_a_row(spec, interior):
+    """Whether each tap's pixel is the one after the tap before it: padding moves a cubic's one by one."""
+    return plain(interior) or plain(spec.interpolation) != Interpolation.BICUBIC
+
+
+# ------------------------------------------------------------------------------------- cubic convolution
+@triton.jit
+def cubic_near(d):
+    """The cubic convolution kernel at a distance 0 <= d <= 1."""
+    return (d * (CUBIC_A + 2.0) - (CUBIC_A + 3.0)) * d * d + 1.0
+
+
+@triton.jit
+def cubic_near_grad(d):
+    return (d * (3.0 * (CUBIC_A + 2.0)) - 2.0 * (CUBIC_A + 3.0)) * d
+
+
+@triton.jit
+def cubic_near_curvature(d):
+    return d * (6.0 * (CUBIC_A + 2.0)) - 2.0 * (CUBIC_A + 3.0)
+
+
+@triton.jit
+def cubic_far(d):
+    """The cubic convolution kernel at a distance 1 <= d <= 2."""
+    return ((d * CUBIC_A - 5.0 * CUBIC_A) * d + 8.0 * CUBIC_A) * d - 4.0 * CUBIC_A
+
+
+@triton.jit
+def cubic_far_grad(d):
+    return (d * (3.0 * CUBIC_A) - 10.0 * CUBIC_A) * d + 8.0 * CUBIC_A
+
+
+@triton.jit
+def cubic_far_curvature(d):
+    return d * (6.0 * CUBIC_A) - 10.0 * CUBIC_A
+
+
+@triton.jit
+def cubic_weight(d):
+    """The cubic convolution kernel at any distance of at least 0."""
+    far = tl.where(d < 2.0, cubic_far(d), 0.0)
+    return tl.where(d <= 1.0, cubic_near(d), far)
+
+
+# ------------------------------------------------------------------------------------------- one axis
+@triton.jit
+def nearest_index(place):
+    """The nearest pixel; halves go to the even one."""
+    odd = (place[0] & 1) != 0
+    up = (place[1] > 0.5) | ((place[1] == 0.5) & odd)
+    return place[0] + up.to(tl.int32)
+
+
+@triton.jit
+def cubic_taps(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr):
+    t = place[1]
+    weights = (cubic_far(t + 1.0), cubic_near(t), cubic_near(1.0 - t), cubic_far(2.0 - t))
+    indices = ()
+    inside = ()
+    for k in tl.static_range(4):
+        i = place[0] + (k - 1)
+        if not INTERIOR:
+            i = pad_index(i, size, AXIS, SPEC)
+        indices += (i,)
+        if padding_of(SPEC, AXIS) == ZEROS and not INTERIOR:
+            inside += (in_bounds(i, size),)
+        else:
+            inside += (True,)
+    return Taps(indices, inside, weights)
+
+
+@triton.jit
+def axis_taps(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
+    """The taps of ``place`` on an axis of ``size`` pixels. INTERIOR: they are known to lie in the image."""
+    if SPEC.interpolation == BICUBIC:
+        return cubic_taps(place, size, AXIS, SPEC, INTERIOR)
+    else:
+        if not INTERIOR:
+            place, _ = pad_place(place, size, AXIS, SPEC)
+        first_inside = True
+        if SPEC.interpolation == NEAREST:
+            i = nearest_index(place)
+            if not INTERIOR:
+                if padding_of(SPEC, AXIS) == ZEROS:
+                    first_inside = in_bounds(i, size)
+                else:  # a padded place rounds to a pixel of the image; the limit keeps any other from memory
+                    i = tl.minimum(i, size - 1)
+            return Taps((i,), (first_inside,), (1.0,))
+        else:
+            i, t = place
+            second_inside = True
+            if not INTERIOR:
+                if padding_of(SPEC, AXIS) == ZEROS:
+                    first_inside = in_bounds(i, size)
+                second_inside = in_bounds(i + 1, size)
+            return Taps((i, i + 1), (first_inside, second_inside), (1.0 - t, t))
+
+
+@triton.jit
+def axis_slopes(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
+    """The derivatives of ``axis_taps``'s weights by the coordinate."""
+    if SPEC.interpolation == BICUBIC:
+        t = place[1]
+        return (
+            cubic_far_grad(t + 1.0),
+            cubic_near_grad(t),
+            -cubic_near_grad(1.0 - t),
+            -cubic_far_grad(2.0 - t),
+        )
+    elif SPEC.interpolation == BILINEAR and INTERIOR:
+        return (-1.0, 1.0)
+    elif SPEC.interpolation == BILINEAR:
+        _, slope = pad_place(place, size, AXIS, SPEC)
+        return -slope, slope
+    else:
+        return (0.0,)
+
+
+@triton.jit
+def axis_curvatures(place, SPEC: tl.constexpr):
+    """The second derivatives of ``axis_taps``'s weights; 0 wherever weights are made of lines."""
+    if SPEC.interpolation == BICUBIC:
+        t = place[1]
+        return (
+            cubic_far_curvature(t + 1.0),
+            cubic_near_curvature(t),
+            cubic_near_curvature(1.0 - t),
+            cubic_far_curvature(2.0 - t),
+        )
+    elif SPEC.interpolation == BILINEAR:
+        return (0.0, 0.0)
+    else:
+        return (0.0,)
+
+
+@triton.jit
+def at_pixel(q, taps, values, SPEC: tl.constexpr):
+    """The sum of the taps' values (weights, slopes) over the taps that read pixel ``q``."""
+    total = tl.zeros(taps.index[0].shape, SPEC.compute)
+    for k in tl.static_range(tap_count(SPEC)):
+        total += tl.where((taps.index[k] == q) & taps.inside[k], values[k], 0.0)
+    return total
+
+
+@triton.jit
+def pixel_weight(place, q, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
+    """The weight with which ``place`` reads pixel ``q``: the transpose of ``axis_taps``."""
+    if SPEC.interpolation == NEAREST or (SPEC.interpolation == BICUBIC and padding_of(SPEC, AXIS) != ZEROS):
+        taps = axis_taps(place, size, AXIS, SPEC)
+        return at_pixel(q, taps, taps.weight, SPEC)
+    else:  # by the distance alone
+        if padding_of(SPEC, AXIS) != ZEROS:
+            place, _ = pad_place(place, size, AXIS, SPEC)
+        distance = tl.abs((place[0] - q).to(SPEC.compute) + place[1])
+        if SPEC.interpolation == BICUBIC:
+            return cubic_weight(distance)
+        else:
+            return clamp(1.0 - distance, 0.0, 1.0)
+
+
+# ------------------------------------------------------------------------------------------- all axes
+@triton.jit
+def taps_of_axes(places, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
+    """``axis_taps`` of x, y and z; in 2-D z is one tap of weight 1."""
+    x = axis_taps(places[0], sizes.input[0], 0, SPEC, INTERIOR)
+    y = axis_taps(places[1], sizes.input[1], 1, SPEC, INTERIOR)
+    if SPEC.dims == 3:
+        return x, y, axis_taps(places[2], sizes.input[2], 2, SPEC, INTERIOR)
+    else:
+        return x, y, Taps((0,), (True,), (1.0,))
+
+
+@triton.jit
+def slopes_of_axes(places, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
+    """``axis_slopes`` of x, y and z; in 2-D nothing depends on z."""
+    x = axis_slopes(places[0], sizes.input[0], 0, SPEC, INTERIOR)
+    y = axis_slopes(places[1], sizes.input[1], 1, SPEC, INTERIOR)
+    if SPEC.dims == 3:
+        return x, y, axis_slopes(places[2], sizes.input[2], 2, SPEC, INTERIOR)
+    else:
+        return x, y, (0.0,)
+
+
+@triton.jit
+def curvatures_of_axes(places, SPEC: tl.constexpr):
+    """``axis_curvatures`` of x, y and z."""
+    x = axis_curvatures(places[0], SPEC)
+    y = axis_curvatures(places[1], SPEC)
+    if SPEC.dims == 3:
+        return x, y, axis_curvatures(places[2], SPEC)
+    else:
+        return x, y, (0.0,)
+
+
+@triton.jit
+def weight_of_pixel(places, q, sizes, SPEC: tl.constexpr):
+    """The weight with which an output at ``places`` reads pixel ``q``."""
+    weight = pixel_weight(places[1], q[1], sizes.input[1], 1, SPEC)
+    weight *= pixel_weight(places[0], q[0], sizes.input[0], 0, SPEC)
+    if SPEC.dims == 3:
+        weight *= pixel_weight(places[2], q[2], sizes.input[2], 2, SPEC)
+    return weight

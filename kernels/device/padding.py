@@ -1,0 +1,108 @@
+"""Padding: which pixel is read in place of one outside the image. All of it is arithmetic on whole numbers.
+
+Everything here is per axis. ``size`` is the input's extent along the axis; AXIS is 0 for x, 1 for y and 2 for
+z. To add a padding, give it a branch in ``pad_index`` (the taps of a cubic are padded one by one) and in
+``pad_place`` (linear and nearest samples are taken at the padded place), and say here what it is like:
+``is_periodic``. ``device/copies.py`` says where a padding shows a pixel again, which the gather needs.
+"""
+
+import triton
+import triton.language as tl
+
+from ..modes import Padding
+from ..spec import Place, constant, plain
+from .arithmetic import BORDER, REFLECTION, ZEROS, clamp
+
+# Whole numbers of pixels are at most this; sums with a few taps and an axis' size stay within an int32.
+FAR = constant(2**30)
+
+
+@triton.constexpr_function
+def padding_of(spec, axis):
+    return plain(spec.padding)[plain(axis)]
+
+
+@triton.constexpr_function
+def is_periodic(spec, axis):
+    """Whether the padding repeats: then coordinates can be brought near by whole periods."""
+    return plain(padding_of(spec, axis)) == Padding.REFLECTION
+
+
+@triton.jit
+def period_of(size, SPEC: tl.constexpr):
+    """Pixels after which reflection repeats: there and back between the mirrors, centres or edges."""
+    return tl.maximum(2 * (size - SPEC.align_corners), 1)
+
+
+@triton.jit
+def lower_mirror(SPEC: tl.constexpr):
+    """Normalised -1 in pixels: what NaN and infinities read where padding repeats."""
+    return -0.5 * (1 - SPEC.align_corners)
+
+
+@triton.jit
+def residue(i, period):
+    """``i`` modulo ``period``, at least 0, for i within 2^30: by floats that are near, then exactly.
+
+    The first quotient is off by 2^-23 of itself and less than two; of what it leaves, the second by one.
+    """
+    inverse = 1.0 / tl.cast(period, tl.float32)
+    for _ in tl.static_range(2):
+        i -= tl.floor(i.to(tl.float32) * inverse).to(tl.int32) * period
+    i = tl.where(i < 0, i + period, i)
+    return tl.where(i >= period, i - period, i)
+
+
+@triton.jit
+def place_of(x, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
+    """The place of a pixel coordinate that is any float.
+
+    NaN and what lies too far for an int32 go to where nothing else is: past the lower end, or by their sign.
+    Where padding repeats, far coordinates are brought near by whole periods, and NaN and infinities become
+    normalised -1.
+    """
+    if is_periodic(SPEC, AXIS):
+        period = period_of(size, SPEC).to(SPEC.compute)
+        near = clamp(x - tl.floor(x / period) * period, 0.0, period)
+        near = tl.where(tl.abs(x) < float("inf"), near, lower_mirror(SPEC))
+        x = tl.where(tl.abs(x) < FAR, x, near)
+    x = clamp(x, -1.0 * FAR, 1.0 * FAR)
+    index = tl.floor(x).to(tl.int32)
+    return Place(index, x - index.to(SPEC.compute))
+
+
+@triton.jit
+def pad_index(i, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
+    """The pixel read in place of pixel ``i``; outside the image only under zeros, where nothing is read."""
+    if padding_of(SPEC, AXIS) == REFLECTION:
+        period = period_of(size, SPEC)
+        i = residue(i, period)
+        i = tl.minimum(i, period - (1 - SPEC.align_corners) - i)
+    if padding_of(SPEC, AXIS) != ZEROS:
+        i = tl.minimum(tl.maximum(i, 0), size - 1)
+    return i
+
+
+@triton.jit
+def pad_place(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
+    """The place read in place of ``place``, and the derivative of its coordinate by the one given.
+
+    The derivative is PyTorch's: 0 on the border itself, and the pixel next to a mirrored coordinate is the
+    one that lies above it in the image.
+    """
+    i, t = place
+    slope = tl.full(t.shape, 1.0, SPEC.compute)
+    if padding_of(SPEC, AXIS) == REFLECTION:
+        period = period_of(size, SPEC)
+        i = residue(i, period)
+        mirrored = i >= size - SPEC.align_corners
+        between = t > 0
+        i = tl.where(mirrored, period - (1 - SPEC.align_corners) - i - between.to(tl.int32), i)
+        t = tl.where(mirrored & between, 1.0 - t, t)
+        slope = tl.where(mirrored, -1.0, slope)
+    if padding_of(SPEC, AXIS) == BORDER or padding_of(SPEC, AXIS) == REFLECTION:
+        beyond = (i < 0) | (i >= size - 1)
+        slope = tl.where(beyond | ((i == 0) & (t == 0)), 0.0, slope)
+        t = tl.where(beyond, 0.0, t)
+        i = tl.minimum(tl.maximum(i, 0), size - 1)
+    return Place(i, t), slope

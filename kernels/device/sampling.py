@@ -1,0 +1,156 @@
+"""The taps of a block of pixels put together: values, their derivatives, and the transpose.
+
+A plane is a block of pointers to the first pixel of each channel, [1, channels]; results are [pixels,
+channels]. ``taps`` are those of x, y and z, ``slopes`` their weights' derivatives (``interpolation``).
+"""
+
+import triton
+import triton.language as tl
+
+from ..modes import Interpolation
+from ..spec import plain
+from .arithmetic import NEAREST
+from .interpolation import tap_count, taps_in_a_row, taps_z
+from .tiles import offset_of
+
+
+@triton.constexpr_function
+def has_differences(spec):
+    """Whether derivatives are made of differences of pixels: of bilinear samples in the plane."""
+    return plain(spec.interpolation) == Interpolation.BILINEAR and plain(spec.dims) == 2
+
+
+@triton.jit
+def tap_pointer(plane, taps, k, strides, VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr):
+    """Where tap k = (kx, ky, kz) of a plane's channels is."""
+    x, y, z = taps
+    # where x is innermost, the distance of taps in a row is a constant, and part of the load instruction
+    if taps_in_a_row(SPEC, INTERIOR) and VECTOR == 1:
+        row = plane + offset_of((x.index[0], y.index[k[1]], z.index[k[2]]), strides.pixel, VECTOR, SPEC)
+        return row + tl.cast(strides.pixel[0], SPEC.index) * k[0]
+    else:
+        return plane + offset_of((x.index[k[0]], y.index[k[1]], z.index[k[2]]), strides.pixel, VECTOR, SPEC)
+
+
+@triton.jit
+def load_tap(
+    plane, taps, k, strides, exists, VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr
+):
+    """Tap k of a plane's channels, 0 where it is not to be read."""
+    pointer = tap_pointer(plane, taps, k, strides, VECTOR, SPEC, INTERIOR)
+    inside = exists & taps[2].inside[k[2]] & taps[1].inside[k[1]] & taps[0].inside[k[0]]
+    return tl.load(pointer, inside, other=0.0).to(SPEC.compute)
+
+
+@triton.jit
+def interpolate(
+    plane, taps, strides, exists, VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False
+):
+    """The samples of a plane's channels."""
+    x, y, z = taps
+    value = tl.zeros([x.index[0].shape[0], plane.shape[1]], SPEC.compute)
+    for kz in tl.static_range(taps_z(SPEC)):
+        for ky in tl.static_range(tap_count(SPEC)):
+            for kx in tl.static_range(tap_count(SPEC)):
+                pixel = load_tap(plane, taps, (kx, ky, kz), strides, exists, VECTOR, SPEC, INTERIOR)
+                if SPEC.interpolation == NEAREST:
+                    value = pixel
+                else:
+                    value += (x.weight[kx] * y.weight[ky] * z.weight[kz]) * pixel
+    return value
+
+
+@triton.jit
+def interpolate_grad(
+    plane, taps, slopes, strides, exists,
+    VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False,
+):  # fmt: skip
+    """The derivatives of ``interpolate`` by x, y and z, built up axis by axis."""
+    x, y, z = taps
+    zero = tl.zeros([x.index[0].shape[0], plane.shape[1]], SPEC.compute)
+    by_x = zero
+    by_y = zero
+    by_z = zero
+    for kz in tl.static_range(taps_z(SPEC)):
+        plane_by_x = zero
+        plane_by_y = zero
+        plane_value = zero
+        for ky in tl.static_range(tap_count(SPEC)):
+            row_by_x = zero
+            row_value = zero
+            for kx in tl.static_range(tap_count(SPEC)):
+                pixel = load_tap(plane, taps, (kx, ky, kz), strides, exists, VECTOR, SPEC, INTERIOR)
+                row_by_x += pixel * slopes[0][kx]
+                row_value += pixel * x.weight[kx]
+            plane_by_x += row_by_x * y.weight[ky]
+            plane_by_y += row_value * slopes[1][ky]
+            plane_value += row_value * y.weight[ky]
+        by_x += plane_by_x * z.weight[kz]
+        by_y += plane_by_y * z.weight[kz]
+        by_z += plane_value * slopes[2][kz]
+    return by_x, by_y, by_z
+
+
+@triton.jit
+def add_differences(sums, g, plane, taps, strides, exists, SPEC: tl.constexpr, INTERIOR: tl.constexpr):
+    """``sums`` plus g times the differences of a plane's neighbours: upper, lower and left side.
+
+    The right side's follows: right = left + lower - upper. Weights come in once a pixel, in ``gradient_of``.
+    """
+    top_left = load_tap(plane, taps, (0, 0, 0), strides, exists, SPEC.vector_input, SPEC, INTERIOR)
+    top_right = load_tap(plane, taps, (1, 0, 0), strides, exists, SPEC.vector_input, SPEC, INTERIOR)
+    low_left = load_tap(plane, taps, (0, 1, 0), strides, exists, SPEC.vector_input, SPEC, INTERIOR)
+    low_right = load_tap(plane, taps, (1, 1, 0), strides, exists, SPEC.vector_input, SPEC, INTERIOR)
+    upper = sums[0] + g * (top_right - top_left)
+    lower = sums[1] + g * (low_right - low_left)
+    left = sums[2] + g * (low_left - top_left)
+    return upper, lower, left
+
+
+@triton.jit
+def add_coordinate_gradient(
+    sums, g, plane, taps, slopes, strides, exists, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False
+):  # fmt: skip
+    """``sums`` plus what samples of a plane, with gradient ``g``, add to the coordinates' gradient."""
+    if has_differences(SPEC):
+        return add_differences(sums, g, plane, taps, strides, exists, SPEC, INTERIOR)
+    else:
+        by_x, by_y, by_z = interpolate_grad(
+            plane, taps, slopes, strides, exists, SPEC.vector_input, SPEC, INTERIOR
+        )
+        return sums[0] + g * by_x, sums[1] + g * by_y, sums[2] + g * by_z
+
+
+@triton.jit
+def gradient_of(sums, taps, slopes, kept, SPEC: tl.constexpr):
+    """The gradient by the pixel coordinates, (x, y[, z]), from ``add_coordinate_gradient``'s sums by channel.
+
+    Pixels that are not ``kept`` may have read a NaN: they count as 0.
+    """
+    x = tl.sum(sums[0], 1, keep_dims=True)
+    y = tl.sum(sums[1], 1, keep_dims=True)
+    z = tl.sum(sums[2], 1, keep_dims=True)
+    if has_differences(SPEC):  # upper, lower and left side
+        turn = y - x
+        x = (x + taps[1].weight[1] * turn) * slopes[0][1]
+        y = (z + taps[0].weight[1] * turn) * slopes[1][1]
+    x = tl.where(kept, x, 0.0)
+    y = tl.where(kept, y, 0.0)
+    if SPEC.dims == 3:
+        return x, y, tl.where(kept, z, 0.0)
+    else:
+        return x, y
+
+
+@triton.jit
+def scatter(plane, g, taps, strides, exists, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
+    """The transpose of ``interpolate``: adds ``g``, [pixels, channels], to the pixels it was read from."""
+    x, y, z = taps
+    for kz in tl.static_range(taps_z(SPEC)):
+        for ky in tl.static_range(tap_count(SPEC)):
+            for kx in tl.static_range(tap_count(SPEC)):
+                pointer = tap_pointer(plane, taps, (kx, ky, kz), strides, SPEC.vector_grad, SPEC, INTERIOR)
+                inside = exists & z.inside[kz] & y.inside[ky] & x.inside[kx]
+                weight = x.weight[kx] * y.weight[ky] * z.weight[kz]
+                # relaxed: the sums need no order between memory operations, and a fence each is slow
+                tl.atomic_add(pointer, g * weight, inside, sem="relaxed")

@@ -1,0 +1,122 @@
+"""How a program finds its pixels and channels. Pixels are a column of a block, channels a row."""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import divided
+
+
+@triton.jit
+def place_of_program(tiling):
+    """(column tile, row tile, split, rest of the program's number): tiles of one output follow each other."""
+    rest, column_tile = divided(tl.program_id(0), tiling.columns)
+    rest, row_tile = divided(rest, tiling.rows)
+    split = rest * 0
+    if tiling.splits > 1:
+        rest, split = divided(rest, tiling.splits)
+    return column_tile, row_tile, split, rest
+
+
+@triton.jit
+def first_row(row_tile, rows, SPEC: tl.constexpr):
+    """The first row of a tile of ``rows``; in a volume, of depth * height rows, it may pass 2^31."""
+    if SPEC.dims == 3:
+        return row_tile.to(SPEC.index) * rows
+    else:
+        return row_tile * rows
+
+
+@triton.jit
+def row_count(size, like, SPEC: tl.constexpr):
+    """Rows of an image, in the type of ``like``."""
+    if SPEC.dims == 3:
+        return size[1].to(like.dtype) * size[2]
+    else:
+        return size[1]
+
+
+@triton.jit
+def steps_from(row, steps, size, SPEC: tl.constexpr):
+    """How many of ``steps`` blocks of rows from ``row`` on begin within the image."""
+    left = row_count(size, row, SPEC) - row
+    return tl.minimum(steps, tl.cdiv(left, SPEC.rows).to(tl.int32))
+
+
+@triton.jit
+def pixels_from(column, row, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPEC: tl.constexpr):
+    """The pixels (x, y[, z]) of the block at ``column`` and ``row``, [pixels, 1], and which of them exist.
+
+    Rows of a volume, depth * height of them, are counted in the index type.
+    """
+    lane = tl.arange(0, ROWS * COLUMNS)[:, None]
+    x = column + lane % COLUMNS
+    if SPEC.dims == 3:
+        slices = 0
+        if SPEC.index == tl.int64:  # one wide division for the tile: its rows then count from a slice's first
+            slices = (row // size[1]).to(tl.int32)
+            row = (row % size[1]).to(tl.int32)
+        row = row + lane // COLUMNS
+        z = row // size[1]
+        y = row - z * size[1]
+        z += slices
+        return (x, y, z), (x < size[0]) & (z < size[2])
+    else:
+        y = row + lane // COLUMNS
+        return (x, y), (x < size[0]) & (y < size[1])
+
+
+@triton.jit
+def row_range(row, rows, size, SPEC: tl.constexpr):
+    """The first and last (y[, z]) of ``rows`` rows from ``row``; all y where they go on in the next slice."""
+    if SPEC.dims == 3:
+        # no sum beyond the last row: it may pass 2^31
+        last_row = row + tl.minimum(size[1].to(row.dtype) * size[2] - row, rows) - 1
+        z = (row // size[1]).to(tl.int32)
+        last_z = (last_row // size[1]).to(tl.int32)
+        whole = last_z > z
+        y = tl.where(whole, 0, (row % size[1]).to(tl.int32))
+        last_y = tl.where(whole, size[1] - 1, (last_row % size[1]).to(tl.int32))
+        return (y, z), (last_y, last_z)
+    else:
+        first = row.to(tl.int32)
+        return (first,), (first + tl.minimum(size[1] - first, rows) - 1,)
+
+
+@triton.jit
+def offset_of(pixel, strides, VECTOR: tl.constexpr, SPEC: tl.constexpr):
+    """The offset of (x, y[, z]): a multiple of VECTOR, which lets channels be read in vectors."""
+    offset = pixel[0].to(SPEC.index) * strides[0] + pixel[1].to(SPEC.index) * strides[1]
+    if SPEC.dims == 3:
+        offset += pixel[2].to(SPEC.index) * strides[2]
+    return tl.multiple_of(offset, (VECTOR, VECTOR))
+
+
+@triton.jit
+def channel_block(block, channels, SPEC: tl.constexpr):
+    """The channels of a block, [1, channels], and which of them exist."""
+    c = block * SPEC.channels + tl.arange(0, SPEC.channels)[None, :]
+    if SPEC.even_channels:
+        exists = tl.full([1, SPEC.channels], True, tl.int1)
+    else:
+        exists = c < channels
+    return c.to(SPEC.index), exists
+
+
+@triton.jit
+def blocks_of(split, tiling, channels, SPEC: tl.constexpr):
+    """The first block of channels of a program, and the one after its last.
+
+    Loops go over blocks, not channels: that a block begins at a multiple of its size is then plain to see.
+    """
+    if SPEC.one_block:
+        return 0, 1
+    else:
+        first = split * tiling.split_blocks
+        blocks = tl.cdiv(channels, SPEC.channels * SPEC.unroll)
+        return first, tl.minimum(first + tiling.split_blocks, blocks)
+
+
+@triton.jit
+def existing(mask, b, batch):
+    """``mask``, where output ``b`` exists. (The interpreter broadcasts numbers, but not a flag.)"""
+    return mask & (tl.zeros(mask.shape, tl.int32) + b < batch)

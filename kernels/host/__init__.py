@@ -1,0 +1,1 @@
+"""The host's part of a launch: layouts, buffers, configurations, plans."""

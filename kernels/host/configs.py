@@ -1,0 +1,293 @@
+"""Every tile size, and the reason for it.
+
+A configuration is a function of what a ``Problem`` says and of nothing else: the rules below, and where a
+table has been tuned for the architecture (``tables``) what it says instead. Nothing here is measured; that is
+``tuning``'s, when asked for.
+"""
+
+from collections.abc import Hashable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from ..modes import MOST_STEPS, Interpolation, Source
+from . import tables
+from .blocks import Block, LocalBlocks
+
+
+class Problem(NamedTuple):
+    """What a configuration depends on: ``images`` outputs of ``channels`` x ``rows`` x ``columns``.
+
+    ``kernel`` names the kernel and what is asked of it. ``channels_last`` says that neighbouring channels are
+    neighbours in memory, in the image that is gathered from or added to: it is touched several times for
+    each output pixel, everything else once.
+    """
+
+    kernel: str
+    source: int
+    interpolation: int
+    dims: int
+    images: int
+    channels: int
+    rows: int
+    columns: int
+    element_size: int
+    channels_last: bool
+    backward: bool
+
+    @property
+    def key(self) -> str:
+        """Its bucket in a table: sizes by powers of two, outputs in all by powers of four.
+
+        What tells matrices, dense coordinates and splines apart in cost is their source; rows of 64 pixels
+        and more are alike.
+        """
+        sources: dict[int, str] = {Source.GRID: "dense", Source.FLOW: "dense", Source.TPS: "tps"}
+        pixels = max(self.images * self.rows * self.columns, 1)
+        return " ".join(
+            (
+                self.kernel,
+                sources.get(self.source, "matrix"),
+                Interpolation(self.interpolation).name.lower(),
+                f"{self.dims}d",
+                f"{8 * self.element_size}-bit",
+                "channels-last" if self.channels_last else "planar",
+                f"channels<={self.channels if self.channels <= 4 else power_of_2(self.channels)}",
+                f"columns<={min(power_of_2(self.columns), 64)}",
+                f"pixels<=4^{(pixels - 1).bit_length() + 1 >> 1}",
+            )
+        )
+
+
+class Tile(NamedTuple):
+    """How the work of one kernel is cut.
+
+    A program computes ``rows * columns`` output pixels (``columns`` along x; in 3-D a row is one of the
+    depth * height rows) for ``channels * unroll`` channels at a time. ``channels == 1`` is the planar
+    pattern: lanes lie along x, and ``unroll`` channels are loaded before the first is needed.
+    ``channels > 1`` is the channels-last pattern: lanes lie along the channels, 16 bytes each.
+    ``splits`` programs share the channels of one pixel tile. A program does the same tile of ``group``
+    outputs, which share a spline's basis, and ``steps`` tiles, one below the other, so that its set-up is
+    spread over more pixels; no further registers are needed for that.
+    """
+
+    rows: int
+    columns: int
+    channels: int
+    unroll: int
+    warps: int
+    splits: int
+    group: int
+    steps: int = 1
+
+    @property
+    def pixels(self) -> int:
+        return self.rows * self.columns
+
+
+class Gather(NamedTuple):
+    """How ``gather`` finds the outputs that read a tile of the input.
+
+    Each lane goes through those of its pixel, ``candidates`` at most (a rotation has 9). Beyond, blocks of
+    ``out_rows * out_columns`` outputs get the lanes.
+    """
+
+    out_rows: int
+    out_columns: int
+    candidates: int
+
+
+class Sum(NamedTuple):
+    """How d image of a general grid is summed where nothing asks for the same bits each time: by atomics, or
+    (``sorted``) as under deterministic algorithms."""
+
+    sorted: int
+
+
+# (kernel, field, value) that replace what is chosen; the last one counts, and None is every kernel.
+_forced: LocalBlocks[tuple[tuple[str | None, str, int], ...]] = LocalBlocks("forced")
+_seen: LocalBlocks[list[tuple[Problem, NamedTuple]]] = LocalBlocks("seen")
+
+WAVES = 8  # programs wanted for each processor, see _splits and _steps
+
+
+def override(kernel: str | None = None, **fields: int) -> Block[tuple[tuple[str | None, str, int], ...]]:
+    """Replace fields of what is chosen inside the block (for one kernel only, if named); the results must not
+    depend on it."""
+    return Block(_forced, tuple((kernel, name, value) for name, value in fields.items()))
+
+
+def observe() -> Block[list[tuple[Problem, NamedTuple]]]:
+    """Inside, whatever is chosen is noted in the list that the block gives."""
+    return Block(_seen, [])
+
+
+def state() -> Hashable:
+    """All that a choice depends on besides its arguments: what is kept of choices is kept by it.
+
+    None while ``observe`` watches, whom nothing that is kept may escape.
+    """
+    if _seen.open.get() and _seen.values():
+        return None
+    forced = _forced.values() if _forced.open.get() else ()  # asked at each launch: no call for nothing
+    return forced, tables.version if tables.live.open else -1, bool(tables.ignoring.open)
+
+
+def _overridden(kernel: str) -> dict[str, int]:
+    """What ``override`` says of a kernel."""
+    return {
+        name: value for says in _forced.values() for meant, name, value in says if meant in (None, kernel)
+    }
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@cache
+def _processors(device_type: str, device_index: int | None) -> int:
+    if device_type == "meta":  # compiling for a GPU that is not there: an H100's
+        return 132
+    properties = torch.get_device_module(device_type).get_device_properties(device_index)
+    # CUDA and HIP say multi_processor_count, Intel's GPUs gpu_subslice_count
+    return int(
+        getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_subslice_count", 64)
+    )
+
+
+def _settled(device: torch.device, problem: Problem, rules: Any) -> tuple[Any, Mapping[str, Any]]:
+    """The rules' choice with what a table and then ``override`` say instead, and all that they say."""
+    tuned, overridden = tables.lookup(device, lambda: problem.key), _overridden(problem.kernel)
+    chosen = _replaced(rules, tuned)
+    if tuned and tables.lanes(chosen._asdict()) > tables.MOST_LANES:
+        tables.refuse(device, problem.key, f"with the rules' {rules} they make a block too large")
+        tuned, chosen = {}, rules
+    chosen = _replaced(chosen, overridden)
+    for seen in _seen.values()[-1:]:
+        seen.append((problem, chosen))
+    return chosen, {**tuned, **overridden}
+
+
+def _replaced(chosen: Any, fields: Mapping[str, int]) -> Any:
+    return chosen._replace(**{name: value for name, value in fields.items() if name in chosen._fields})
+
+
+def choose(device: torch.device, problem: Problem) -> Tile:
+    """The tile for a problem."""
+    _, source, interpolation, dims, images, channels, rows, columns, element_size, channels_last, backward = (
+        problem
+    )
+    taps = (
+        1 if interpolation == Interpolation.NEAREST else 2 if interpolation == Interpolation.BILINEAR else 4
+    ) ** dims
+    if device.type == "cpu":
+        tile = _interpreter_tile(channels, rows, columns)
+    elif channels_last and channels >= 8:
+        # Lanes along the channels, one 16-byte load each; two pixels per lane keep several gathers in
+        # flight, more of them would not fit the registers once there are many taps.
+        vector = 16 // element_size
+        width = min(power_of_2(channels), 32 * vector, 128)
+        pixels = max(128 * vector // width * (2 if taps <= 8 else 1), 8)
+        columns_tile = min(power_of_2(columns), pixels)
+        tile = Tile(pixels // columns_tile, columns_tile, width, 1, 4, 1, 1)
+    else:
+        # Two pixels per lane share the set-up of a program, the loads of its parameters.
+        pixels = 256 if taps <= 8 and not backward else 128
+        columns_tile = min(power_of_2(columns), _patch_columns(element_size))
+        unroll = channels if channels <= 4 else 4
+        if taps > 8:
+            unroll = min(unroll, 2 if taps <= 16 else 1)
+        tile = Tile(pixels // columns_tile, columns_tile, 1, max(unroll, 1), 4, 1, 1)
+    # Outputs that share a spline's basis: four, as many as keep their coordinates in the registers.
+    group = 4 if source == Source.TPS and 4 <= images < 2**31 else 1
+    tile, fields = _settled(device, problem, tile._replace(group=group))
+    if source != Source.TPS:
+        tile = tile._replace(group=1)
+    if device.type != "cpu":
+        waves, outputs = fields.get("waves", WAVES), -(-images // tile.group)
+        if "splits" not in fields:
+            splits = _splits(device, outputs, channels, rows, columns, tile, waves)
+            tile = tile._replace(splits=splits)
+        if "steps" not in fields:
+            tile = tile._replace(steps=_steps(device, outputs, rows, columns, tile, waves))
+    return tile
+
+
+def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]:
+    """The tile of the input of one program of ``gather``, and how it looks for the outputs that read it.
+
+    One warp: its reductions need no barrier. What depends on the matrix alone costs as much as two or three
+    pixels' nine candidates each, and all pixels of a lane share it: as many of them as registers allow.
+    """
+    channels, rows, columns = problem.channels, problem.rows, problem.columns
+    if device.type == "cpu":
+        tile, search = _interpreter_tile(channels, rows, columns), Gather(16, 64, 64)
+    elif problem.channels_last and channels >= 8:
+        # Sixteen pixels of 32 channels at a time: a lane's vectors of up to four such blocks share a weight.
+        width = min(power_of_2(channels), 32)
+        unroll = min(-(-channels // width), 4 if problem.element_size == 4 else 2)
+        pixels = 512 // width
+        columns_tile = min(power_of_2(columns), pixels)
+        tile = Tile(pixels // columns_tile, columns_tile, width, unroll, 1, 1, 1)
+        # as many outputs as give every lane 16 bytes
+        search = Gather(1, max(8, 32 * (16 // problem.element_size) // width), 512)
+    else:
+        # Sixteen sums a lane, or four pixels.
+        unroll = min(max(channels, 1), 8)
+        pixels = 128 if unroll <= 4 else 64
+        columns_tile = min(power_of_2(columns), _patch_columns(problem.element_size))
+        tile = Tile(pixels // columns_tile, columns_tile, 1, unroll, 1, 1, 1)
+        search = Gather(1, 32, 512)
+    tile, fields = _settled(device, problem, tile)
+    if device.type != "cpu" and "splits" not in fields:
+        waves = fields.get("waves", WAVES)
+        tile = tile._replace(splits=_splits(device, problem.images, channels, rows, columns, tile, waves))
+    if device.type != "cpu" and "steps" not in fields:
+        waves = fields.get("waves", WAVES)
+        tile = tile._replace(steps=_steps(device, problem.images, rows, columns, tile, waves))
+    return tile, _settled(device, problem._replace(kernel="gather search"), search)[0]
+
+
+def _patch_columns(element_size: int) -> int:
+    """The columns of a planar tile: as many as fill the 32 bytes of a sector that is stored.
+
+    A warp of pixels in a row touches a cache line for each of them once the map turns; a patch of 8 x 4 or 16
+    x 2 touches few, whatever the angle.
+    """
+    return max(32 // element_size, 8)
+
+
+def prefers_sorted(device: torch.device, problem: Problem) -> bool:
+    """Whether d image of a general grid is summed from a sorted list though nothing asks for its order.
+
+    Without a table: no. Atomics take less memory, and what the sort costs is not known.
+    """
+    return bool(_settled(device, problem, Sum(0))[0].sorted)
+
+
+def _splits(
+    device: torch.device, images: int, channels: int, rows: int, columns: int, tile: Tile, waves: int
+) -> int:
+    """Programs over which the channels are divided: enough for ``waves`` to each processor, if there are.
+
+    Every further program repeats the coordinates of its pixels, so that large images are not split.
+    """
+    programs = images * -(-rows // tile.rows) * -(-columns // tile.columns)
+    wanted = -(-waves * _processors(device.type, device.index) // max(programs, 1))
+    return max(1, min(wanted, -(-channels // (tile.channels * tile.unroll))))
+
+
+def _steps(device: torch.device, images: int, rows: int, columns: int, tile: Tile, waves: int) -> int:
+    """As many as leave ``waves`` programs to each processor, and the blocks of a program not far apart."""
+    programs = images * -(-rows // tile.rows) * -(-columns // tile.columns)
+    return max(1, min(MOST_STEPS, programs // (waves * _processors(device.type, device.index))))
+
+
+def _interpreter_tile(channels: int, rows: int, columns: int) -> Tile:
+    """The interpreter's time goes by program and operation, not by element: few, wide programs."""
+    columns_tile = min(power_of_2(columns), 64)
+    rows_tile = min(power_of_2(rows), 4096 // columns_tile)
+    width = min(power_of_2(channels), 16)
+    return Tile(rows_tile, columns_tile, width, 1, 4, 1, 1)

@@ -1,0 +1,123 @@
+"""How tensors reach a kernel, and how the gradients of parameters leave it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+
+from ..modes import Source
+
+DENSE = (Source.GRID, Source.FLOW)
+
+
+def axes(values: Sequence) -> tuple:
+    """([z,] y, x) as (x, y, z), with 0 for what is missing."""
+    return (*reversed(values), 0)[:3]
+
+
+def channel_dim(tensor: torch.Tensor, dims: int) -> int:
+    """The dimension of the channels of (N, C, ...) or (N, T, C, ...)."""
+    return tensor.dim() - dims - 1
+
+
+def image_strides(tensor: torch.Tensor, dims: int) -> tuple[int, ...]:
+    """Strides of (N, C, ...) by (image, channel, x, y, z)."""
+    stride = tensor.stride()
+    return stride[0], stride[-1 - dims], *axes(stride[-dims:])
+
+
+def output_strides(tensor: torch.Tensor, dims: int) -> tuple[int, ...]:
+    """Strides of (N, C, ...) or (N, T, C, ...) by (image, transform, channel, x, y, z)."""
+    n, *rest = image_strides(tensor, dims)
+    return n, tensor.stride(1) if channel_dim(tensor, dims) == 2 else 0, *rest
+
+
+def coordinate_strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
+    """Strides of (N, T, ..., dims) by (image, component, x, y, z, transform)."""
+    if tensor is None:
+        return (0,) * 6
+    stride = tensor.stride()
+    return stride[0], stride[-1], *axes(stride[2:-1]), stride[1]
+
+
+def source_strides(source: int, params: torch.Tensor) -> tuple[int, ...]:
+    """The five strides of a source's parameters (``spec.Params``). A batch of 1 is broadcast."""
+    strides = params.stride()
+    stride_n = 0 if params.shape[0] == 1 else strides[0]
+    if source == Source.GRID:
+        return stride_n, strides[-1], *axes(strides[1:-1])
+    if source == Source.FLOW:
+        return stride_n, strides[1], *axes(strides[2:])
+    return stride_n, strides[1] if params.dim() == 4 else 0, strides[-2], strides[-1], 0
+
+
+def has_fixed_point(source: int, compute: tl.dtype, *sizes: Sequence[int]) -> bool:
+    """Whether coordinates can be fixed-point numbers: in float32, which counts pixels up to 2^24."""
+    return (
+        source in (Source.AFFINE, Source.FLOW)
+        and compute == tl.float32
+        and all(size <= 2**24 for spatial in sizes for size in spatial)
+    )
+
+
+def image_span(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last of one image (of every dimension but the first), both included."""
+    return 1 + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
+    )
+
+
+def num_controls(control_points: torch.Tensor | None) -> int:
+    return 0 if control_points is None else control_points.shape[0]
+
+
+def pointers(params: torch.Tensor, control_points: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tensors that a kernel reads: without control points there is another to point to."""
+    return params, params if control_points is None else control_points.contiguous()
+
+
+# -------------------------------------------------------------------------------------------- gradients
+class Sums(NamedTuple):
+    """What, besides the parameters, says what ``device.sources.add_gradient`` writes.
+
+    ``controls``: control points for which a gradient is wanted.
+    """
+
+    batch: int
+    splits: int
+    programs: int
+    compute: torch.dtype
+    controls: int
+
+
+def gradient_buffer(source: int, params: torch.Tensor, sums: Sums) -> torch.Tensor:
+    """What a kernel writes: the gradient itself where one program sees all of it, else partial sums."""
+    if source in DENSE:
+        final = sums.splits == 1 and params.shape[0] == sums.batch
+        shape = (sums.splits, sums.batch, *params.shape[1:])
+        return params.new_empty(shape, dtype=params.dtype if final else sums.compute)
+    rows, columns = params.shape[-2:]
+    # control points have two columns, like a spline's coefficients
+    return params.new_empty((sums.batch, rows + sums.controls, columns, sums.programs), dtype=sums.compute)
+
+
+def reduce_gradient(
+    source: int, params: torch.Tensor, buffer: torch.Tensor, control_points: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """d params, and d control points if these are given, from the filled buffer, in a fixed order of sums."""
+    if source in DENSE:
+        if buffer.dtype == params.dtype and buffer.shape[0] == 1 and buffer.shape[1:] == params.shape:
+            return buffer[0], None
+        return buffer.sum((0, 1) if params.shape[0] == 1 else 0).to(params.dtype).view(params.shape), None
+    gradient = buffer[..., 0] if buffer.shape[-1] == 1 else buffer.sum(-1)
+    by_controls = None
+    if control_points is not None:
+        rows = params.shape[-2]
+        by_controls = gradient[:, rows:].sum(0).to(control_points.dtype)
+        gradient = gradient[:, :rows]
+    if params.shape[0] == 1 < gradient.shape[0]:
+        gradient = gradient.unflatten(0, (-1, params.shape[1] if params.dim() == 4 else 1)).sum(0)
+    if gradient.dtype != params.dtype:
+        gradient = gradient.to(params.dtype)
+    return gradient if gradient.shape == params.shape else gradient.reshape(params.shape), by_controls

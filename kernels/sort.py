@@ -1,0 +1,596 @@
+"""d image without atomics: outputs sorted by where they read, then one sum for each input pixel.
+
+For any coordinate source, always the same bits (``MATH.md`` has the proof):
+
+1. ``sort_keys_kernel``, for each output pixel: its places, and as its key the cell they lie in, an input
+   pixel;
+2. a stable sort of the keys, and a table of where each cell's outputs begin;
+3. ``sort_sums_kernel``, for each input pixel: only outputs of the cells around it read it; they are added up
+   in the list's order, and the sum is stored once.
+
+Pixels are a column and channels a row of every block, as in ``sample.py``.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .derivatives import coord_tangent_of
+from .device import sources
+from .device.arithmetic import in_bounds, rounded
+from .device.interpolation import at_pixel, axis_slopes, axis_taps, tap_count
+from .device.tiles import (
+    blocks_of,
+    channel_block,
+    existing,
+    first_row,
+    offset_of,
+    pixels_from,
+    place_of_program,
+)
+from .host import configs, parameters
+from .host.launch import INT32_MAX, compute_dtypes, index_dtype, launch, vector_width
+from .host.parameters import (
+    axes,
+    channel_dim,
+    coordinate_strides,
+    has_fixed_point,
+    image_strides,
+    num_controls,
+    source_strides,
+)
+from .modes import Interpolation, Source
+from .spec import SPECIALIZATION, Image, Params, Place, Sizes, Spec, Strides, Tiling, Work, constant
+
+# Images are done together as long as their outputs are not more than this: beyond, memory would grow and
+# nothing be gained.
+OUTPUTS_AT_ONCE = 2**24
+# PyTorch sorts fewer than 2^31 at once; what is more than this is several lists.
+LIST_LENGTH = 2**30
+# Outputs of one row of cells that an input pixel adds up alone; of what is left the whole program takes part.
+ALONE = constant(32)
+
+
+class Outputs(NamedTuple):
+    """The outputs of one image, as they stand in one list.
+
+    order: their numbers, sorted. before: the number of the first of the image, among the list's. indices,
+    fractions: what ``sort_keys_kernel`` wrote of them. gradients: where their first channel is; stride_c,
+    sizes, strides: how their channels and pixels lie, along ``SPEC.axes`` axes, innermost first.
+    """
+
+    order: Any
+    before: Any
+    indices: Any
+    fractions: Any
+    gradients: Any
+    stride_c: Any
+    sizes: Any
+    strides: Any
+
+
+# ------------------------------------------------------------------------------------------------ cells
+@triton.jit
+def axis_cell(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
+    """The cell of a place, in [0, size), and whether any pixel is read from there.
+
+    It is the lower one of the pixels that the one tap or the two middle taps read: of n taps, pixel q is one
+    in cells q - n // 2 to q - n // 2 + n - 1 alone.
+    """
+    TAPS: tl.constexpr = tap_count(SPEC)
+    taps = axis_taps(place, size, AXIS, SPEC)
+    cell = tl.minimum(taps.index[(TAPS - 1) // 2], taps.index[TAPS // 2])
+    read = tl.zeros(cell.shape, tl.int1)
+    for k in tl.static_range(TAPS):
+        read = read | taps.inside[k]
+    return tl.minimum(tl.maximum(cell, 0), size - 1), read
+
+
+@triton.jit
+def cell_of(places, sizes, SPEC: tl.constexpr, KEY: tl.constexpr):
+    """The number of the cell among an image's, and whether any pixel is read from there."""
+    x, read = axis_cell(places[0], sizes.input[0], 0, SPEC)
+    y, read_y = axis_cell(places[1], sizes.input[1], 1, SPEC)
+    read = read & read_y
+    cell = y.to(KEY)
+    if SPEC.dims == 3:
+        z, read_z = axis_cell(places[2], sizes.input[2], 2, SPEC)
+        read = read & read_z
+        cell += z.to(KEY) * sizes.input[1]
+    return cell * sizes.input[0] + x, read
+
+
+@triton.jit
+def pixel_count(size, SPEC: tl.constexpr):
+    """Pixels of an image, int64."""
+    count = size[0].to(tl.int64) * size[1]
+    if SPEC.dims == 3:
+        count *= size[2]
+    return count
+
+
+@triton.jit(**SPECIALIZATION)
+def sort_keys_kernel(
+    keys_ptr, indices_ptr, fractions_ptr, coord_ptr, source_ptr, control_ptr,
+    stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4, num_controls,
+    stride_coord_0, stride_coord_1, stride_coord_2, stride_coord_3, stride_coord_4, stride_coord_t,
+    in_width, in_height, in_depth, out_width, out_height, out_depth, batch, transforms,
+    column_tiles, row_tiles,
+    SPEC: tl.constexpr,
+):  # fmt: skip
+    """The cell that each output pixel lies in, and its places.
+
+    keys_ptr: image x cells + cell, or images x cells where nothing is read; outputs in the order (image,
+    transform, pixel). indices_ptr, fractions_ptr: in the same order, for each axis; with ``coord_tangent``
+    after the fractions the tangents of the coordinates, in pixels. coord_ptr: those tangents, in the source's
+    unit.
+    """
+    KEY: tl.constexpr = keys_ptr.dtype.element_ty
+    FRACTIONS: tl.constexpr = 2 * SPEC.dims if SPEC.coord_tangent else SPEC.dims
+    sizes = Sizes((in_width, in_height, in_depth), (out_width, out_height, out_depth), batch, transforms, 1)
+    stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
+    params = Params(source_ptr, stride_source, control_ptr, num_controls)
+    stride_coord = (stride_coord_0, stride_coord_1, stride_coord_2, stride_coord_3, stride_coord_4)
+    coord = Params(coord_ptr, stride_coord, control_ptr, num_controls)
+
+    column_tile, row_tile, split, group = place_of_program(Tiling(column_tiles, row_tiles, 1, 1, 1))
+    b = group * SPEC.group
+    outputs = sources.outputs_of(b, sizes, SPEC)
+    map = sources.map_of(params, outputs[0][0], outputs[0][1], sizes, SPEC)
+    column = column_tile * SPEC.columns
+    row = first_row(row_tile, SPEC.rows, SPEC)
+    work = Work(b, outputs, map, column, row, 1, (), (0, 1), False, split, 0, 1)
+    out, mask = pixels_from(column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
+    places = sources.places_at(params, work, out, mask, sizes, SPEC)
+    pixel = offset_of(out, (1, out_width, out_width.to(SPEC.index) * out_height), 1, SPEC)
+    nothing = (batch // transforms).to(KEY) * pixel_count(sizes.input, SPEC).to(KEY)
+    for g in tl.static_range(SPEC.group):
+        n, t = outputs[g]
+        kept = existing(mask, b + g, batch)
+        cell, read = cell_of(places[g], sizes, SPEC, KEY)
+        key = tl.where(read, n.to(KEY) * pixel_count(sizes.input, SPEC).to(KEY) + cell, nothing)
+        first = (b + g).to(tl.int64) * pixel_count(sizes.output, SPEC)
+        tl.store(keys_ptr + first + pixel, key, kept)
+        index = indices_ptr + first * SPEC.dims + pixel * SPEC.dims
+        fraction = fractions_ptr + first * FRACTIONS + pixel * FRACTIONS
+        for k in tl.static_range(SPEC.dims):
+            tl.store(index + k, places[g][k][0], kept)
+            tl.store(fraction + k, places[g][k][1], kept)
+        if SPEC.coord_tangent:
+            m = coord_tangent_of(coord, stride_coord_t, n, t, out, kept, sizes, SPEC)
+            for k in tl.static_range(SPEC.dims):
+                tl.store(fraction + (SPEC.dims + k), m[k], kept)
+
+
+# ------------------------------------------------------------------------------------------------- sums
+@triton.jit
+def weight_and_slope(place, q, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
+    """The weight with which a place reads pixel ``q``, and for ``coord_tangent`` its derivative."""
+    taps = axis_taps(place, size, AXIS, SPEC)
+    weight = at_pixel(q, taps, taps.weight, SPEC)
+    slope = tl.zeros(weight.shape, SPEC.compute)
+    if SPEC.coord_tangent:
+        slope = at_pixel(q, taps, axis_slopes(place, size, AXIS, SPEC), SPEC)
+    return weight, slope
+
+
+@triton.jit
+def load_place(outputs, i, read, AXIS: tl.constexpr, SPEC: tl.constexpr):
+    FRACTIONS: tl.constexpr = 2 * SPEC.dims if SPEC.coord_tangent else SPEC.dims
+    index = tl.load(outputs.indices + (i * SPEC.dims + AXIS), read, other=0)
+    return Place(index, tl.load(outputs.fractions + (i * FRACTIONS + AXIS), read, other=0.0))
+
+
+@triton.jit
+def output_weight(outputs, i, read, q, sizes, SPEC: tl.constexpr):
+    """The weight of the outputs ``i`` in the sums of pixels ``q``; 0 where not ``read``.
+
+    For ``coord_tangent`` it is the weight's tangent: sum over axes of m_a slope_a times the other axes'
+    weights.
+    """
+    x, x_slope = weight_and_slope(load_place(outputs, i, read, 0, SPEC), q[0], sizes.input[0], 0, SPEC)
+    y, y_slope = weight_and_slope(load_place(outputs, i, read, 1, SPEC), q[1], sizes.input[1], 1, SPEC)
+    m = outputs.fractions + (i * (2 * SPEC.dims) + SPEC.dims)
+    if SPEC.coord_tangent:
+        plane = tl.load(m, read, other=0.0) * x_slope * y + tl.load(m + 1, read, other=0.0) * x * y_slope
+    else:
+        plane = x * y
+    weight = plane
+    if SPEC.dims == 3:
+        z, z_slope = weight_and_slope(load_place(outputs, i, read, 2, SPEC), q[2], sizes.input[2], 2, SPEC)
+        weight = plane * z
+        if SPEC.coord_tangent:
+            weight += tl.load(m + 2, read, other=0.0) * z_slope * x * y
+    return tl.where(read, weight, 0.0)
+
+
+@triton.jit
+def output_offset(i, sizes, strides, SPEC: tl.constexpr):
+    """The offset of output pixel ``i`` of an image, whose pixels lie along ``axes`` axes, innermost first."""
+    if SPEC.axes == 1:
+        offset = i * strides[0]
+    else:
+        further = i // sizes[0]
+        offset = (i - further * sizes[0]) * strides[0]
+        for axis in tl.static_range(1, SPEC.axes - 1):
+            i = further
+            further = i // sizes[axis]
+            offset += (i - further * sizes[axis]) * strides[axis]
+        offset += further * strides[SPEC.axes - 1]
+    return tl.multiple_of(offset, (SPEC.vector_output, SPEC.vector_output))
+
+
+@triton.jit
+def add_outputs(sums, position, read, q, outputs, block, sizes, SPEC: tl.constexpr):
+    """Adds to ``sums``, (unroll of) [pixels, channels], one output each: weight x gradient.
+
+    position: the outputs' places in the list, [pixels, 1]. A gradient of weight 0 is not read: what is no
+    number stays where it was.
+    """
+    i = (tl.load(outputs.order + position, read, other=0) - outputs.before).to(SPEC.index)
+    weight = output_weight(outputs, i, read, q, sizes, SPEC)
+    target = outputs.gradients + output_offset(i, outputs.sizes, outputs.strides, SPEC)
+    new = ()
+    for k in tl.static_range(SPEC.unroll):
+        c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
+        g = tl.load(target + c * outputs.stride_c, (weight != 0) & exists, other=0.0).to(SPEC.compute)
+        new += (sums[k] + weight * g,)
+    return new
+
+
+@triton.jit
+def cell_row(starts_ptr, q, row, sizes, exists, SPEC: tl.constexpr):
+    """Where the outputs of one row of the cells around pixels ``q`` begin and end in the list."""
+    TAPS: tl.constexpr = tap_count(SPEC)
+    y = q[1] + (row % TAPS - TAPS // 2)
+    exists = exists & in_bounds(y, sizes.input[1])
+    cell = y.to(SPEC.index)
+    if SPEC.dims == 3:
+        z = q[2] + (row // TAPS - TAPS // 2)
+        exists = exists & in_bounds(z, sizes.input[2])
+        cell += z.to(SPEC.index) * sizes.input[1]
+    cell *= sizes.input[0]
+    first = tl.maximum(q[0] - TAPS // 2, 0)
+    last = tl.minimum(q[0] + (TAPS - TAPS // 2), sizes.input[0])
+    begin = tl.load(starts_ptr + (cell + first), exists, other=0)
+    return begin, tl.load(starts_ptr + (cell + last), exists, other=0)
+
+
+@triton.jit
+def at(values, chosen):
+    """The one entry of a column that is ``chosen``."""
+    return tl.sum(tl.sum(tl.where(chosen, values, 0), 1), 0)
+
+
+@triton.jit
+def zero_block(SPEC: tl.constexpr):
+    sums = ()
+    for _ in tl.static_range(SPEC.unroll):
+        sums += (tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute),)
+    return sums
+
+
+@triton.jit
+def add_row(sums, begin, end, q, outputs, block, sizes, SPEC: tl.constexpr):
+    """Adds to ``sums`` the outputs from ``begin`` to before ``end`` of the list, for each pixel.
+
+    Each lane adds up its own; where some have very many, the program's lanes go through these together.
+    """
+    PIXELS: tl.constexpr = SPEC.rows * SPEC.columns
+    lane = tl.arange(0, PIXELS)[:, None]
+    # alone, or together from ALONE on: whichever takes fewer steps
+    alone = tl.max(tl.max(end - begin, 1), 0)
+    left = tl.maximum(end - begin - ALONE, 0)
+    together = tl.sum(tl.sum((left + (PIXELS - 1)) // PIXELS, 1), 0) + ALONE
+    steps = tl.where(together < alone, ALONE, alone)
+    for i in range(steps):
+        sums = add_outputs(sums, begin + i, begin + i < end, q, outputs, block, sizes, SPEC)
+    waiting = tl.where(end - begin > steps, lane, PIXELS)
+    helped = tl.min(tl.min(waiting, 1), 0)
+    while helped < PIXELS:
+        chosen = lane == helped
+        pixel = (at(q[0], chosen), at(q[1], chosen))
+        if SPEC.dims == 3:
+            pixel += (at(q[2], chosen),)
+        shares = zero_block(SPEC)
+        stop = at(end, chosen)
+        for start in range(at(begin, chosen) + steps, stop, PIXELS):
+            shares = add_outputs(
+                shares, start + lane, start + lane < stop, pixel, outputs, block, sizes, SPEC
+            )
+        new = ()
+        for k in tl.static_range(SPEC.unroll):
+            new += (sums[k] + tl.where(chosen, tl.sum(shares[k], 0, keep_dims=True), 0.0),)
+        sums = new
+        waiting = tl.where(chosen, PIXELS, waiting)
+        helped = tl.min(tl.min(waiting, 1), 0)
+    return sums
+
+
+@triton.jit(**SPECIALIZATION)
+def sort_sums_kernel(
+    grad_output_ptr, grad_input_ptr, indices_ptr, fractions_ptr, order_ptr, starts_ptr,
+    stride_output_n, stride_output_c, stride_output_0, stride_output_1, stride_output_2, stride_output_3,
+    output_size_0, output_size_1, output_size_2,
+    stride_input_n, stride_input_c, stride_input_x, stride_input_y, stride_input_z,
+    in_width, in_height, in_depth, images, outputs, channels, length, lists,
+    column_tiles, row_tiles, splits, split_blocks,
+    SPEC: tl.constexpr,
+):  # fmt: skip
+    """grad_input = for each input pixel the sum of the outputs that read it. Tiles are of input pixels.
+
+    grad_output_ptr: strides by image, channel and along the axes of its pixels (output_size_*), innermost
+    first. grad_input_ptr: written with stride_input_*. indices_ptr, fractions_ptr: what ``sort_keys_kernel``
+    wrote. order_ptr: the numbers of the outputs, sorted, in ``lists`` lists of ``length``, each from 0 on.
+    starts_ptr: for each list where each of images x cells begins in it, and where the last one ends. outputs:
+    pixels of an image.
+    """
+    FRACTIONS: tl.constexpr = 2 * SPEC.dims if SPEC.coord_tangent else SPEC.dims
+    TAPS: tl.constexpr = tap_count(SPEC)
+    CELL_ROWS: tl.constexpr = TAPS * TAPS if SPEC.dims == 3 else TAPS
+    in_size = (in_width, in_height, in_depth)
+    sizes = Sizes(in_size, in_size, images, 1, channels)
+    stride_input = (stride_input_x, stride_input_y, stride_input_z)
+    grad_input = Image(grad_input_ptr, Strides(stride_input_n, 0, stride_input_c, stride_input))
+    output_sizes = (output_size_0, output_size_1, output_size_2)
+    output_strides = (stride_output_0, stride_output_1, stride_output_2, stride_output_3)
+
+    tiling = Tiling(column_tiles, row_tiles, splits, split_blocks, 1)
+    column_tile, row_tile, split, image = place_of_program(tiling)
+    n = image.to(tl.int64)
+    row = first_row(row_tile, SPEC.rows, SPEC)
+    q, mask = pixels_from(column_tile * SPEC.columns, row, in_size, SPEC.rows, SPEC.columns, SPEC)
+    cells = pixel_count(in_size, SPEC)
+    gradients = grad_output_ptr + tl.multiple_of(n * stride_output_n, SPEC.vector_output)
+    target = grad_input_ptr + tl.multiple_of(n * stride_input_n, SPEC.vector_input)
+    target += offset_of(q, grad_input.strides.pixel, SPEC.vector_input, SPEC)
+    first, last = blocks_of(split, tiling, channels, SPEC)
+    for block in range(first, last):
+        sums = zero_block(SPEC)
+        for number in range(lists):
+            part = tl.cast(number, tl.int64)
+            listed = Outputs(
+                order_ptr + part * length, n * outputs - part * length,
+                indices_ptr + n * outputs * SPEC.dims, fractions_ptr + n * outputs * FRACTIONS,
+                gradients, stride_output_c, output_sizes, output_strides,
+            )  # fmt: skip
+            starts = starts_ptr + part * (images * cells + 1) + n * cells
+            for cell in range(CELL_ROWS):
+                begin, end = cell_row(starts, q, cell, sizes, mask, SPEC)
+                sums = add_row(sums, begin, end, q, listed, block, sizes, SPEC)
+        for k in tl.static_range(SPEC.unroll):
+            c, exists = channel_block(block * SPEC.unroll + k, channels, SPEC)
+            tl.store(target + c * stride_input_c, rounded(sums[k], grad_input_ptr), mask & exists)
+
+
+# ------------------------------------------------------------------------------------------- launchers
+def _pixel_axes(tensor: torch.Tensor, dims: int) -> list[tuple[int, int]]:
+    """(size, stride) of the axes of an image's pixels, innermost first: as few as tell (T, ...) apart.
+
+    A contiguous image has one, with transforms two: the fewer, the fewer divisions find a pixel.
+    """
+    channel = channel_dim(tensor, dims)
+    joined: list[tuple[int, int]] = []
+    for dim in (*reversed(range(channel + 1, tensor.dim())), *reversed(range(1, channel))):
+        size, stride = tensor.shape[dim], tensor.stride(dim)
+        if joined and stride == joined[-1][0] * joined[-1][1]:
+            joined[-1] = joined[-1][0] * size, joined[-1][1]
+        elif size > 1:
+            joined.append((size, stride))
+    return joined or [(1, 0)]
+
+
+def _keys(
+    params: torch.Tensor,
+    control_points: torch.Tensor | None,
+    coord_tangent: torch.Tensor | None,
+    keys: torch.Tensor,
+    places: tuple[torch.Tensor, torch.Tensor],
+    input_size: torch.Size,
+    images: int,
+    size: torch.Size,
+    source: int,
+    small: bool,
+    shared: dict[str, Any],
+) -> None:
+    """Fills ``keys`` and ``places``, indices and fractions."""
+    columns, rows = size[-1], size[:-1].numel()
+    batch = keys.numel() // size.numel()
+    problem = configs.Problem(
+        kernel="sorted keys",
+        source=source,
+        images=batch,
+        channels=1,
+        rows=rows,
+        columns=columns,
+        element_size=places[1].element_size(),
+        channels_last=False,
+        interpolation=shared["interpolation"],
+        dims=len(size),
+        backward=False,
+    )
+    tile = configs.choose(keys.device, problem)
+    column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
+    tangents = () if coord_tangent is None else (coord_tangent,)
+    launch(
+        sort_keys_kernel,
+        triton.cdiv(batch, tile.group) * column_tiles * row_tiles,
+        keys.device,
+        keys,
+        *places,
+        places[1] if coord_tangent is None else coord_tangent,
+        *parameters.pointers(params, control_points),
+        *source_strides(source, params),
+        num_controls(control_points),
+        *coordinate_strides(coord_tangent),
+        *axes(input_size),
+        *axes(size),
+        batch=batch,
+        transforms=batch // images,
+        column_tiles=column_tiles,
+        row_tiles=row_tiles,
+        SPEC=Spec(
+            source=int(source),
+            index=index_dtype(params, *tangents) if small else tl.int64,
+            fixed_point=has_fixed_point(source, shared["compute"], input_size, size),
+            rows=tile.rows,
+            columns=tile.columns,
+            group=tile.group,
+            **shared,
+        ),
+        num_warps=tile.warps,
+    )
+
+
+def _sort(keys: torch.Tensor, length: int, cells: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The outputs in the order of their keys, list by list, and where in each list each cell begins."""
+    every = torch.arange(cells + 1, dtype=keys.dtype, device=keys.device)
+    orders, starts = [], []
+    for part in keys.split(length):
+        ordered, order = torch.sort(part, stable=True)
+        orders.append(order)
+        starts.append(torch.searchsorted(ordered, every, out_int32=True))
+    if len(orders) == 1:
+        return orders[0], starts[0]
+    return torch.cat(orders), torch.cat(starts)
+
+
+def _sums(
+    grad_output: torch.Tensor,
+    grad_input: torch.Tensor,
+    places: tuple[torch.Tensor, torch.Tensor],
+    order: torch.Tensor,
+    starts: torch.Tensor,
+    length: int,
+    small: bool,
+    shared: dict[str, Any],
+) -> None:
+    """Fills ``grad_input``."""
+    dims, (images, channels) = grad_input.dim() - 2, grad_input.shape[:2]
+    columns, rows = grad_input.shape[-1], grad_input.shape[2:-1].numel()
+    stride_output_c = grad_output.stride(channel_dim(grad_output, dims))
+    problem = configs.Problem(
+        kernel="sorted sum",
+        source=Source.GRID,  # by then all are alike
+        images=images,
+        channels=channels,
+        rows=rows,
+        columns=columns,
+        element_size=grad_output.element_size(),
+        channels_last=stride_output_c == 1,
+        # a pixel adds up one output at a time: registers are for channels, however many taps there are
+        interpolation=Interpolation.BILINEAR,
+        dims=2,
+        backward=True,
+    )
+    tile = configs.choose(grad_input.device, problem)
+    block = tile.channels * tile.unroll
+    blocks = triton.cdiv(channels, block)
+    split_blocks = triton.cdiv(blocks, tile.splits)
+    splits = triton.cdiv(blocks, split_blocks)
+    column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
+    output_sizes, output_strides = zip(*_pixel_axes(grad_output, dims))
+    launch(
+        sort_sums_kernel,
+        images * column_tiles * row_tiles * splits,
+        grad_input.device,
+        grad_output,
+        grad_input,
+        *places,
+        order,
+        starts,
+        grad_output.stride(0),
+        stride_output_c,
+        *(*output_strides, 0, 0, 0)[:4],
+        *(*output_sizes, 0, 0)[:3],
+        *image_strides(grad_input, dims),
+        *axes(grad_input.shape[2:]),
+        images=images,
+        outputs=order.numel() // images,
+        channels=channels,
+        length=length,
+        lists=triton.cdiv(order.numel(), length),
+        column_tiles=column_tiles,
+        row_tiles=row_tiles,
+        splits=splits,
+        split_blocks=split_blocks,
+        SPEC=Spec(
+            source=int(Source.GRID),
+            index=index_dtype(grad_output, grad_input) if small else tl.int64,
+            rows=tile.rows,
+            columns=tile.columns,
+            channels=tile.channels,
+            unroll=tile.unroll,
+            even_channels=channels % block == 0,
+            vector_output=vector_width(grad_output, dims),
+            vector_input=vector_width(grad_input, dims),
+            axes=len(output_sizes),
+            **shared,
+        ),
+        num_warps=tile.warps,
+    )
+
+
+def sorted_backward(
+    grad_output: torch.Tensor,
+    params: torch.Tensor,
+    control_points: torch.Tensor | None,
+    grad_input: torch.Tensor,
+    source: int,
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+    coord_tangent: torch.Tensor | None = None,
+) -> None:
+    """Fills ``grad_input``, of any strides and dtype, with d image: always the same bits.
+
+    ``coord_tangent``, (N, T, *size, dims) of any strides: a tangent of the source's coordinates (normalised;
+    of a flow, in pixels). Then it is the tangent of d image, which is linear in it.
+    """
+    dims, size = grad_input.dim() - 2, grad_output.shape[2 - grad_input.dim() :]
+    images, cells = grad_input.shape[0], grad_input.shape[2:].numel()
+    outputs = grad_output.shape[1 : channel_dim(grad_output, dims)].numel() * size.numel()
+    if grad_input.numel() == 0:
+        return
+    if outputs == 0 or (coord_tangent is not None and interpolation == Interpolation.NEAREST):
+        grad_input.zero_()
+        return
+    compute, compute_torch = compute_dtypes(grad_output, params)
+    shared = {
+        "interpolation": int(interpolation),
+        "padding": (int(padding),) * dims,
+        "align_corners": int(align_corners),
+        "dims": dims,
+        "compute": compute,
+        "coord_tangent": coord_tangent is not None,
+    }
+    fractions = dims if coord_tangent is None else 2 * dims
+    small = max(outputs * fractions, cells) < INT32_MAX
+    at_once = max(1, min(OUTPUTS_AT_ONCE // outputs, (INT32_MAX - 1) // cells))
+    for first in range(0, images, at_once):
+        part = slice(first, first + at_once)
+        count = min(at_once, images - first)
+        key = torch.int32 if count * cells < INT32_MAX else torch.int64
+        keys = grad_input.new_empty(count * outputs, dtype=key)
+        places = (
+            grad_input.new_empty((count * outputs, dims), dtype=torch.int32),
+            grad_input.new_empty((count * outputs, fractions), dtype=compute_torch),
+        )
+        _keys(
+            params if params.shape[0] == 1 else params[part],
+            control_points,
+            None if coord_tangent is None else coord_tangent[part],
+            keys,
+            places,
+            grad_input.shape[2:],
+            count,
+            size,
+            source,
+            small,
+            shared,
+        )
+        length = min(count * outputs, LIST_LENGTH)
+        order, starts = _sort(keys, length, count * cells)
+        _sums(grad_output[part], grad_input[part], places, order, starts, length, small, shared)

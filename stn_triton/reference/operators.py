@@ -1,0 +1,267 @@
+"""What each operator computes: by ATen where it has the mode, else tap by tap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import calls
+from ..kernels.host.dtypes import compute_dtype
+from ..kernels.modes import Interpolation, Padding, Source
+from .sources import coordinates, coordinates_backward, flow_grid, pixel_scales, unnormalise
+from .taps import Taps, image_gradient, pixel_gradient, read_tap, sample_pixels, tap_weight, weight_along
+
+# Beyond this many image widths nothing is inside the image. Beyond these a reflection cannot be placed: by
+# float32, and by ATen, which counts the turns in 32 bits.
+_FAR = 1e4
+_UNPLACEABLE = {torch.float32: 2.0**24, torch.float64: 2.0**32}
+
+
+# ------------------------------------------------------------------------------------------- by ATen
+def _aten_fits(
+    in_size: Sequence[int], dtype: torch.dtype, interpolation: Interpolation, align_corners: bool
+) -> bool:
+    """Whether ATen (or ONNX) has the mode, and can be kept from bad coordinates by moving them.
+
+    On an axis of one pixel with aligned corners every coordinate means that pixel, but for NaN and
+    infinities: there no other coordinate stands for them.
+    """
+    has_mode = len(in_size) == 2 or (interpolation != Interpolation.BICUBIC and not _in_onnx_taps(in_size))
+    # past 2^24 float32 rounds the number of the last pixel up, and ATen reads there
+    exact = dtype == torch.float64 or max(in_size) <= 2**24
+    return has_mode and exact and not (align_corners and 1 in in_size)
+
+
+def _in_onnx_taps(in_size: Sequence[int]) -> bool:
+    """Whether a volume is recorded for ``torch.onnx.export(dynamo=True)``, which knows no sampler for it.
+
+    Taps are for one size; where it varies ATen's sampler stays, for ``export.onnx_translations``.
+    """
+    if calls.tracing_state() is not None or not calls.exports_onnx():
+        return False
+    return not any(isinstance(size, torch.SymInt) for size in in_size)
+
+
+def _tame(grid: Tensor, padding: Padding) -> Tensor:
+    """A grid with the same samples whose coordinates ATen's CPU kernels can be given.
+
+    With an infinity or NaN those read and write outside the image (border and reflection padding).
+    NaN reads nothing under zeros, else pixel 0; what cannot be placed is reflected to the lower edge.
+    """
+    if padding == Padding.REFLECTION:
+        return torch.where(grid.abs() < _UNPLACEABLE[grid.dtype], grid, -1.0)
+    return grid.nan_to_num(nan=-_FAR).clamp(-_FAR, _FAR)
+
+
+def _sampler(dims: int) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    aten = torch.ops.aten
+    if calls.tracing_state() is not None:  # TorchScript's ONNX knows the one that stands for both
+        return torch.grid_sampler, aten.grid_sampler_2d_backward.default
+    if dims == 2:
+        return aten.grid_sampler_2d.default, aten.grid_sampler_2d_backward.default
+    return aten.grid_sampler_3d.default, aten.grid_sampler_3d_backward.default
+
+
+# ----------------------------------------------------------------------------------- the operators
+def _fold_transforms(grid: Tensor, batch: int) -> Tensor:
+    """(N or 1, T, *size, dims) -> (N, T * size[0], *size[1:], dims): one tall output, one image."""
+    return grid.expand(batch, *grid.shape[1:]).flatten(1, 2)
+
+
+def _folded_images(output: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, T, C, *size) -> (N, C, T * size[0], *size[1:]), in ``dtype``."""
+    return output.to(dtype).movedim(1, 2).flatten(2, 3)
+
+
+def places(
+    source: Source,
+    params: Tensor,
+    control_points: Tensor | None,
+    size: tuple[int, ...],
+    in_size: Sequence[int],
+    align_corners: bool,
+    dtype: torch.dtype,
+    *,
+    in_pixels: bool,
+) -> Tensor:
+    """Where the input is read, (N or 1, T, *size, dims): normalised, or in pixels. A flow adds pixels."""
+    displacement = None
+    if source == Source.FLOW:
+        grid, displacement = flow_grid(params, align_corners, dtype)
+    else:
+        grid = coordinates(source, params, control_points, size, align_corners, dtype)
+    if in_pixels:
+        grid = unnormalise(grid, in_size, align_corners)
+    elif displacement is not None:
+        scales = pixel_scales(in_size, align_corners)  # which may be symbols
+        axes = zip(displacement.unbind(-1), scales, strict=True)
+        displacement = torch.stack([pixels / scale for pixels, scale in axes], -1)
+    return grid if displacement is None else grid + displacement
+
+
+def _in_pixels(source: Source, by_source: Tensor, in_size: Sequence[int], align_corners: bool) -> Tensor:
+    """(..., dims) in the source's own units times pixels per unit; for a flow these are pixels already."""
+    if source == Source.FLOW:
+        return by_source
+    return by_source * by_source.new_tensor(pixel_scales(in_size, align_corners))
+
+
+def sample(
+    input: Tensor,
+    params: Tensor,
+    control_points: Tensor | None,
+    source: Source,
+    size: tuple[int, ...],
+    interpolation: Interpolation,
+    padding: Padding,
+    align_corners: bool,
+) -> Tensor:
+    """(N, T, C, *size), in the input's dtype. Sizes must not be 0."""
+    dtype = compute_dtype(input, params)
+    image, modes = input.to(dtype), (interpolation, padding, align_corners)
+    place = source, params, control_points, size, input.shape[2:], align_corners, dtype
+    if _aten_fits(input.shape[2:], input.dtype, interpolation, align_corners):
+        grid = places(*place, in_pixels=False)
+        forward, _ = _sampler(len(size))
+        folded = _tame(_fold_transforms(grid, input.shape[0]), padding)
+        output = forward(image, folded, int(interpolation), int(padding), align_corners)
+    else:
+        grid = places(*place, in_pixels=True)
+        output = sample_pixels(image, _fold_transforms(grid, input.shape[0]), modes)
+    return output.unflatten(2, (grid.shape[1], size[0])).movedim(2, 1).to(input.dtype)
+
+
+def sample_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    params: Tensor,
+    control_points: Tensor | None,
+    source: Source,
+    in_size: Sequence[int],
+    interpolation: Interpolation,
+    padding: Padding,
+    align_corners: bool,
+    input_grad: bool,
+    params_grad: bool,
+    control_grad: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """d input, d params and d control points, as far as asked for, from d output, (N, T, C, *size).
+
+    The input may be None where d input alone is asked for.
+    """
+    dtype = compute_dtype(grad_output, params)
+    (batch, _, channels), size = grad_output.shape[:3], tuple(grad_output.shape[3:])
+    modes = interpolation, padding, align_corners
+    place = source, params, control_points, size, in_size, align_corners, dtype
+    g = _folded_images(grad_output, dtype)
+    # a stand-in that takes no memory, of which ATen reads no values that matter
+    image = g.new_zeros(()).expand(batch, channels, *in_size) if input is None else input.to(dtype)
+    coordinates_grad = params_grad or control_grad
+    if _aten_fits(in_size, grad_output.dtype, interpolation, align_corners):
+        folded = _tame(_fold_transforms(places(*place, in_pixels=False), batch), padding)
+        _, backward = _sampler(len(size))
+        codes = int(interpolation), int(padding), align_corners
+        grad_input, by_coordinates = backward(g, image, folded, *codes, [input_grad, coordinates_grad])
+        if source == Source.FLOW and coordinates_grad:
+            by_coordinates = by_coordinates / g.new_tensor(pixel_scales(in_size, align_corners))
+    else:
+        folded = _fold_transforms(places(*place, in_pixels=True), batch)
+        if input_grad:
+            grad_input = image_gradient(g, in_size, folded, None, modes)
+        if coordinates_grad:
+            by_pixels = pixel_gradient(g, image, None, folded, None, modes)
+            by_coordinates = _in_pixels(source, by_pixels, in_size, align_corners)
+    by_input = grad_input.to(grad_output.dtype) if input_grad else None
+    if not coordinates_grad:
+        return by_input, None, None
+    if source == Source.FLOW:
+        by_params = by_coordinates.movedim(-1, 1).sum_to_size(params.shape).to(params.dtype)
+        return by_input, by_params, None
+    by_coordinates = by_coordinates.view(batch, -1, *size, len(size))
+    return by_input, *coordinates_backward(
+        source, by_coordinates, params, control_points, align_corners, control_grad
+    )
+
+
+def sample_jvp(
+    input: Tensor | None,
+    tangent: Tensor | None,
+    params: Tensor,
+    control_points: Tensor | None,
+    coord_tangent: Tensor | None,
+    source: Source,
+    size: tuple[int, ...],
+    interpolation: Interpolation,
+    padding: Padding,
+    align_corners: bool,
+) -> Tensor:
+    """The derivative of the samples, (N, T, C, *size), in the direction of an image and of coordinates.
+
+    tangent: as the input, or None for 0. coord_tangent: (N, T, *size, dims) in the source's own units, or
+    None for 0; the input is needed with it alone.
+    """
+    image = input if input is not None else tangent
+    assert image is not None
+    dtype = compute_dtype(image, params)
+    batch, in_size, modes = image.shape[0], image.shape[2:], (interpolation, padding, align_corners)
+    place = source, params, control_points, size, in_size, align_corners, dtype
+    grid = places(*place, in_pixels=True)
+    pixels = _fold_transforms(grid, batch)
+    output = torch.zeros((), dtype=dtype, device=image.device)
+    direction = None
+    if coord_tangent is not None:
+        direction = _fold_transforms(
+            _in_pixels(source, coord_tangent, in_size, align_corners), batch
+        ).flatten(1, -2)
+    tangent, input = (None if t is None else t.to(dtype).flatten(2) for t in (tangent, input))
+    for index, inside, jets in Taps(pixels, in_size, modes, int(coord_tangent is not None)):
+        if tangent is not None:
+            output = output + read_tap(tangent, index, inside) * tap_weight(jets).unsqueeze(1)
+        if input is not None and direction is not None:
+            output = output + read_tap(input, index, inside) * weight_along(jets, direction).unsqueeze(1)
+    return output.unflatten(2, (grid.shape[1], *size)).movedim(2, 1).to(image.dtype)
+
+
+def sample_hvp(
+    grad_output: Tensor,
+    input: Tensor | None,
+    tangent: Tensor | None,
+    params: Tensor,
+    control_points: Tensor | None,
+    coord_tangent: Tensor | None,
+    source: Source,
+    in_size: Sequence[int],
+    interpolation: Interpolation,
+    padding: Padding,
+    align_corners: bool,
+    input_grad: bool,
+    coordinates_grad: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The Hessian of <grad_output, samples> by input and coordinates, times (tangent, coord_tangent).
+
+    Returns d input, in grad_output's dtype, and the gradient by the coordinates, (N, T, *size, dims) in the
+    source's own units, as far as asked for. grad_output: (N, T, C, *size); the rest as in ``sample_jvp``.
+    """
+    dtype = compute_dtype(grad_output, params)
+    batch, size, modes = (
+        grad_output.shape[0],
+        tuple(grad_output.shape[3:]),
+        (interpolation, padding, align_corners),
+    )
+    place = source, params, control_points, size, in_size, align_corners, dtype
+    g = _folded_images(grad_output, dtype)
+    pixels = _fold_transforms(places(*place, in_pixels=True), batch)
+    shift = None
+    if coord_tangent is not None:
+        shift = _fold_transforms(_in_pixels(source, coord_tangent, in_size, align_corners), batch)
+    grad_input, by_coordinates = None, None
+    if input_grad:
+        grad_input = image_gradient(g, in_size, pixels, shift, modes).to(grad_output.dtype)
+    if coordinates_grad:
+        tangent, input = (None if t is None else t.to(dtype) for t in (tangent, input))
+        by_pixels = pixel_gradient(g, tangent, input, pixels, shift, modes)
+        by_coordinates = _in_pixels(source, by_pixels, in_size, align_corners)
+        by_coordinates = by_coordinates.view(batch, -1, *size, len(size))
+    return grad_input, by_coordinates

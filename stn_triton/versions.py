@@ -1,0 +1,55 @@
+"""What the package needs of PyTorch and Triton; importing this module refuses what is older.
+
+Triton need not be installed, and is not imported here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+TORCH = (2, 11)
+TRITON = (3, 6)
+
+
+def triton_version() -> str | None:
+    """Of what ``import triton`` would bring, "unknown" if it does not tell; None if there is none."""
+    module = sys.modules.get("triton")
+    if module is not None:
+        return str(getattr(module, "__version__", "unknown"))
+    spec = None if "triton" in sys.modules else importlib.util.find_spec("triton")
+    if spec is None:
+        return None
+    # The source tells what will run, whatever the distribution is called: PyTorch has several names for it.
+    if spec.origin and spec.origin.endswith(".py"):
+        try:
+            source = Path(spec.origin).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            source = ""
+        found = re.search(r"""^__version__\s*=\s*["'](.+?)["']""", source, re.MULTILINE)
+        if found:
+            return found[1]
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _refuse_older(name: str, found: str | None, oldest: tuple[int, int]) -> None:
+    """
+    Raises:
+        ImportError: ``found`` is older; what is no version passes.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", found or "")
+    if numbers and (int(numbers[1]), int(numbers[2])) < oldest:
+        needed = ".".join(map(str, oldest))
+        raise ImportError(f"stn_triton needs {name} {needed} or later, and finds {name} {found}")
+
+
+_refuse_older("PyTorch", str(torch.__version__), TORCH)
+_refuse_older("Triton", triton_version(), TRITON)

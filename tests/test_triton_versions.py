@@ -1,0 +1,202 @@
+"""What versions of Triton could differ in. `make test` runs this file under each supported one.
+
+Every kernel is run against the same function of plain PyTorch, in float64, and the rules are held by which
+device code means the same compiled and interpreted, in all versions (``kernels/README.md``).
+"""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from common import MODES, NAN, PADDINGS, assert_close, random_grid, random_theta
+
+import stn_triton as stn
+from stn_triton import backend
+
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+IN_SIZE = {2: (4, 5), 3: (3, 2, 4)}
+SIZE = {2: (3, 6), 3: (2, 3, 2)}
+# Each padding and each convention, not each with each.
+OPTIONS = [("zeros", False), ("border", True), ("reflection", False)]
+
+# The interpreter computes with NumPy, which speaks of the infinities that it meets.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def _no_float_maxima(monkeypatch):
+    """Of NaN the interpreters' ``tl.maximum`` say different things: kernels use ``larger`` and its kin."""
+    if not backend.interpreting():
+        return
+    from triton.runtime import interpreter
+
+    def refuse(*args):
+        raise AssertionError(
+            "tl.maximum, tl.minimum or tl.clamp of floats: larger, smaller or clamp is meant"
+        )
+
+    for operation in ("maxnumf", "minnumf", "maximumf", "minimumf", "clampf"):
+        monkeypatch.setattr(interpreter.InterpreterBuilder, f"create_{operation}", refuse)
+
+
+def case(source, device):
+    """The sampler as a function of (image, parameters, mode, padding, align_corners), and parameters."""
+    dims = 3 if source.endswith("3d") else 2
+    name, size, dtype = source.removesuffix("3d"), SIZE[dims], torch.float64
+    if name == "grid":
+        return stn.grid_sample, random_grid(2, size, dtype, device)
+    if name == "flow":
+        return stn.flow_grid_sample, 1.5 * torch.randn(2, dims, *size, dtype=dtype, device=device)
+    if name == "affine":
+        params = random_theta(2, dims, dtype, device)
+    elif name == "projective":
+        params = torch.eye(3, dtype=dtype, device=device) + 0.15 * torch.randn(2, 3, 3, device=device)
+    else:
+        params = stn.transforms.control_lattice(3, device=device).double() + 0.2 * torch.randn(
+            2, 9, 2, device=device
+        )
+    function = getattr(stn, f"{name}_grid_sample")
+    return lambda image, params, *options: function(image, params, size, *options), params
+
+
+def picture(source, device):
+    return torch.randn(2, 3, *IN_SIZE[3 if source.endswith("3d") else 2], dtype=torch.float64, device=device)
+
+
+def agree(function, *arguments, scale=None):
+    """``function`` of the arguments gives on the kernels what it gives on PyTorch's operators."""
+    actual = function(*arguments)
+    with backend.use("torch"):
+        expected = function(*arguments)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        assert_close(one.nan_to_num(), other.nan_to_num(), scale=scale)
+
+
+def value_and_gradients(function, *options):
+    def run(image, params, cotangent):
+        leaves = [tensor.clone().requires_grad_() for tensor in (image, params)]
+        output = function(*leaves, *options)
+        return output.detach(), *torch.autograd.grad(output, leaves, cotangent, materialize_grads=True)
+
+    return run
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "source", ["grid", "grid3d", "affine", "affine3d", "projective", "tps", "flow", "flow3d"]
+)
+def test_values_and_gradients(device, source, mode):
+    """Sampler forward and backward: gather of matrices, scatter of the others."""
+    function, params = case(source, device)
+    image = picture(source, device)
+    # the interpreter takes long over cubics, and over the gather of volumes
+    few = source == "affine3d" or (mode == "bicubic" and source != "grid")
+    for padding, align_corners in OPTIONS[1:2] if few else OPTIONS:
+        cotangent = torch.randn(2, 3, *SIZE[image.dim() - 2], dtype=torch.float64, device=device)
+        agree(value_and_gradients(function, mode, padding, align_corners), image, params, cotangent)
+
+
+@pytest.mark.parametrize(
+    "source, mode", [("grid", "bilinear"), ("tps", "nearest"), ("flow", "bicubic"), ("grid3d", "bilinear")]
+)
+def test_repeatable_gradients(device, source, mode):
+    """The sorted backward pass."""
+    function, params = case(source, device)
+    image = picture(source, device)
+    cotangent = torch.randn(2, 3, *SIZE[image.dim() - 2], dtype=torch.float64, device=device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        agree(value_and_gradients(function, mode, "reflection", False), image, params, cotangent)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    "source, mode", [("grid", "bicubic"), ("affine", "bilinear"), ("tps", "nearest"), ("flow3d", "bilinear")]
+)
+def test_forward_mode_and_second_derivatives(device, source, mode):
+    function, params = case(source, device)
+    image = picture(source, device)
+    directions = torch.randn_like(image), 0.1 * torch.randn_like(params)
+    options = (mode, "border", False)
+
+    def run(image, params):
+        def sample(image, params):
+            return function(image, params, *options)
+
+        _, along = torch.func.jvp(sample, (image, params), directions)
+        gradients = torch.func.grad(lambda *leaves: sample(*leaves).sin().sum(), argnums=(0, 1))
+        return along, *torch.func.jvp(gradients, (image, params), directions)[1]
+
+    agree(run, image, params)
+
+
+@pytest.mark.parametrize("name", ["affine", "affine3d", "projective", "tps"])
+def test_grids(device, name):
+    """The grid kernel, forward and backward."""
+    _, params = case(name, device)
+    dims = 3 if name.endswith("3d") else 2
+    make = getattr(stn, f"{name.removesuffix('3d')}_grid")
+
+    def run(params, cotangent):
+        leaf = params.clone().requires_grad_()
+        grid = make(leaf, (2, 1, *SIZE[dims]), align_corners=False)
+        return grid.detach(), *torch.autograd.grad(grid, leaf, cotangent)
+
+    agree(run, params, torch.randn(2, *SIZE[dims], dims, dtype=torch.float64, device=device))
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("source, mode", [*(("grid", mode) for mode in MODES), ("affine", "bilinear")])
+def test_coordinates_that_are_no_numbers(device, source, mode, padding):
+    """NaN and infinities in a coordinate or a matrix, also to the gather and to the sorted backward pass."""
+    function, params = case(source, device)
+    image = picture(source, device)
+    bad = params.flatten()
+    bad[:3] = torch.tensor([NAN, float("inf"), -float("inf")])
+    params = bad.view_as(params)
+    cotangent = torch.randn(2, 3, *SIZE[2], dtype=torch.float64, device=device)
+
+    def run(image, params, cotangent):
+        value, by_image, _ = value_and_gradients(function, mode, padding, False)(image, params, cotangent)
+        return value, by_image
+
+    agree(run, image, params, cotangent)
+    if (source, mode) != ("grid", "bilinear"):
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        agree(run, image, params, cotangent)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# --------------------------------------------------------------------------------- rules of device code
+def test_constants_are_no_constexprs_to_the_interpreter():
+    """``constexpr op block`` is refused by some interpreters: there is no constexpr that could be in one."""
+    import triton.language as tl
+
+    strays = []
+    for file in sorted(KERNELS.rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        allowed = {
+            id(node)
+            for function in tree.body
+            if isinstance(function, ast.FunctionDef) and function.name == "constant"
+            for node in ast.walk(function)
+        }
+        strays += [
+            f"{file.name}:{node.lineno}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call)
+            and ast.unparse(node.func).rpartition(".")[2] == "constexpr"
+            and id(node) not in allowed
+        ]
+        name = ".".join(file.relative_to(KERNELS).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        module = importlib.import_module(f"stn_triton.kernels.{name}".rstrip("."))
+        if backend.interpreting():
+            strays += [f"{file.name}: {k}" for k, v in vars(module).items() if isinstance(v, tl.constexpr)]
+    assert not strays, f"made by tl.constexpr and not by spec.constant: {strays}"
