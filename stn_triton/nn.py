@@ -178,7 +178,7 @@ class SpatialTransformer(nn.Module):
         calls.check(self._check_input, input)
         features = self.localisation(input)
         calls.check(self._check_features, features, input)
-        update = self.regression(features.flatten(1)).unflatten(-1, self.initial.shape)
+        update = self.regression(features.flatten(1)).view(-1, *self.initial.shape)
         parameters = self.initial + update  # (N, T, P)
         return self._assemble(parameters if self.transforms > 1 else parameters.squeeze(1))
 

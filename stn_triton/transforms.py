@@ -110,8 +110,8 @@ def attention(scale: float | Tensor, translation: Tensor) -> Tensor:
     scale = _check_factor("scale", scale, translation)
     compute, result = _dtypes(scale, translation)
     scale, translation = _factor(scale, translation, compute), translation.to(compute)
-    leading = torch.broadcast_shapes(scale.shape, translation.shape[:-1])
-    scale = scale.expand(leading)
+    scale, translation = torch.broadcast_tensors(scale.unsqueeze(-1), translation)
+    scale = scale[..., 0]
     zero = torch.zeros_like(scale)
     entries = [scale if row == column else zero for row in range(dims) for column in range(dims)]
     return _augment(torch.stack(entries, -1).unflatten(-1, (dims, dims)), translation).to(result)
@@ -255,10 +255,8 @@ def _homogeneous(theta: Tensor) -> Tensor:
 
 def _augment(linear: Tensor, translation: Tensor) -> Tensor:
     """(..., d, d) with the translation (..., d) as a column to its right, leading dimensions broadcast."""
-    leading = torch.broadcast_shapes(linear.shape[:-2], translation.shape[:-1])
-    dims = linear.shape[-1]
-    translation = translation.unsqueeze(-1).expand(*leading, dims, 1)
-    return torch.cat([linear.expand(*leading, dims, dims), translation], -1)
+    linear, column = torch.broadcast_tensors(linear, translation.unsqueeze(-1))
+    return torch.cat([linear, column[..., :1]], -1)
 
 
 # ------------------------------------------------------------------------------- thin-plate splines
