@@ -49,6 +49,9 @@ tracing_state = torch._C._get_tracing_state
 _set_tracing_state: Callable[[Any], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]
 
 
+_NEVER_ASKED = int, float, str, tuple, list, type(None)
+
+
 class _Checked(threading.local):
     calls = 0
 
@@ -70,7 +73,8 @@ def elsewhere(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
     tensors to it, are ints to the checks of arguments, and what is remembered (a spline's system) does not
     become part of the graph. In the second call the checks hold, and ``leaves_pytorch`` is true.
     """
-    given = *args, *kwargs.values()
+    # Dynamo of PyTorch 2.11 cannot ask numbers and None
+    given = tuple(arg for arg in (*args, *kwargs.values()) if not isinstance(arg, _NEVER_ASKED))
     if has_torch_function(*given):
         return handle_torch_function(function, given, *args, **kwargs)
     with torch.no_grad():

@@ -109,11 +109,11 @@ def attention(scale: float | Tensor, translation: Tensor) -> Tensor:
     dims = _check_translation(translation, (2, 3))
     scale = _check_factor("scale", scale, translation)
     compute, result = _dtypes(scale, translation)
-    scale, translation = _factor(scale, translation, compute), translation.to(compute)
-    scale, translation = torch.broadcast_tensors(scale.unsqueeze(-1), translation)
-    scale = scale[..., 0]
-    zero = torch.zeros_like(scale)
-    entries = [scale if row == column else zero for row in range(dims) for column in range(dims)]
+    factor, translation = _factor(scale, translation, compute), translation.to(compute)
+    factors, translation = torch.broadcast_tensors(factor.unsqueeze(-1), translation)
+    factor = factors[..., 0]
+    zero = torch.zeros_like(factor)
+    entries = [factor if row == column else zero for row in range(dims) for column in range(dims)]
     return _augment(torch.stack(entries, -1).unflatten(-1, (dims, dims)), translation).to(result)
 
 

@@ -313,7 +313,19 @@ def test_operators_of_subclasses(inference):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("name", ["grid_sample", "affine_grid_sample", "tps_grid_sample", "similarity"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("grid_sample", "affine_grid_sample", "tps_grid_sample"),
+        pytest.param(
+            "similarity",
+            marks=pytest.mark.xfail(
+                torch.__version__.startswith("2.11"),
+                reason="its Dynamo cannot ask the class of what the function made itself",
+            ),
+        ),
+    ],
+)
 def test_subclasses_compile_whole(name):
     class Silent(torch.Tensor):
         pass
@@ -398,7 +410,7 @@ def traced(function, arguments, **options):
     """A trace, whose making warns of nothing but of its age."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", ".*deprecated", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*deprecated")  # a FutureWarning since PyTorch 2.14
         return torch.jit.trace(function, arguments, **options)
 
 
@@ -497,8 +509,8 @@ def test_onnx_by_trace(name):
     model, arguments = any_case(name)
     model = model if isinstance(model, nn.Module) else Calls(model)
     file = io.BytesIO()
-    names = [str(index) for index in range(len(arguments))]
-    batch = {index: {0: "batch"} for index in names[:2]}  # control points have none
+    names = [f"argument_{index}" for index in range(len(arguments))]
+    batch = {name: {0: "batch"} for name in names[:2]}  # control points have none
     torch.onnx.export(
         model, arguments, file, dynamo=False, opset_version=20, input_names=names, dynamic_axes=batch
     )
