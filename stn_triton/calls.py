@@ -2,7 +2,7 @@
 
 A public function of tensors begins, as PyTorch's own do, with ::
 
-    if has_torch_function(input, theta) or (tracing_state() and is_unchecked()):
+    if (has_torch_function(input, theta) or tracing_state()) and is_taken():
         return elsewhere(affine_grid_sample, input, theta, ...)
 
 or is decorated with :func:`public`, which does the same and takes longer. Here is decided what then happens:
@@ -34,7 +34,7 @@ __all__ = [
     "elsewhere",
     "exports_onnx",
     "has_torch_function",
-    "is_unchecked",
+    "is_taken",
     "leaves_pytorch",
     "plain",
     "public",
@@ -44,9 +44,12 @@ __all__ = [
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-tracing_state = (
-    torch._C._get_tracing_state
-)  # None unless torch.jit.trace, or an ONNX export by it, is at work
+# None unless torch.jit.trace is at work, which torch.onnx.export(dynamo=False) uses too
+tracing_state = torch._C._get_tracing_state
+_set_tracing_state: Callable[[Any], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]
+
+
+_NEVER_ASKED = int, float, str, tuple, list, type(None)
 
 
 class _Checked(threading.local):
@@ -56,9 +59,11 @@ class _Checked(threading.local):
 _checked = _Checked()
 
 
-def is_unchecked() -> bool:
-    """Whether a call that is traced has yet to be made without the tracer; see ``elsewhere``."""
-    return _checked.calls == 0
+def is_taken() -> bool:
+    """Whether a call that somebody may take for itself is in fact to be taken; see ``elsewhere``."""
+    if torch.compiler.is_dynamo_compiling():  # which says of a subclass the same when it has been asked
+        return torch._C._is_torch_function_enabled()
+    return tracing_state() is None or _checked.calls == 0
 
 
 def elsewhere(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +73,8 @@ def elsewhere(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
     tensors to it, are ints to the checks of arguments, and what is remembered (a spline's system) does not
     become part of the graph. In the second call the checks hold, and ``leaves_pytorch`` is true.
     """
-    given = *args, *kwargs.values()
+    # Dynamo of PyTorch 2.11 cannot ask numbers and None
+    given = tuple(arg for arg in (*args, *kwargs.values()) if not isinstance(arg, _NEVER_ASKED))
     if has_torch_function(*given):
         return handle_torch_function(function, given, *args, **kwargs)
     with torch.no_grad():
@@ -87,7 +93,7 @@ def public(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if has_torch_function(*args, *kwargs.values()) or (tracing_state() and is_unchecked()):
+        if (has_torch_function(*args, *kwargs.values()) or tracing_state()) and is_taken():
             return elsewhere(call, *args, **kwargs)
         return function(*args, **kwargs)
 
@@ -99,12 +105,11 @@ def unrecorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     state = tracing_state()
     if state is None:
         return function(*args, **kwargs)
-    set_state: Callable[[Any], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]
-    set_state(None)
+    _set_tracing_state(None)
     try:
         return function(*args, **kwargs)
     finally:
-        set_state(state)
+        _set_tracing_state(state)
 
 
 def check(function: Callable[..., None], *args: Any) -> None:
@@ -114,15 +119,11 @@ def check(function: Callable[..., None], *args: Any) -> None:
 
 
 def exports_onnx() -> bool:
-    """Whether ``torch.onnx.export`` is at work here; Dynamo does not tell."""
+    """Whether what runs is recorded for ``torch.onnx.export``. (Dynamo does not tell.)"""
     if torch.compiler.is_dynamo_compiling() or "torch.onnx" not in sys.modules:
         return False
-    return torch.onnx.is_in_onnx_export()
-
-
-def exports_volumes() -> bool:
-    """Whether a sampler of volumes can be had. ``torch.onnx.export(dynamo=True)`` cannot translate ATen's."""
-    return tracing_state() is not None or not exports_onnx()
+    is_recorded = tracing_state() is not None or torch.compiler.is_compiling()
+    return is_recorded and torch.onnx.is_in_onnx_export()
 
 
 def leaves_pytorch() -> bool:
@@ -139,9 +140,11 @@ def plain(tensor: Any) -> Any:
     """The tensor as a ``torch.Tensor``, recorded by autograd; None for None.
 
     A subclass may redefine whatever Python calls. One that has operators of its own (``__torch_dispatch__``:
-    fake tensors, DTensors) is left as it is: the dispatcher takes it there.
+    fake tensors, DTensors) is left as it is: the dispatcher takes it there. So is all that Dynamo traces.
     """
-    if type(tensor) in PLAIN or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if type(tensor) in PLAIN or torch.compiler.is_dynamo_compiling():
+        return tensor
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return tensor
     return Tensor.as_subclass(tensor, Tensor)
 

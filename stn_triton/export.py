@@ -8,6 +8,10 @@ are not::
     torch.onnx.export(program, (), "model.onnx", dynamo=True, opset_version=20)
 
 runs on ``aten.grid_sampler_2d`` and ``_3d`` instead, which ONNX has as ``GridSample``.
+
+A model that is given to ``torch.onnx.export``, or to ``torch.jit.trace``, needs nothing of this: while they
+record, the functions run on PyTorch's operators. Only ``dynamo=True`` cannot translate volumes: those of a
+fixed size become single taps, others need ``custom_translation_table=stn.export.onnx_translations()``.
 """
 
 from __future__ import annotations
@@ -70,14 +74,12 @@ def sample(
 ) -> Tensor:
     modes = Interpolation(interpolation), Padding(padding), align_corners
     output = reference.sample(input, params, control_points, Source(source), tuple(size), *modes)
-    images = output.flatten(0, 1)
-    memory_format = torch.contiguous_format
     if source != Source.GRID and ops.is_channels_last(input):
-        memory_format = torch.channels_last if input.dim() == 4 else torch.channels_last_3d
-    images = images.contiguous(memory_format=memory_format)
-    if ops.has_transforms(params, source):
-        return images.view(output.shape)
-    return images
+        last = output.dim() - 1  # TorchScript's ONNX takes no negative one
+        output = output.movedim(2, last).contiguous().movedim(last, 2)
+    else:
+        output = output.contiguous()
+    return output if ops.has_transforms(params, source) else output.flatten(0, 1)
 
 
 def grid(

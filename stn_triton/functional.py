@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, backend, distributed, transforms
-from .calls import elsewhere, has_torch_function, is_unchecked, tracing_state
+from .calls import elsewhere, has_torch_function, is_taken, tracing_state
 from .checks import (
     DTYPES,
     INTERPOLATIONS,
@@ -91,7 +91,7 @@ def grid_sample(
     Raises:
         What PyTorch raises, with PyTorch's message.
     """
-    if has_torch_function(input, grid) or (tracing_state() and is_unchecked()):
+    if (has_torch_function(input, grid) or tracing_state()) and is_taken():
         return elsewhere(grid_sample, input, grid, mode, padding_mode, align_corners)
     arguments = input, grid, mode, padding_mode, align_corners
     if isinstance(input, Tensor) and isinstance(grid, Tensor):
@@ -125,7 +125,7 @@ def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None =
     Raises:
         What PyTorch raises, with PyTorch's message.
     """
-    if has_torch_function(theta) or (tracing_state() and is_unchecked()):
+    if (has_torch_function(theta) or tracing_state()) and is_taken():
         return elsewhere(affine_grid, theta, size, align_corners)
     ints = to_size(size)
     if ints is None or not _affine_grid_fits(theta, ints, align_corners):
@@ -210,12 +210,11 @@ def _grid_sample_fits(input: Any, grid: Any, mode: Any, padding_mode: Any, align
     )
 
 
-def _affine_grid_fits(theta: Any, size: tuple[int, ...] | None, align_corners: Any) -> bool:
+def _affine_grid_fits(theta: Any, size: tuple[int, ...], align_corners: Any) -> bool:
     return (
         isinstance(theta, Tensor)
         and theta.dtype in DTYPES
         and theta.layout == torch.strided
-        and size is not None
         and len(size) in (4, 5)
         and theta.dim() == 3
         and theta.shape[1] == len(size) - 2
@@ -265,7 +264,7 @@ def affine_grid_sample(
         TypeError: an argument is not of the type it must be.
         ValueError: a shape, a size, a device or an option does not fit; the message names the argument.
     """
-    if has_torch_function(input, theta) or (tracing_state() and is_unchecked()):
+    if (has_torch_function(input, theta) or tracing_state()) and is_taken():
         return elsewhere(affine_grid_sample, input, theta, size, mode, padding_mode, align_corners)
     dims = _check_image(input)
     _check_parameter("theta", theta, (dims, dims + 1), input)
@@ -306,7 +305,7 @@ def projective_grid_sample(
     Raises:
         TypeError, ValueError: as :func:`affine_grid_sample`.
     """
-    if has_torch_function(input, homography) or (tracing_state() and is_unchecked()):
+    if (has_torch_function(input, homography) or tracing_state()) and is_taken():
         return elsewhere(projective_grid_sample, input, homography, size, mode, padding_mode, align_corners)
     _check_image(input, dims=2)
     _check_parameter("homography", homography, (3, 3), input)
@@ -354,7 +353,7 @@ def tps_grid_sample(
         TypeError, ValueError: as :func:`affine_grid_sample`; a ValueError names control points that coincide,
             lie on a line or are not finite.
     """
-    if has_torch_function(input, points, control_points) or (tracing_state() and is_unchecked()):
+    if (has_torch_function(input, points, control_points) or tracing_state()) and is_taken():
         return elsewhere(
             tps_grid_sample,
             input,
@@ -403,7 +402,7 @@ def flow_grid_sample(
     Raises:
         TypeError, ValueError: as :func:`affine_grid_sample`.
     """
-    if has_torch_function(input, flow) or (tracing_state() and is_unchecked()):
+    if (has_torch_function(input, flow) or tracing_state()) and is_taken():
         return elsewhere(flow_grid_sample, input, flow, mode, padding_mode, align_corners)
     dims = _check_image(input)
     check_tensor("flow", flow)
@@ -432,7 +431,7 @@ def projective_grid(homography: Tensor, size: Sequence[int], align_corners: bool
     Raises:
         TypeError, ValueError: the message names the argument.
     """
-    if has_torch_function(homography) or (tracing_state() and is_unchecked()):
+    if (has_torch_function(homography) or tracing_state()) and is_taken():
         return elsewhere(projective_grid, homography, size, align_corners)
     check_tensor("homography", homography)
     if homography.dim() != 3 or tuple(homography.shape[1:]) != (3, 3):
@@ -463,7 +462,7 @@ def tps_grid(
     Raises:
         TypeError, ValueError: the message names the argument.
     """
-    if has_torch_function(points, control_points) or (tracing_state() and is_unchecked()):
+    if (has_torch_function(points, control_points) or tracing_state()) and is_taken():
         return elsewhere(tps_grid, points, size, control_points, regularization, align_corners)
     check_tensor("points", points)
     if points.dim() != 3 or points.shape[2] != 2:

@@ -73,7 +73,8 @@ class SpatialTransformer(nn.Module):
 
     Parameters are float32 (float64 in a float64 module) all the way from the features to the kernel, under
     autocast and in float16 and bfloat16 modules too, as rounding one to bfloat16 can move samples by a
-    pixel in 512. :attr:`initial` stays float32 when the module becomes half.
+    pixel in 512. :attr:`initial` stays float32 when the module becomes half. :attr:`regression` is no
+    ``nn.Linear``, so that to initialise a model's linear layers leaves the start alone.
 
     Args:
         localisation: the localisation net: any module that maps the images to features, (N, ...), which
@@ -177,7 +178,7 @@ class SpatialTransformer(nn.Module):
         calls.check(self._check_input, input)
         features = self.localisation(input)
         calls.check(self._check_features, features, input)
-        update = self.regression(features.flatten(1)).unflatten(-1, self.initial.shape)
+        update = self.regression(features.flatten(1)).view(-1, *self.initial.shape)
         parameters = self.initial + update  # (N, T, P)
         return self._assemble(parameters if self.transforms > 1 else parameters.squeeze(1))
 
@@ -243,7 +244,7 @@ class SpatialTransformer(nn.Module):
         return torch.cat([scale, centre], -1) if self.scale is None else centre
 
     def _boxes(self) -> Tensor:
-        """(T, 2 dims), on the device that the regions came from."""
+        """(T, 2 dims)."""
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         regions = self._regions
         boxes = torch.tensor(regions, dtype=dtype) if isinstance(regions, list) else regions.to(dtype)
@@ -254,21 +255,19 @@ class SpatialTransformer(nn.Module):
         if regions is None:
             reach = self.scale or 1.0
             return [-reach] * self.dims + [reach] * self.dims
+        values: Tensor | list[Any]
         try:
             values = _numbers(regions)
-        except RuntimeError:
-            assert isinstance(regions, Tensor)
-            values, given = None, tuple(regions.shape)
-            tensor = regions.detach()
-        else:
             given = _nested_shape(values)
+        except RuntimeError:  # a tensor's that has none
+            assert isinstance(regions, Tensor)
+            values, given = regions.detach(), tuple(regions.shape)
         shape = (self.transforms, 2 * self.dims)
         if given not in (shape, shape[1:]):
             refuse(ValueError, "regions", f"{shape} or {shape[1:]}", f"shape {given}")
-        if values is None:
-            return tensor
-        for box in values if len(given) == 2 else [values]:
-            self._check_region(box)
+        if isinstance(values, list):
+            for box in values if len(given) == 2 else [values]:
+                self._check_region(box)
         return values
 
     def _check_region(self, box: list[float]) -> None:
@@ -371,6 +370,7 @@ class _LazyRegression(LazyModuleMixin, _Regression):
     """Becomes a :class:`_Regression` when the first features arrive."""
 
     cls_to_become = _Regression
+    weight: UninitializedParameter  # type: ignore[assignment]
 
     def __init__(self, out_features: int) -> None:
         super().__init__(0, out_features)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import calls, distributed
-from .calls import elsewhere, has_torch_function, is_unchecked, plain, public, tracing_state
+from .calls import elsewhere, has_torch_function, is_taken, plain, public, tracing_state
 from .checks import check_device, check_int, check_regularization, check_tensor, refuse, to_number
 
 __all__ = [
@@ -109,11 +109,11 @@ def attention(scale: float | Tensor, translation: Tensor) -> Tensor:
     dims = _check_translation(translation, (2, 3))
     scale = _check_factor("scale", scale, translation)
     compute, result = _dtypes(scale, translation)
-    scale, translation = _factor(scale, translation, compute), translation.to(compute)
-    leading = torch.broadcast_shapes(scale.shape, translation.shape[:-1])
-    scale = scale.expand(leading)
-    zero = torch.zeros_like(scale)
-    entries = [scale if row == column else zero for row in range(dims) for column in range(dims)]
+    factor, translation = _factor(scale, translation, compute), translation.to(compute)
+    factors, translation = torch.broadcast_tensors(factor.unsqueeze(-1), translation)
+    factor = factors[..., 0]
+    zero = torch.zeros_like(factor)
+    entries = [factor if row == column else zero for row in range(dims) for column in range(dims)]
     return _augment(torch.stack(entries, -1).unflatten(-1, (dims, dims)), translation).to(result)
 
 
@@ -255,10 +255,8 @@ def _homogeneous(theta: Tensor) -> Tensor:
 
 def _augment(linear: Tensor, translation: Tensor) -> Tensor:
     """(..., d, d) with the translation (..., d) as a column to its right, leading dimensions broadcast."""
-    leading = torch.broadcast_shapes(linear.shape[:-2], translation.shape[:-1])
-    dims = linear.shape[-1]
-    translation = translation.unsqueeze(-1).expand(*leading, dims, 1)
-    return torch.cat([linear.expand(*leading, dims, dims), translation], -1)
+    linear, column = torch.broadcast_tensors(linear, translation.unsqueeze(-1))
+    return torch.cat([linear, column[..., :1]], -1)
 
 
 # ------------------------------------------------------------------------------- thin-plate splines
@@ -307,7 +305,7 @@ def tps_coefficients(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    if has_torch_function(points, control_points) or (tracing_state() and is_unchecked()):
+    if (has_torch_function(points, control_points) or tracing_state()) and is_taken():
         return elsewhere(tps_coefficients, points, control_points, regularization)
     check_tensor("points", points)
     if points.dim() < 2 or points.shape[-1] != 2 or points.shape[-2] < 3:

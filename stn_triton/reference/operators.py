@@ -28,10 +28,20 @@ def _aten_fits(
     On an axis of one pixel with aligned corners every coordinate means that pixel, but for NaN and
     infinities: there no other coordinate stands for them.
     """
-    has_mode = len(in_size) == 2 or (interpolation != Interpolation.BICUBIC and calls.exports_volumes())
+    has_mode = len(in_size) == 2 or (interpolation != Interpolation.BICUBIC and not _in_onnx_taps(in_size))
     # past 2^24 float32 rounds the number of the last pixel up, and ATen reads there
     exact = dtype == torch.float64 or max(in_size) <= 2**24
     return has_mode and exact and not (align_corners and 1 in in_size)
+
+
+def _in_onnx_taps(in_size: Sequence[int]) -> bool:
+    """Whether a volume is recorded for ``torch.onnx.export(dynamo=True)``, which knows no sampler for it.
+
+    Taps are for one size; where it varies ATen's sampler stays, for ``export.onnx_translations``.
+    """
+    if calls.tracing_state() is not None or not calls.exports_onnx():
+        return False
+    return not any(isinstance(size, torch.SymInt) for size in in_size)
 
 
 def _tame(grid: Tensor, padding: Padding) -> Tensor:
