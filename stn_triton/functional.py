@@ -67,7 +67,8 @@ def grid_sample(
     """:func:`torch.nn.functional.grid_sample` on Triton kernels, with tricubic sampling as well.
 
     Convention: ``grid[n, (z,) y, x]`` is the place in ``input``, normalised and x first, that output
-    pixel (z, y, x) is read from.
+    pixel (z, y, x) is read from. In pixels, x lies in column ``((x + 1) W - 1) / 2`` with
+    ``align_corners=False`` and in column ``(x + 1) (W - 1) / 2`` with ``align_corners=True``; y and z alike.
 
     Args:
         input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, any strides.
@@ -89,7 +90,12 @@ def grid_sample(
     Differentiable in ``input`` and ``grid`` any number of times, in both modes (see the module).
 
     Raises:
-        What PyTorch raises, with PyTorch's message.
+        Exception: the one that PyTorch raises, with PyTorch's message.
+
+    Example:
+        >>> image, grid = torch.rand(1, 3, 48, 64), torch.rand(1, 10, 20, 2) * 2 - 1
+        >>> stn.grid_sample(image, grid, padding_mode="border", align_corners=False).shape
+        torch.Size([1, 3, 10, 20])
     """
     if has_torch_function(input, grid) or (tracing_state() and is_unchecked()):
         return elsewhere(grid_sample, input, grid, mode, padding_mode, align_corners)
@@ -109,7 +115,9 @@ def grid_sample(
 def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None = None) -> Tensor:
     """:func:`torch.nn.functional.affine_grid` on Triton kernels.
 
-    Convention: ``theta`` maps output coordinates to input coordinates, both normalised and x first.
+    Convention: ``theta`` maps output coordinates to input coordinates, both normalised and x first. Column j
+    of W is at ``x = (2 j + 1) / W - 1`` with ``align_corners=False`` and at ``x = 2 j / (W - 1) - 1`` with
+    ``align_corners=True``; the grid's entry there is ``theta @ (x, y, 1)``.
 
     Args:
         theta: (N, 2, 3) or (N, 3, 4), floating point.
@@ -123,7 +131,11 @@ def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None =
     both modes.
 
     Raises:
-        What PyTorch raises, with PyTorch's message.
+        Exception: the one that PyTorch raises, with PyTorch's message.
+
+    Example:
+        >>> stn.affine_grid(torch.eye(2, 3)[None], (1, 3, 1, 4), align_corners=False)[0, 0, :, 0]
+        tensor([-0.7500, -0.2500,  0.2500,  0.7500])
     """
     if has_torch_function(theta) or (tracing_state() and is_unchecked()):
         return elsewhere(affine_grid, theta, size, align_corners)
@@ -241,6 +253,10 @@ def affine_grid_sample(
     the pixel at p in the output is read at ``theta @ (*p, 1)`` in the input (Jaderberg et al., Spatial
     Transformer Networks, 2015, equation 1).
 
+    In pixels: output column j is at ``x_out = (2 j + 1) / W_out - 1``, and x is read at column
+    ``((x + 1) W - 1) / 2``. With ``align_corners=True`` they are ``2 j / (W_out - 1) - 1`` and
+    ``(x + 1) (W - 1) / 2``. y and z alike.
+
     Args:
         input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, any strides.
         theta: (N, 2, 3) or (N, 3, 4); or (N, T, 2, 3), (N, T, 3, 4) for T transforms of each image, which
@@ -264,6 +280,16 @@ def affine_grid_sample(
     Raises:
         TypeError: an argument is not of the type it must be.
         ValueError: a shape, a size, a device or an option does not fit; the message names the argument.
+
+    Example:
+        >>> image = torch.rand(8, 3, 48, 64)
+        >>> theta = torch.tensor([[[0.5, 0.0, -0.5], [0.0, 0.5, -0.5]]])  # the upper left quarter
+        >>> crop = stn.affine_grid_sample(image, theta, size=(24, 32))
+        >>> torch.allclose(crop, image[:, :, :24, :32], atol=1e-5)
+        True
+        >>> four = torch.rand(8, 4, 2, 3)  # four crops of each image
+        >>> stn.affine_grid_sample(image, four, size=(24, 32)).shape
+        torch.Size([8, 4, 3, 24, 32])
     """
     if has_torch_function(input, theta) or (tracing_state() and is_unchecked()):
         return elsewhere(affine_grid_sample, input, theta, size, mode, padding_mode, align_corners)
@@ -285,7 +311,8 @@ def projective_grid_sample(
     """Warp images by homographies.
 
     Convention: ``homography`` maps output coordinates to input coordinates, both normalised and x first; the
-    pixel at (x, y) in the output is read at (X / W, Y / W) with (X, Y, W) = homography @ (x, y, 1).
+    pixel at (x, y) in the output is read at (X / W, Y / W) with (X, Y, W) = homography @ (x, y, 1). How
+    pixels and normalised coordinates belong together is said in :func:`affine_grid_sample`.
 
     Args:
         input: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
@@ -305,6 +332,12 @@ def projective_grid_sample(
 
     Raises:
         TypeError, ValueError: as :func:`affine_grid_sample`.
+
+    Example:
+        >>> image = torch.rand(1, 3, 48, 64)
+        >>> homography = torch.tensor([[[0.8, 0.1, 0.0], [0.0, 0.7, 0.0], [0.0, 0.4, 1.0]]])
+        >>> stn.projective_grid_sample(image, homography, size=(32, 32)).shape
+        torch.Size([1, 3, 32, 32])
     """
     if has_torch_function(input, homography) or (tracing_state() and is_unchecked()):
         return elsewhere(projective_grid_sample, input, homography, size, mode, padding_mode, align_corners)
@@ -330,7 +363,8 @@ def tps_grid_sample(
     Convention: the spline maps output coordinates to input coordinates, both normalised and x first. It takes
     control point k, a place in the output, to ``points[:, k]``, the place in the input that is read there
     (with ``regularization`` > 0, near it), and bends as little as possible between (Bookstein, Principal
-    Warps, 1989).
+    Warps, 1989). The formula is at :func:`stn_triton.transforms.tps_coefficients`; how pixels and normalised
+    coordinates belong together is said in :func:`affine_grid_sample`.
 
     Args:
         input: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
@@ -353,6 +387,13 @@ def tps_grid_sample(
     Raises:
         TypeError, ValueError: as :func:`affine_grid_sample`; a ValueError names control points that coincide,
             lie on a line or are not finite.
+
+    Example:
+        >>> image = torch.rand(1, 3, 48, 64)
+        >>> points = stn.transforms.control_lattice(4)[None]  # (1, 16, 2): the identity
+        >>> bent = points + 0.1 * torch.randn(1, 16, 2)
+        >>> stn.tps_grid_sample(image, bent).shape
+        torch.Size([1, 3, 48, 64])
     """
     if has_torch_function(input, points, control_points) or (tracing_state() and is_unchecked()):
         return elsewhere(
@@ -387,7 +428,8 @@ def flow_grid_sample(
 
     Convention: output pixel o is read at the place of o in the input plus ``flow[:, :, o]``, which is in
     **input pixels**, x first. Where output and input have the same size that is pixel o + flow; else the
-    output's identity grid, whose corners are the input's, is displaced.
+    output's identity grid, whose corners are the input's, is displaced: column j reads at column ``((2 j + 1)
+    W / W_out - 1) / 2 + flow_x``, and with ``align_corners=True`` at ``j (W - 1) / (W_out - 1) + flow_x``.
 
     Args:
         input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, any strides.
@@ -402,6 +444,12 @@ def flow_grid_sample(
 
     Raises:
         TypeError, ValueError: as :func:`affine_grid_sample`.
+
+    Example:
+        >>> image, flow = torch.rand(1, 3, 48, 64), torch.zeros(1, 2, 48, 64)
+        >>> flow[:, 0] = 3  # read 3 pixels to the right
+        >>> torch.allclose(stn.flow_grid_sample(image, flow)[..., :-3], image[..., 3:], atol=1e-5)
+        True
     """
     if has_torch_function(input, flow) or (tracing_state() and is_unchecked()):
         return elsewhere(flow_grid_sample, input, flow, mode, padding_mode, align_corners)
@@ -431,6 +479,10 @@ def projective_grid(homography: Tensor, size: Sequence[int], align_corners: bool
 
     Raises:
         TypeError, ValueError: the message names the argument.
+
+    Example:
+        >>> stn.projective_grid(torch.eye(3)[None], (1, 3, 24, 32)).shape
+        torch.Size([1, 24, 32, 2])
     """
     if has_torch_function(homography) or (tracing_state() and is_unchecked()):
         return elsewhere(projective_grid, homography, size, align_corners)
@@ -462,6 +514,10 @@ def tps_grid(
 
     Raises:
         TypeError, ValueError: the message names the argument.
+
+    Example:
+        >>> stn.tps_grid(stn.transforms.identity(1, "tps"), (1, 3, 24, 32)).shape
+        torch.Size([1, 24, 32, 2])
     """
     if has_torch_function(points, control_points) or (tracing_state() and is_unchecked()):
         return elsewhere(tps_grid, points, size, control_points, regularization, align_corners)

@@ -75,35 +75,20 @@ class SpatialTransformer(nn.Module):
     autocast and in float16 and bfloat16 modules too, as rounding one to bfloat16 can move samples by a
     pixel in 512. :attr:`initial` stays float32 when the module becomes half.
 
-    Args:
-        localisation: the localisation net: any module that maps the images to features, (N, ...), which
-            are flattened. ``nn.Flatten()`` will do.
-        transform: "affine", "attention", "similarity", "projective" or "tps".
-        size: the output's spatial size, (H_out, W_out) or (D_out, H_out, W_out). Default: the input's.
-        mode: "bilinear" (trilinear for volumes), "nearest" or "bicubic". No gradient reaches the net through
-            "nearest".
-        padding_mode: "zeros", "border" or "reflection".
-        align_corners: see the convention.
-        transforms: T, how many transformers work side by side on each image with one localisation net. If
-            there are several, results have a dimension T after N.
-        regions: (T, 4), boxes (x0, y0, x1, y1) in normalised coordinates that the transformers start from
-            instead of the whole image, (-1, -1, 1, 1); in 3-D (T, 6), (x0, y0, z0, x1, y1, z1). One (4,)
-            is for all. For "attention" and "similarity" they are square. Transformers that start
-            from the same region differ only if what follows treats them differently.
-        features: the number of features. Default: the first batch shows it, as with ``nn.LazyLinear``;
-            ``.to(memory_format=...)``, DDP, FSDP and export then want a batch to have gone through.
-        dims: 2; or 3, for volumes ("affine" and "attention").
-        scale: of "attention": half the window's side, fixed (the paper's birds: 0.5). Default: regressed.
-        lattice: of "tps": the control points along a side; K is its square.
-        regularization: of "tps": see :func:`stn_triton.tps_grid_sample`.
-
-    Raises:
-        TypeError: an argument is not of the type it must be.
-        ValueError: an argument does not fit; the message names it.
+    Example:
+        >>> net = stn.nn.SpatialTransformer(stn.nn.localisation_cnn(), "affine", size=(28, 28))
+        >>> digits = torch.rand(8, 1, 28, 28)
+        >>> torch.allclose(net(digits), digits, atol=1e-5)  # it starts as the identity
+        True
+        >>> net.localise(digits).shape
+        torch.Size([8, 2, 3])
     """
 
     initial: Tensor
-    """(T, P): the parameters at the start, in the order of the table."""
+    """The parameters at the start, (T, P), in the order of the table."""
+
+    regression: _Regression
+    """The linear layer from the features to the update of the parameters. It starts at zero."""
 
     def __init__(
         self,
@@ -122,6 +107,33 @@ class SpatialTransformer(nn.Module):
         lattice: int = 4,
         regularization: float = 0.0,
     ) -> None:
+        """
+        Args:
+            localisation: the localisation net: any module that maps the images to features, (N, ...), which
+                are flattened. ``nn.Flatten()`` will do.
+            transform: "affine", "attention", "similarity", "projective" or "tps".
+            size: the output's spatial size, (H_out, W_out) or (D_out, H_out, W_out). Default: the input's.
+            mode: "bilinear" (trilinear for volumes), "nearest" or "bicubic". No gradient reaches the net
+                through "nearest".
+            padding_mode: "zeros", "border" or "reflection".
+            align_corners: see the convention.
+            transforms: T, how many transformers work side by side on each image with one localisation net. If
+                there are several, results have a dimension T after N.
+            regions: (T, 4), boxes (x0, y0, x1, y1) in normalised coordinates that the transformers start from
+                instead of the whole image, (-1, -1, 1, 1); in 3-D (T, 6), (x0, y0, z0, x1, y1, z1). One (4,)
+                is for all. For "attention" and "similarity" they are square. Transformers that start
+                from the same region differ only if what follows treats them differently.
+            features: the number of features. Default: the first batch shows it, as with ``nn.LazyLinear``;
+                ``.to(memory_format=...)``, DDP, FSDP and export then want a batch to have gone through.
+            dims: 2; or 3, for volumes ("affine" and "attention").
+            scale: of "attention": half the window's side, fixed (the paper's birds: 0.5). Default: regressed.
+            lattice: of "tps": the control points along a side; K is its square.
+            regularization: of "tps": see :func:`stn_triton.tps_grid_sample`.
+
+        Raises:
+            TypeError: an argument is not of the type it must be.
+            ValueError: an argument does not fit; the message names it.
+        """
         super().__init__()
         if not isinstance(localisation, nn.Module):
             refuse(TypeError, "localisation", "a torch.nn.Module", type(localisation).__name__)
@@ -396,6 +408,10 @@ def localisation_fcn(
 
     Returns:
         A net from (N, \\*input_shape) to (N, features[-1]).
+
+    Example:
+        >>> stn.nn.localisation_fcn(input_shape=(1, 28, 28))(torch.rand(8, 1, 28, 28)).shape
+        torch.Size([8, 32])
     """
     return _built([nn.Flatten(), *_fully_connected(features)], input_shape)
 
@@ -425,6 +441,10 @@ def localisation_cnn(
 
     Returns:
         A net from (N, C, H, W) to (N, features[-1]).
+
+    Example:
+        >>> stn.nn.localisation_cnn(input_shape=(1, 28, 28))(torch.rand(8, 1, 28, 28)).shape
+        torch.Size([8, 20])
     """
     channels = [check_int("channels", width, 0) for width in channels]
     kernel_size, padding = check_int("kernel_size", kernel_size, 1), check_int("padding", padding, 0)
