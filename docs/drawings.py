@@ -73,7 +73,7 @@ def arrow(ax: Any, start: Any, end: Any, color: str, **options: Any) -> None:
 @drawing
 def start() -> Any:
     theta = stn.transforms.similarity(0.5, math.radians(20), torch.zeros(2))
-    figure = plt.figure(figsize=(6.4, 3.2), layout="constrained")
+    figure = plt.figure(figsize=(5.2, 2.7), layout="constrained")
     return viz.draw_before_after(photograph(), theta, size=(112, 112), lines=8, figure=figure)
 
 
@@ -84,11 +84,11 @@ def map() -> Any:
     theta = stn.transforms.similarity(0.5, math.radians(20), torch.tensor([0.1, -0.1]))
     out = 8
     output = stn.affine_grid_sample(image[None], theta[None], (out, out))[0]
-    figure, (left, right) = panels(2, 6.8, 3.7)
+    figure, (left, right) = panels(2, 5.2, 3.1)
     viz.draw_grid(image, theta, lines=out, labels=[["1", "2", "3", "4"]], ax=left)
     viz.draw_samples(output, ax=right)
-    left.set_title("input, 16 x 16 pixels", fontsize=10, color=ink)
-    right.set_title("output, 8 x 8 pixels", fontsize=10, color=ink)
+    left.set_title("input, 16 x 16", fontsize=10, color=ink)
+    right.set_title("output, 8 x 8", fontsize=10, color=ink)
     column, row = 5, 2
     right.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=2.5))
     x, y = (2 * column + 1) / out - 1, (2 * row + 1) / out - 1
@@ -113,7 +113,7 @@ def map() -> Any:
     )
     figure.add_artist(line)
     figure.supxlabel(
-        "theta takes the output pixel's place to the input: the four pixels there are mixed",
+        "theta takes the output pixel's place to the input;\nthe four pixels there are mixed",
         fontsize=9,
         color=ink,
     )
@@ -123,7 +123,7 @@ def map() -> Any:
 @drawing
 def coordinates() -> Any:
     """Pixels and normalised coordinates of an axis of four pixels, both ways."""
-    figure, axes = plt.subplots(2, 1, figsize=(6.4, 3.5), layout="constrained")
+    figure, axes = plt.subplots(2, 1, figsize=(5.0, 3.4), layout="constrained")
     shades = ("#3a6ea5", "#7aa6c2", "#d9a25f", "#b5651d")
     for ax, align in zip(axes, (False, True)):
         low, high = (0.0, 3.0) if align else (-0.5, 3.5)
@@ -156,7 +156,7 @@ def entries() -> Any:
         "[[0.5, -0.2, 0],\n [0.2, 0.5, 0]]\nturned": [[0.5, -0.2, 0], [0.2, 0.5, 0]],
         "[[-0.5, 0, 0],\n [0, 0.5, 0]]\nmirrored": [[-0.5, 0, 0], [0, 0.5, 0]],
     }
-    figure, axes = plt.subplots(2, 4, figsize=(7.2, 4.4), layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(5.8, 3.7), layout="constrained")
     for (title, matrix), above, below in zip(matrices.items(), *axes):
         theta = torch.tensor(matrix)
         viz.draw_grid(image, theta, lines=4, ax=above)
@@ -169,7 +169,7 @@ def entries() -> Any:
 def padding() -> Any:
     image = photograph(80)
     theta = stn.transforms.attention(2.0, torch.zeros(2))
-    figure, axes = panels(3, 6.8, 2.6)
+    figure, axes = panels(3, 5.2, 2.05)
     for ax, mode in zip(axes, ("zeros", "border", "reflection")):
         output = stn.affine_grid_sample(image[None], theta[None], padding_mode=mode)[0]
         viz.draw_samples(output, ax=ax, labels=(), linewidth=1, color=faint)
@@ -182,7 +182,7 @@ def padding() -> Any:
 def interpolation() -> Any:
     image = photograph(24)
     theta = stn.transforms.attention(0.3, torch.tensor([0.05, -0.2]))
-    figure, axes = panels(3, 6.8, 2.6)
+    figure, axes = panels(3, 5.2, 2.05)
     for ax, mode in zip(axes, ("nearest", "bilinear", "bicubic")):
         output = stn.affine_grid_sample(image[None], theta[None], (96, 96), mode)[0]
         viz.draw_samples(output, ax=ax, labels=(), linewidth=1, color=faint)
@@ -206,7 +206,7 @@ def kinds() -> Any:
         "tps": (points, stn.tps_grid_sample(image[None], points[None])),
         "flow": (flow, stn.flow_grid_sample(image[None], flow[None], padding_mode="border")),
     }
-    figure, axes = plt.subplots(2, 4, figsize=(7.2, 3.9), layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(5.6, 3.1), layout="constrained")
     for (kind, (params, output)), above, below, color in zip(chosen.items(), *axes, viz.PALETTE):
         viz.draw_grid(image, params, kind, lines=8, labels=[[]], colors=(color,), ax=above)
         viz.draw_samples(output[0], color=color, labels=(), linewidth=2, ax=below)
@@ -217,7 +217,7 @@ def kinds() -> Any:
 @drawing
 def parts() -> Any:
     """The paper's three parts, and what one kernel does of them."""
-    figure, (ax,) = panels(1, 6.8, 2.7)
+    figure, (ax,) = panels(1, 5.6, 2.6)
     ax.set(xlim=(0, 13.6), ylim=(0, 5.4))
     bare(ax)
 
@@ -227,26 +227,32 @@ def parts() -> Any:
         ax.text(x + width / 2, y + 0.55, text, ha="center", va="center", fontsize=8.5, color=ink)
 
     box(0.2, 0.6, 1.7, "input", ink)
-    box(2.4, 3.6, 2.6, "1  localisation\nnet", accent)
-    box(6.2, 3.6, 2.4, "2  grid\ngenerator", warm)
+    box(1.6, 3.6, 3.0, "1  localisation\nnet", accent)
+    box(6.6, 3.6, 2.4, "2  grid\ngenerator", warm)
     box(8.9, 0.6, 2.2, "3  sampler", warm)
     box(11.8, 0.6, 1.6, "output", ink)
-    arrow(ax, (1.1, 1.8), (2.3, 4.1), ink)
-    arrow(ax, (5.1, 4.15), (6.1, 4.15), ink)
-    ax.text(5.6, 4.4, "theta", ha="center", fontsize=8.5, color=ink, family="monospace")
-    arrow(ax, (8.7, 4.0), (9.9, 1.85), ink)
-    ax.text(9.65, 3.15, "coordinates", fontsize=8.5, color=ink)
+    arrow(ax, (1.1, 1.8), (2.2, 3.5), ink)
+    arrow(ax, (4.7, 4.15), (6.5, 4.15), ink)
+    ax.text(5.35, 4.35, "theta", ha="center", fontsize=8.5, color=ink, family="monospace")
+    arrow(ax, (9.1, 3.9), (9.9, 1.85), ink)
+    ax.text(9.55, 3.3, "coordinates", fontsize=8.5, color=ink)
     arrow(ax, (2.1, 1.15), (8.8, 1.15), ink)
     arrow(ax, (11.2, 1.15), (11.7, 1.15), ink)
     shape = {"boxstyle": "round,pad=0.1,rounding_size=0.3", "linewidth": 1.2, "linestyle": "--"}
-    ax.add_patch(FancyBboxPatch((5.75, 0.25), 5.75, 4.85, facecolor="none", edgecolor=warm, **shape))
-    ax.text(6.0, 2.2, "one kernel:\nno grid in memory", fontsize=8.5, color=warm, va="center")
+    ax.add_patch(FancyBboxPatch((6.15, 0.25), 5.35, 4.85, facecolor="none", edgecolor=warm, **shape))
+    ax.text(6.35, 2.3, "one kernel:\nno grid in memory", fontsize=8.5, color=warm, va="center")
     return figure
 
 
 def save(figure: Any, name: str, theme: str) -> None:
     """An SVG of text and lines, with pictures inside as PNG; the same bytes each time."""
-    figure.savefig(IMAGES / f"{name}-{theme}.svg", facecolor="none", metadata={"Date": None})
+    figure.savefig(
+        IMAGES / f"{name}-{theme}.svg",
+        facecolor="none",
+        bbox_inches="tight",
+        pad_inches=0.04,
+        metadata={"Date": None},
+    )
     plt.close(figure)
 
 

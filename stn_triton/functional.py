@@ -34,12 +34,15 @@ from .checks import (
     DTYPES,
     INTERPOLATIONS,
     PADDINGS,
+    batch_of,
     check_device,
     check_modes,
     check_size,
     check_spatial_size,
     check_tensor,
+    nearest_parameter,
     refuse,
+    refuse_parameter,
     to_size,
 )
 from .kernels.modes import Source
@@ -396,17 +399,8 @@ def tps_grid_sample(
         torch.Size([1, 3, 48, 64])
     """
     if has_torch_function(input, points, control_points) or (tracing_state() and is_unchecked()):
-        return elsewhere(
-            tps_grid_sample,
-            input,
-            points,
-            size,
-            mode,
-            padding_mode,
-            align_corners,
-            control_points,
-            regularization,
-        )
+        spline = control_points, regularization
+        return elsewhere(tps_grid_sample, input, points, size, mode, padding_mode, align_corners, *spline)
     _check_image(input, dims=2)
     _check_points(points, input)
     size = _check_size(size, input)
@@ -458,8 +452,10 @@ def flow_grid_sample(
     batch = input.shape[0]
     if flow.dim() != dims + 2 or flow.shape[1] != dims or (flow.shape[0] != batch and flow.shape[0] != 1):
         sizes = "H, W" if dims == 2 else "D, H, W"
-        expected = f"({batch} or 1, {dims}, {sizes}) for this {input.dim()}-D input"
-        refuse(ValueError, "flow", expected, f"shape {tuple(flow.shape)}")
+        expected = f"({batch_of(batch)}, {dims}, {sizes}) for this {input.dim()}-D input"
+        last = flow.dim() == dims + 2 and flow.shape[-1] == dims
+        hint = "flow.movedim(-1, 1) puts components first" if last else ""
+        refuse(ValueError, "flow", expected, f"shape {tuple(flow.shape)}", hint)
     check_device("flow", flow, "input", input)
     modes = check_modes(mode, padding_mode, align_corners)
     return autograd.sample(input, flow, Source.FLOW, flow.shape[2:], *modes)
@@ -545,7 +541,8 @@ def _check_image(input: Tensor, dims: int | None = None) -> int:
     if dims == 2 and input.dim() != 4:
         refuse(ValueError, "input", "(N, C, H, W)", f"shape {tuple(input.shape)}")
     if input.dim() not in (4, 5):
-        refuse(ValueError, "input", "(N, C, H, W) or (N, C, D, H, W)", f"shape {tuple(input.shape)}")
+        hint = "a batch of one is input[None]" if input.dim() == 3 else ""
+        refuse(ValueError, "input", "(N, C, H, W) or (N, C, D, H, W)", f"shape {tuple(input.shape)}", hint)
     if 0 in input.shape[2:]:
         refuse(ValueError, "input", "of non-empty spatial size", f"shape {tuple(input.shape)}")
     return input.dim() - 2
@@ -561,10 +558,9 @@ def _check_parameter(name: str, value: Tensor, matrix: tuple[int, int], input: T
         or value.shape[-1] != columns
         or (value.shape[0] != batch and value.shape[0] != 1)
     ):
-        expected = (
-            f"({batch}, {rows}, {columns}) or ({batch}, T, {rows}, {columns}), or the same with batch 1,"
+        refuse_parameter(
+            name, value, f"{rows}, {columns}", input, nearest_parameter(name, value, matrix, input)
         )
-        refuse(ValueError, name, f"{expected} for this {input.dim()}-D input", f"shape {tuple(value.shape)}")
     check_device(name, value, "input", input)
 
 
@@ -577,8 +573,8 @@ def _check_points(points: Tensor, input: Tensor) -> None:
         or points.shape[-1] != 2
         or (points.shape[0] != batch and points.shape[0] != 1)
     ):
-        expected = f"({batch}, K, 2) or ({batch}, T, K, 2), or the same with batch 1"
-        refuse(ValueError, "points", expected, f"shape {tuple(points.shape)}")
+        hint = "a batch of one is points[None]" if points.dim() == 2 else ""
+        refuse_parameter("points", points, "K, 2", input, hint)
     check_device("points", points, "input", input)
 
 

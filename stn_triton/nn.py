@@ -413,7 +413,7 @@ def localisation_fcn(
         >>> stn.nn.localisation_fcn(input_shape=(1, 28, 28))(torch.rand(8, 1, 28, 28)).shape
         torch.Size([8, 32])
     """
-    return _built([nn.Flatten(), *_fully_connected(features)], input_shape)
+    return _built(nn.Sequential(nn.Flatten(), *_fully_connected(features)), input_shape)
 
 
 def localisation_cnn(
@@ -427,7 +427,8 @@ def localisation_cnn(
 ) -> nn.Sequential:
     """Convolutions, each with a ReLU, 2 x 2 max-pooling between them, then fully connected layers.
 
-    By default the paper's ST-CNN (its appendix), which needs images of 28 x 28 or more.
+    By default the paper's ST-CNN (its appendix), which needs images of 28 x 28 or more; the error for smaller
+    ones says what takes them.
     ``localisation_cnn((32, 32), (32, 32), padding=2, downsample=1)`` is SVHN's ST-CNN Single (section 4.2).
     Odd sizes are rounded down when halved.
 
@@ -454,7 +455,50 @@ def localisation_cnn(
         if index > 0:
             layers.append(nn.MaxPool2d(2))
         layers += [nn.LazyConv2d(width, kernel_size, padding=padding), nn.ReLU()]
-    return _built([*layers, nn.Flatten(), *_fully_connected(features)], input_shape)
+    net = _LocalisationCNN(*layers, nn.Flatten(), *_fully_connected(features))
+    net.least_size = _least_size(len(channels), kernel_size, padding, downsample)
+    net.takes_smaller = _takes_smaller(len(channels), kernel_size, padding, downsample)
+    return _built(net, input_shape)
+
+
+def _least_size(convolutions: int, kernel_size: int, padding: int, downsample: int) -> int:
+    """The least side of images of which every convolution makes a pixel."""
+    side = 1
+    for index in reversed(range(convolutions)):
+        side = max(side + kernel_size - 1 - 2 * padding, 1) * (2 if index > 0 else 1)
+    return side * downsample
+
+
+def _takes_smaller(convolutions: int, kernel_size: int, padding: int, downsample: int) -> str:
+    """Which arguments take smaller images, in words."""
+    others = {}
+    if downsample > 1:
+        others["downsample=1"] = _least_size(convolutions, kernel_size, padding, 1)
+    if padding < kernel_size // 2:
+        same = kernel_size // 2
+        others[f"padding={same}, downsample=1"] = _least_size(convolutions, kernel_size, same, 1)
+    said = " and ".join(f"localisation_cnn({name}) {least} or more" for name, least in others.items())
+    return f"{said.replace(')', ') takes', 1)}" if said else ""
+
+
+class _LocalisationCNN(nn.Sequential):
+    """Its layers; what is too small for them is refused before one of them fails with less to say."""
+
+    least_size = 1  # not annotated: TorchScript reads no annotations of the future
+    takes_smaller = ""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            calls.check(self._check_size, input)
+        for layer in self:
+            input = layer(input)
+        return input
+
+    @torch.jit.unused
+    def _check_size(self, input: Tensor) -> None:
+        if isinstance(input, Tensor) and input.dim() >= 3 and min(input.shape[-2:]) < self.least_size:
+            expected = f"(N, C, H, W) with H and W of {self.least_size} or more for this localisation net"
+            refuse(ValueError, "input", expected, f"shape {tuple(input.shape)}", self.takes_smaller)
 
 
 def _fully_connected(features: Sequence[int]) -> list[nn.Module]:
@@ -462,9 +506,8 @@ def _fully_connected(features: Sequence[int]) -> list[nn.Module]:
     return [layer for width in widths for layer in (nn.LazyLinear(width), nn.ReLU())]
 
 
-def _built(layers: Sequence[nn.Module], input_shape: Sequence[int] | None) -> nn.Sequential:
-    """The layers as one net; if the shape of its input is known, with no lazy layer left."""
-    net = nn.Sequential(*layers)
+def _built(net: nn.Sequential, input_shape: Sequence[int] | None) -> nn.Sequential:
+    """The net; if the shape of its input is known, with no lazy layer left."""
     if input_shape is not None:
         with torch.no_grad():
             net(torch.zeros(1, *(check_int("input_shape", n, 0) for n in input_shape)))

@@ -665,8 +665,9 @@ def lattice_side(name: str, count: int) -> int:
     while k * k < count:
         k += 1
     if k * k != count:
-        expected = "for a square number of control points, as none are given,"
-        refuse(ValueError, name, expected, f"{count} of them")
+        expected = "for K = 4, 9, 16, ... control points, a square lattice, unless control_points says others"
+        hint = f"control_points, ({count}, 2), says where in the output these are"
+        refuse(ValueError, name, expected, f"K = {count}", hint)
     return k
 
 
