@@ -50,7 +50,7 @@ lint: ## check style and types
 	exit $$status
 
 docs: ## build the documentation without a network: build/docs/index.html; a warning or a dead link fails
-	@py=$$(.ci/venv docs) && "$$py" -m sphinx -q -W --keep-going -b html docs build/docs $(ARGS)
+	@py=$$(.ci/venv docs) && "$$py" -m sphinx -q -E -W --keep-going -b html docs build/docs $(ARGS)
 
 compile: ## compile every kernel specialisation for GPUs that need not be there
 	@py=$$(.ci/venv test) && "$$py" -m bench.specialisations --all
