@@ -2,7 +2,7 @@
 # ARGS= goes to pytest, `make test ARGS="-k affine -x"`, or to the report, `make kernels ARGS=--check`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint compile older-tritons versions kernels host bench sweep plot tune gpu dist clean
+.PHONY: help demo test lint docs compile older-tritons versions kernels host bench sweep plot tune gpu dist clean
 .NOTPARALLEL:
 
 ifdef PY
@@ -48,6 +48,9 @@ lint: ## check style and types
 	"$$py" -m ruff format --check . || status=1; \
 	"$$py" -m mypy stn_triton || status=1; \
 	exit $$status
+
+docs: ## build the documentation without a network: build/docs/index.html; a warning or a dead link fails
+	@py=$$(.ci/venv docs) && "$$py" -m sphinx -q -E -W --keep-going -b html docs build/docs $(ARGS)
 
 compile: ## compile every kernel specialisation for GPUs that need not be there
 	@py=$$(.ci/venv test) && "$$py" -m bench.specialisations --all

@@ -241,7 +241,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--markdown", action="store_true", help="the half images' table for the README alone")
+    parser.add_argument("--markdown", action="store_true", help="the table of docs/numbers.md alone")
     options = parser.parse_args()
     print(header())
     found = []

@@ -271,5 +271,5 @@ with stn.patch_torch():
     print(torch.allclose(tutorial(images[:8]), tutorial(images[:8])))
 
 # %% [markdown]
-# From here: `README.md` has what is supported, `examples/README.md` the paper's experiments, `python -m
+# From here: `docs/numbers.md` has what is supported, `examples/README.md` the paper's experiments, `python -m
 # stn_triton` tells which code computes on your devices.

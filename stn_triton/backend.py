@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,10 +20,14 @@ Name = Literal["triton", "interpreter", "torch"]
 
 class Backend(NamedTuple):
     """``name`` is "triton" (compiled kernels), "interpreter" (the same kernels, run in Python on CPU
-    tensors) or "torch" (PyTorch's operators)."""
+    tensors) or "torch" (PyTorch's operators). ``advice``: what would make it faster, if known."""
 
     name: Name
     reason: str
+    advice: str = ""
+
+
+OLDEST_GPU = 70  # compute capability 7.0, NVIDIA's first that PyTorch's compiler gives to Triton
 
 
 _forced: Blocks[Backend] = Blocks()
@@ -34,6 +40,8 @@ def interpreting() -> bool:
 
 def select(device_type: str) -> Backend:
     """The backend for tensors on a device of this type ("cpu", "cuda", "xpu", ...).
+
+    Where an accelerator has to do without the kernels, a warning says why: once.
 
     Raises:
         ImportError: TRITON_INTERPRET asks for Triton's interpreter, and Triton cannot be imported.
@@ -50,15 +58,42 @@ def _select(device_type: str, interpret: bool) -> Backend:
             _need_triton("TRITON_INTERPRET is set", "or unset that")
             return Backend("interpreter", "TRITON_INTERPRET is set")
         return Backend("torch", "Triton has no CPU driver; TRITON_INTERPRET=1 runs the kernels in Python")
+    chosen = _of_accelerator(device_type)
+    if chosen.name == "torch" and device_type != "meta":
+        more = chosen.advice and f" Faster: {chosen.advice}."
+        warnings.warn(
+            f"stn_triton runs on PyTorch's own operators on {device_type}: {chosen.reason}.{more}",
+            stacklevel=4,
+        )
+    return chosen
+
+
+def _of_accelerator(device_type: str) -> Backend:
+    if device_type == "mps":
+        return Backend("torch", "Triton has no driver for Apple's GPUs")
     try:
         import triton
 
-        target = triton.runtime.driver.active.get_current_target().backend
+        target = triton.runtime.driver.active.get_current_target()
     except Exception as error:  # no triton, no driver, no compiler: whatever it is, the user is told
-        return Backend("torch", f"Triton cannot run here: {error}")
-    if {"cuda": "cuda", "hip": "cuda"}.get(target, target) != device_type:
-        return Backend("torch", f"Triton's active driver is for {target}, not {device_type}")
-    return Backend("triton", f"Triton {triton.__version__} has a {target} driver")
+        return Backend("torch", f"Triton cannot run here: {error}", _advice(error))
+    if {"cuda": "cuda", "hip": "cuda"}.get(target.backend, target.backend) != device_type:
+        return Backend("torch", f"Triton's active driver is for {target.backend}, not {device_type}")
+    if target.backend == "cuda" and target.arch < OLDEST_GPU:
+        capability, least = (f"{number // 10}.{number % 10}" for number in (target.arch, OLDEST_GPU))
+        return Backend("torch", f"the GPU's compute capability is {capability}, and Triton needs {least}")
+    return Backend("triton", f"Triton {triton.__version__} has a {target.backend} driver")
+
+
+def _advice(error: Exception) -> str:
+    """What to do about Triton that does not run."""
+    if isinstance(error, ImportError):
+        if sys.platform == "linux":
+            return "pip install triton"
+        return "Triton comes for Linux; on Windows that is WSL 2"
+    if "C compiler" in str(error):
+        return "install a C compiler (apt install gcc), or name one: CC=/path/to/gcc"
+    return ""
 
 
 def _need_triton(asked: str, otherwise: str) -> None:

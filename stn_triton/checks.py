@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 import torch
@@ -22,8 +23,25 @@ INTERPOLATIONS = {
 PADDINGS = {"zeros": Padding.ZEROS, "border": Padding.BORDER, "reflection": Padding.REFLECTION}
 
 
-def refuse(kind: type[Exception], name: str, expected: str, got: object) -> NoReturn:
-    raise kind(f"{name} must be {expected.rstrip(',')}, got {got}")
+# What other libraries call them.
+_OTHER_NAMES = {
+    "linear": "bilinear",
+    "trilinear": "bilinear",
+    "cubic": "bicubic",
+    "tricubic": "bicubic",
+    "constant": "zeros",
+    "replicate": "border",
+    "edge": "border",
+    "clamp": "border",
+    "reflect": "reflection",
+    "mirror": "reflection",
+    "symmetric": "reflection",
+}
+
+
+def refuse(kind: type[Exception], name: str, expected: str, got: object, hint: str = "") -> NoReturn:
+    """``hint``: the nearest call that is right, where it can be told."""
+    raise kind(f"{name} must be {expected.rstrip(',')}, got {got}{hint and f'; {hint}'}")
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -96,9 +114,12 @@ def check_size(size: object, expected: str, length: int) -> tuple[int, ...]:
     """``size`` as a tuple of ``length`` ints, none of them negative."""
     found = to_size(size)
     if found is None:
-        refuse(TypeError, "size", f"{expected}, a tuple of ints", repr(size))
+        side = to_int(size)
+        square = f"for equal sides size=({', '.join([str(side)] * length)})" if side and length < 4 else ""
+        refuse(TypeError, "size", f"{expected}, a tuple of ints", repr(size), square)
     if len(found) != length or any(n < 0 for n in found):
-        refuse(ValueError, "size", f"{expected}, none of them negative", found)
+        spatial = len(found) == length + 2 and f"without batch and channels size={found[2:]}"
+        refuse(ValueError, "size", f"{expected}, none of them negative", found, spatial or "")
     return found
 
 
@@ -107,13 +128,54 @@ def check_spatial_size(size: object, dims: int) -> tuple[int, ...]:
     return check_size(size, "(H, W)" if dims == 2 else "(D, H, W)", dims)
 
 
+def _nearest(value: str, known: Collection[str]) -> str:
+    import difflib
+
+    near = _OTHER_NAMES.get(value.lower())
+    close = [near] if near in known else difflib.get_close_matches(value.lower(), known, 1)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def batch_of(n: int) -> str:
+    """The batch that parameters of n images may have, in words."""
+    return "1" if n == 1 else f"{n} or 1"
+
+
+def refuse_parameter(name: str, value: Tensor, inner: str, input: Tensor, hint: str) -> NoReturn:
+    """For parameters that are not (N, ``inner``) or (N, T, ``inner``)."""
+    batch = input.shape[0]
+    expected = f"({batch}, {inner}) or ({batch}, T, {inner})"
+    expected += "" if batch == 1 else ", or the same with batch 1,"
+    refuse(
+        ValueError, name, f"{expected} for this {input.dim()}-D input", f"shape {tuple(value.shape)}", hint
+    )
+
+
+def nearest_parameter(name: str, value: Tensor, matrix: tuple[int, int], input: Tensor) -> str:
+    """For a matrix of another shape than (N, [T,] *matrix): what would be taken, "" if nobody knows."""
+    shape = tuple(value.shape)
+    if shape == matrix:
+        return f"a batch of one is {name}[None]"
+    if shape[-2:] == (3, 3) and matrix == (2, 3):
+        return "projective_grid_sample takes homographies"
+    if shape[-2:] == (2, 3) and matrix == (3, 3):
+        return "affine_grid_sample takes affine maps"
+    if shape[-2:] in ((2, 3), (3, 4)) and shape[-2:] != matrix:
+        images = "images, (N, C, H, W)" if shape[-1] == 3 else "volumes, (N, C, D, H, W)"
+        return f"that is a map for {images}"
+    if len(shape) in (3, 4) and shape[-2:] == matrix:
+        return f"{name} has a batch of {shape[0]}, input of {input.shape[0]}"
+    return ""
+
+
 def check_modes(mode: str, padding_mode: str, align_corners: bool) -> tuple[Interpolation, Padding, bool]:
     """The codes of the public names."""
     for name, value, known in (("mode", mode, INTERPOLATIONS), ("padding_mode", padding_mode, PADDINGS)):
         if not isinstance(value, str):
             refuse(TypeError, name, "a string", type(value).__name__)
         if value not in known:
-            refuse(ValueError, name, "one of " + ", ".join(map(repr, known)), repr(value))
+            hint = _nearest(value, known)
+            refuse(ValueError, name, "one of " + ", ".join(map(repr, known)), repr(value), hint)
     if not isinstance(align_corners, bool):
         refuse(TypeError, "align_corners", "a bool", repr(align_corners))
     return INTERPOLATIONS[mode], PADDINGS[padding_mode], align_corners

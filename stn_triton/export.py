@@ -34,6 +34,13 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     Each transform becomes a grid, which is held in memory then, and ATen's sampler; what that has not
     (tricubic) is sampled tap by tap, for images of a fixed size. The linear system of a spline, which ONNX
     cannot solve either, becomes elimination in plain operators. For inference: no derivatives.
+
+    Example:
+        >>> net = stn.nn.SpatialTransformer(torch.nn.Flatten(), features=64).eval()
+        >>> program = torch.export.export(net, (torch.rand(2, 1, 8, 8),))
+        >>> program = program.run_decompositions(stn.export.decompositions())
+        >>> any("grid_sampler_2d" in str(node.target) for node in program.graph.nodes)
+        True
     """
     operators = torch.ops.stn_triton
     return {
@@ -45,8 +52,20 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 def onnx_translations() -> dict[Any, Callable[..., Any]]:
     """What ``torch.onnx.export`` is to be given as ``custom_translation_table`` for volumes, which it
-    cannot translate by itself. Needs onnxscript, and ``opset_version=20`` or later."""
-    from onnxscript import opset20
+    cannot translate by itself. Needs onnxscript, and ``opset_version=20`` or later.
+
+    Raises:
+        ImportError: onnxscript is not installed.
+
+    Example:
+        >>> table = stn.export.onnx_translations()
+        >>> options = {"dynamo": True, "opset_version": 20, "custom_translation_table": table}
+    """
+    try:
+        from onnxscript import opset20
+    except ModuleNotFoundError as error:
+        needed = "ONNX export needs onnx and onnxscript: pip install stn_triton[onnx]"
+        raise ImportError(f"{needed} ({error})") from error
 
     def grid_sampler_3d(
         input: Any, grid: Any, interpolation_mode: int, padding_mode: int, align_corners: bool

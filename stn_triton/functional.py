@@ -34,12 +34,15 @@ from .checks import (
     DTYPES,
     INTERPOLATIONS,
     PADDINGS,
+    batch_of,
     check_device,
     check_modes,
     check_size,
     check_spatial_size,
     check_tensor,
+    nearest_parameter,
     refuse,
+    refuse_parameter,
     to_size,
 )
 from .kernels.modes import Source
@@ -67,7 +70,8 @@ def grid_sample(
     """:func:`torch.nn.functional.grid_sample` on Triton kernels, with tricubic sampling as well.
 
     Convention: ``grid[n, (z,) y, x]`` is the place in ``input``, normalised and x first, that output
-    pixel (z, y, x) is read from.
+    pixel (z, y, x) is read from. In pixels, x lies in column ``((x + 1) W - 1) / 2`` with
+    ``align_corners=False`` and in column ``(x + 1) (W - 1) / 2`` with ``align_corners=True``; y and z alike.
 
     Args:
         input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, any strides.
@@ -89,7 +93,12 @@ def grid_sample(
     Differentiable in ``input`` and ``grid`` any number of times, in both modes (see the module).
 
     Raises:
-        What PyTorch raises, with PyTorch's message.
+        Exception: the one that PyTorch raises, with PyTorch's message.
+
+    Example:
+        >>> image, grid = torch.rand(1, 3, 48, 64), torch.rand(1, 10, 20, 2) * 2 - 1
+        >>> stn.grid_sample(image, grid, padding_mode="border", align_corners=False).shape
+        torch.Size([1, 3, 10, 20])
     """
     if (has_torch_function(input, grid) or tracing_state()) and is_taken():
         return elsewhere(grid_sample, input, grid, mode, padding_mode, align_corners)
@@ -109,7 +118,9 @@ def grid_sample(
 def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None = None) -> Tensor:
     """:func:`torch.nn.functional.affine_grid` on Triton kernels.
 
-    Convention: ``theta`` maps output coordinates to input coordinates, both normalised and x first.
+    Convention: ``theta`` maps output coordinates to input coordinates, both normalised and x first. Column j
+    of W is at ``x = (2 j + 1) / W - 1`` with ``align_corners=False`` and at ``x = 2 j / (W - 1) - 1`` with
+    ``align_corners=True``; the grid's entry there is ``theta @ (x, y, 1)``.
 
     Args:
         theta: (N, 2, 3) or (N, 3, 4), floating point.
@@ -123,7 +134,11 @@ def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None =
     both modes.
 
     Raises:
-        What PyTorch raises, with PyTorch's message.
+        Exception: the one that PyTorch raises, with PyTorch's message.
+
+    Example:
+        >>> stn.affine_grid(torch.eye(2, 3)[None], (1, 3, 1, 4), align_corners=False)[0, 0, :, 0]
+        tensor([-0.7500, -0.2500,  0.2500,  0.7500])
     """
     if (has_torch_function(theta) or tracing_state()) and is_taken():
         return elsewhere(affine_grid, theta, size, align_corners)
@@ -240,6 +255,10 @@ def affine_grid_sample(
     the pixel at p in the output is read at ``theta @ (*p, 1)`` in the input (Jaderberg et al., Spatial
     Transformer Networks, 2015, equation 1).
 
+    In pixels: output column j is at ``x_out = (2 j + 1) / W_out - 1``, and x is read at column
+    ``((x + 1) W - 1) / 2``. With ``align_corners=True`` they are ``2 j / (W_out - 1) - 1`` and
+    ``(x + 1) (W - 1) / 2``. y and z alike.
+
     Args:
         input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, any strides.
         theta: (N, 2, 3) or (N, 3, 4); or (N, T, 2, 3), (N, T, 3, 4) for T transforms of each image, which
@@ -263,6 +282,16 @@ def affine_grid_sample(
     Raises:
         TypeError: an argument is not of the type it must be.
         ValueError: a shape, a size, a device or an option does not fit; the message names the argument.
+
+    Example:
+        >>> image = torch.rand(8, 3, 48, 64)
+        >>> theta = torch.tensor([[[0.5, 0.0, -0.5], [0.0, 0.5, -0.5]]])  # the upper left quarter
+        >>> crop = stn.affine_grid_sample(image, theta, size=(24, 32))
+        >>> torch.allclose(crop, image[:, :, :24, :32], atol=1e-5)
+        True
+        >>> four = torch.rand(8, 4, 2, 3)  # four crops of each image
+        >>> stn.affine_grid_sample(image, four, size=(24, 32)).shape
+        torch.Size([8, 4, 3, 24, 32])
     """
     if (has_torch_function(input, theta) or tracing_state()) and is_taken():
         return elsewhere(affine_grid_sample, input, theta, size, mode, padding_mode, align_corners)
@@ -284,7 +313,8 @@ def projective_grid_sample(
     """Warp images by homographies.
 
     Convention: ``homography`` maps output coordinates to input coordinates, both normalised and x first; the
-    pixel at (x, y) in the output is read at (X / W, Y / W) with (X, Y, W) = homography @ (x, y, 1).
+    pixel at (x, y) in the output is read at (X / W, Y / W) with (X, Y, W) = homography @ (x, y, 1). How
+    pixels and normalised coordinates belong together is said in :func:`affine_grid_sample`.
 
     Args:
         input: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
@@ -304,6 +334,12 @@ def projective_grid_sample(
 
     Raises:
         TypeError, ValueError: as :func:`affine_grid_sample`.
+
+    Example:
+        >>> image = torch.rand(1, 3, 48, 64)
+        >>> homography = torch.tensor([[[0.8, 0.1, 0.0], [0.0, 0.7, 0.0], [0.0, 0.4, 1.0]]])
+        >>> stn.projective_grid_sample(image, homography, size=(32, 32)).shape
+        torch.Size([1, 3, 32, 32])
     """
     if (has_torch_function(input, homography) or tracing_state()) and is_taken():
         return elsewhere(projective_grid_sample, input, homography, size, mode, padding_mode, align_corners)
@@ -329,7 +365,8 @@ def tps_grid_sample(
     Convention: the spline maps output coordinates to input coordinates, both normalised and x first. It takes
     control point k, a place in the output, to ``points[:, k]``, the place in the input that is read there
     (with ``regularization`` > 0, near it), and bends as little as possible between (Bookstein, Principal
-    Warps, 1989).
+    Warps, 1989). The formula is at :func:`stn_triton.transforms.tps_coefficients`; how pixels and normalised
+    coordinates belong together is said in :func:`affine_grid_sample`.
 
     Args:
         input: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
@@ -352,19 +389,17 @@ def tps_grid_sample(
     Raises:
         TypeError, ValueError: as :func:`affine_grid_sample`; a ValueError names control points that coincide,
             lie on a line or are not finite.
+
+    Example:
+        >>> image = torch.rand(1, 3, 48, 64)
+        >>> points = stn.transforms.control_lattice(4)[None]  # (1, 16, 2): the identity
+        >>> bent = points + 0.1 * torch.randn(1, 16, 2)
+        >>> stn.tps_grid_sample(image, bent).shape
+        torch.Size([1, 3, 48, 64])
     """
     if (has_torch_function(input, points, control_points) or tracing_state()) and is_taken():
-        return elsewhere(
-            tps_grid_sample,
-            input,
-            points,
-            size,
-            mode,
-            padding_mode,
-            align_corners,
-            control_points,
-            regularization,
-        )
+        spline = control_points, regularization
+        return elsewhere(tps_grid_sample, input, points, size, mode, padding_mode, align_corners, *spline)
     _check_image(input, dims=2)
     _check_points(points, input)
     size = _check_size(size, input)
@@ -386,7 +421,8 @@ def flow_grid_sample(
 
     Convention: output pixel o is read at the place of o in the input plus ``flow[:, :, o]``, which is in
     **input pixels**, x first. Where output and input have the same size that is pixel o + flow; else the
-    output's identity grid, whose corners are the input's, is displaced.
+    output's identity grid, whose corners are the input's, is displaced: column j reads at column ``((2 j + 1)
+    W / W_out - 1) / 2 + flow_x``, and with ``align_corners=True`` at ``j (W - 1) / (W_out - 1) + flow_x``.
 
     Args:
         input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, any strides.
@@ -401,6 +437,12 @@ def flow_grid_sample(
 
     Raises:
         TypeError, ValueError: as :func:`affine_grid_sample`.
+
+    Example:
+        >>> image, flow = torch.rand(1, 3, 48, 64), torch.zeros(1, 2, 48, 64)
+        >>> flow[:, 0] = 3  # read 3 pixels to the right
+        >>> torch.allclose(stn.flow_grid_sample(image, flow)[..., :-3], image[..., 3:], atol=1e-5)
+        True
     """
     if (has_torch_function(input, flow) or tracing_state()) and is_taken():
         return elsewhere(flow_grid_sample, input, flow, mode, padding_mode, align_corners)
@@ -409,8 +451,10 @@ def flow_grid_sample(
     batch = input.shape[0]
     if flow.dim() != dims + 2 or flow.shape[1] != dims or (flow.shape[0] != batch and flow.shape[0] != 1):
         sizes = "H, W" if dims == 2 else "D, H, W"
-        expected = f"({batch} or 1, {dims}, {sizes}) for this {input.dim()}-D input"
-        refuse(ValueError, "flow", expected, f"shape {tuple(flow.shape)}")
+        expected = f"({batch_of(batch)}, {dims}, {sizes}) for this {input.dim()}-D input"
+        last = flow.dim() == dims + 2 and flow.shape[-1] == dims
+        hint = "flow.movedim(-1, 1) puts components first" if last else ""
+        refuse(ValueError, "flow", expected, f"shape {tuple(flow.shape)}", hint)
     check_device("flow", flow, "input", input)
     modes = check_modes(mode, padding_mode, align_corners)
     return autograd.sample(input, flow, Source.FLOW, flow.shape[2:], *modes)
@@ -430,6 +474,10 @@ def projective_grid(homography: Tensor, size: Sequence[int], align_corners: bool
 
     Raises:
         TypeError, ValueError: the message names the argument.
+
+    Example:
+        >>> stn.projective_grid(torch.eye(3)[None], (1, 3, 24, 32)).shape
+        torch.Size([1, 24, 32, 2])
     """
     if (has_torch_function(homography) or tracing_state()) and is_taken():
         return elsewhere(projective_grid, homography, size, align_corners)
@@ -461,6 +509,10 @@ def tps_grid(
 
     Raises:
         TypeError, ValueError: the message names the argument.
+
+    Example:
+        >>> stn.tps_grid(stn.transforms.identity(1, "tps"), (1, 3, 24, 32)).shape
+        torch.Size([1, 24, 32, 2])
     """
     if (has_torch_function(points, control_points) or tracing_state()) and is_taken():
         return elsewhere(tps_grid, points, size, control_points, regularization, align_corners)
@@ -488,7 +540,8 @@ def _check_image(input: Tensor, dims: int | None = None) -> int:
     if dims == 2 and input.dim() != 4:
         refuse(ValueError, "input", "(N, C, H, W)", f"shape {tuple(input.shape)}")
     if input.dim() not in (4, 5):
-        refuse(ValueError, "input", "(N, C, H, W) or (N, C, D, H, W)", f"shape {tuple(input.shape)}")
+        hint = "a batch of one is input[None]" if input.dim() == 3 else ""
+        refuse(ValueError, "input", "(N, C, H, W) or (N, C, D, H, W)", f"shape {tuple(input.shape)}", hint)
     if 0 in input.shape[2:]:
         refuse(ValueError, "input", "of non-empty spatial size", f"shape {tuple(input.shape)}")
     return input.dim() - 2
@@ -504,10 +557,9 @@ def _check_parameter(name: str, value: Tensor, matrix: tuple[int, int], input: T
         or value.shape[-1] != columns
         or (value.shape[0] != batch and value.shape[0] != 1)
     ):
-        expected = (
-            f"({batch}, {rows}, {columns}) or ({batch}, T, {rows}, {columns}), or the same with batch 1,"
+        refuse_parameter(
+            name, value, f"{rows}, {columns}", input, nearest_parameter(name, value, matrix, input)
         )
-        refuse(ValueError, name, f"{expected} for this {input.dim()}-D input", f"shape {tuple(value.shape)}")
     check_device(name, value, "input", input)
 
 
@@ -520,8 +572,8 @@ def _check_points(points: Tensor, input: Tensor) -> None:
         or points.shape[-1] != 2
         or (points.shape[0] != batch and points.shape[0] != 1)
     ):
-        expected = f"({batch}, K, 2) or ({batch}, T, K, 2), or the same with batch 1"
-        refuse(ValueError, "points", expected, f"shape {tuple(points.shape)}")
+        hint = "a batch of one is points[None]" if points.dim() == 2 else ""
+        refuse_parameter("points", points, "K, 2", input, hint)
     check_device("points", points, "input", input)
 
 

@@ -76,35 +76,20 @@ class SpatialTransformer(nn.Module):
     pixel in 512. :attr:`initial` stays float32 when the module becomes half. :attr:`regression` is no
     ``nn.Linear``, so that to initialise a model's linear layers leaves the start alone.
 
-    Args:
-        localisation: the localisation net: any module that maps the images to features, (N, ...), which
-            are flattened. ``nn.Flatten()`` will do.
-        transform: "affine", "attention", "similarity", "projective" or "tps".
-        size: the output's spatial size, (H_out, W_out) or (D_out, H_out, W_out). Default: the input's.
-        mode: "bilinear" (trilinear for volumes), "nearest" or "bicubic". No gradient reaches the net through
-            "nearest".
-        padding_mode: "zeros", "border" or "reflection".
-        align_corners: see the convention.
-        transforms: T, how many transformers work side by side on each image with one localisation net. If
-            there are several, results have a dimension T after N.
-        regions: (T, 4), boxes (x0, y0, x1, y1) in normalised coordinates that the transformers start from
-            instead of the whole image, (-1, -1, 1, 1); in 3-D (T, 6), (x0, y0, z0, x1, y1, z1). One (4,)
-            is for all. For "attention" and "similarity" they are square. Transformers that start
-            from the same region differ only if what follows treats them differently.
-        features: the number of features. Default: the first batch shows it, as with ``nn.LazyLinear``;
-            ``.to(memory_format=...)``, DDP, FSDP and export then want a batch to have gone through.
-        dims: 2; or 3, for volumes ("affine" and "attention").
-        scale: of "attention": half the window's side, fixed (the paper's birds: 0.5). Default: regressed.
-        lattice: of "tps": the control points along a side; K is its square.
-        regularization: of "tps": see :func:`stn_triton.tps_grid_sample`.
-
-    Raises:
-        TypeError: an argument is not of the type it must be.
-        ValueError: an argument does not fit; the message names it.
+    Example:
+        >>> net = stn.nn.SpatialTransformer(stn.nn.localisation_cnn(), "affine", size=(28, 28))
+        >>> digits = torch.rand(8, 1, 28, 28)
+        >>> torch.allclose(net(digits), digits, atol=1e-5)  # it starts as the identity
+        True
+        >>> net.localise(digits).shape
+        torch.Size([8, 2, 3])
     """
 
     initial: Tensor
-    """(T, P): the parameters at the start, in the order of the table."""
+    """The parameters at the start, (T, P), in the order of the table."""
+
+    regression: _Regression
+    """The linear layer from the features to the update of the parameters. It starts at zero."""
 
     def __init__(
         self,
@@ -123,6 +108,33 @@ class SpatialTransformer(nn.Module):
         lattice: int = 4,
         regularization: float = 0.0,
     ) -> None:
+        """
+        Args:
+            localisation: the localisation net: any module that maps the images to features, (N, ...), which
+                are flattened. ``nn.Flatten()`` will do.
+            transform: "affine", "attention", "similarity", "projective" or "tps".
+            size: the output's spatial size, (H_out, W_out) or (D_out, H_out, W_out). Default: the input's.
+            mode: "bilinear" (trilinear for volumes), "nearest" or "bicubic". No gradient reaches the net
+                through "nearest".
+            padding_mode: "zeros", "border" or "reflection".
+            align_corners: see the convention.
+            transforms: T, how many transformers work side by side on each image with one localisation net. If
+                there are several, results have a dimension T after N.
+            regions: (T, 4), boxes (x0, y0, x1, y1) in normalised coordinates that the transformers start from
+                instead of the whole image, (-1, -1, 1, 1); in 3-D (T, 6), (x0, y0, z0, x1, y1, z1). One (4,)
+                is for all. For "attention" and "similarity" they are square. Transformers that start
+                from the same region differ only if what follows treats them differently.
+            features: the number of features. Default: the first batch shows it, as with ``nn.LazyLinear``;
+                ``.to(memory_format=...)``, DDP, FSDP and export then want a batch to have gone through.
+            dims: 2; or 3, for volumes ("affine" and "attention").
+            scale: of "attention": half the window's side, fixed (the paper's birds: 0.5). Default: regressed.
+            lattice: of "tps": the control points along a side; K is its square.
+            regularization: of "tps": see :func:`stn_triton.tps_grid_sample`.
+
+        Raises:
+            TypeError: an argument is not of the type it must be.
+            ValueError: an argument does not fit; the message names it.
+        """
         super().__init__()
         if not isinstance(localisation, nn.Module):
             refuse(TypeError, "localisation", "a torch.nn.Module", type(localisation).__name__)
@@ -396,8 +408,12 @@ def localisation_fcn(
 
     Returns:
         A net from (N, \\*input_shape) to (N, features[-1]).
+
+    Example:
+        >>> stn.nn.localisation_fcn(input_shape=(1, 28, 28))(torch.rand(8, 1, 28, 28)).shape
+        torch.Size([8, 32])
     """
-    return _built([nn.Flatten(), *_fully_connected(features)], input_shape)
+    return _built(nn.Sequential(nn.Flatten(), *_fully_connected(features)), input_shape)
 
 
 def localisation_cnn(
@@ -411,7 +427,8 @@ def localisation_cnn(
 ) -> nn.Sequential:
     """Convolutions, each with a ReLU, 2 x 2 max-pooling between them, then fully connected layers.
 
-    By default the paper's ST-CNN (its appendix), which needs images of 28 x 28 or more.
+    By default the paper's ST-CNN (its appendix), which needs images of 28 x 28 or more; the error for smaller
+    ones says what takes them.
     ``localisation_cnn((32, 32), (32, 32), padding=2, downsample=1)`` is SVHN's ST-CNN Single (section 4.2).
     Odd sizes are rounded down when halved.
 
@@ -425,6 +442,10 @@ def localisation_cnn(
 
     Returns:
         A net from (N, C, H, W) to (N, features[-1]).
+
+    Example:
+        >>> stn.nn.localisation_cnn(input_shape=(1, 28, 28))(torch.rand(8, 1, 28, 28)).shape
+        torch.Size([8, 20])
     """
     channels = [check_int("channels", width, 0) for width in channels]
     kernel_size, padding = check_int("kernel_size", kernel_size, 1), check_int("padding", padding, 0)
@@ -434,7 +455,50 @@ def localisation_cnn(
         if index > 0:
             layers.append(nn.MaxPool2d(2))
         layers += [nn.LazyConv2d(width, kernel_size, padding=padding), nn.ReLU()]
-    return _built([*layers, nn.Flatten(), *_fully_connected(features)], input_shape)
+    net = _LocalisationCNN(*layers, nn.Flatten(), *_fully_connected(features))
+    net.least_size = _least_size(len(channels), kernel_size, padding, downsample)
+    net.takes_smaller = _takes_smaller(len(channels), kernel_size, padding, downsample)
+    return _built(net, input_shape)
+
+
+def _least_size(convolutions: int, kernel_size: int, padding: int, downsample: int) -> int:
+    """The least side of images of which every convolution makes a pixel."""
+    side = 1
+    for index in reversed(range(convolutions)):
+        side = max(side + kernel_size - 1 - 2 * padding, 1) * (2 if index > 0 else 1)
+    return side * downsample
+
+
+def _takes_smaller(convolutions: int, kernel_size: int, padding: int, downsample: int) -> str:
+    """Which arguments take smaller images, in words."""
+    others = {}
+    if downsample > 1:
+        others["downsample=1"] = _least_size(convolutions, kernel_size, padding, 1)
+    if padding < kernel_size // 2:
+        same = kernel_size // 2
+        others[f"padding={same}, downsample=1"] = _least_size(convolutions, kernel_size, same, 1)
+    said = " and ".join(f"localisation_cnn({name}) {least} or more" for name, least in others.items())
+    return f"{said.replace(')', ') takes', 1)}" if said else ""
+
+
+class _LocalisationCNN(nn.Sequential):
+    """Its layers; what is too small for them is refused before one of them fails with less to say."""
+
+    least_size = 1  # not annotated: TorchScript reads no annotations of the future
+    takes_smaller = ""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            calls.check(self._check_size, input)
+        for layer in self:
+            input = layer(input)
+        return input
+
+    @torch.jit.unused
+    def _check_size(self, input: Tensor) -> None:
+        if isinstance(input, Tensor) and input.dim() >= 3 and min(input.shape[-2:]) < self.least_size:
+            expected = f"(N, C, H, W) with H and W of {self.least_size} or more for this localisation net"
+            refuse(ValueError, "input", expected, f"shape {tuple(input.shape)}", self.takes_smaller)
 
 
 def _fully_connected(features: Sequence[int]) -> list[nn.Module]:
@@ -442,9 +506,8 @@ def _fully_connected(features: Sequence[int]) -> list[nn.Module]:
     return [layer for width in widths for layer in (nn.LazyLinear(width), nn.ReLU())]
 
 
-def _built(layers: Sequence[nn.Module], input_shape: Sequence[int] | None) -> nn.Sequential:
-    """The layers as one net; if the shape of its input is known, with no lazy layer left."""
-    net = nn.Sequential(*layers)
+def _built(net: nn.Sequential, input_shape: Sequence[int] | None) -> nn.Sequential:
+    """The net; if the shape of its input is known, with no lazy layer left."""
     if input_shape is not None:
         with torch.no_grad():
             net(torch.zeros(1, *(check_int("input_shape", n, 0) for n in input_shape)))

@@ -59,6 +59,11 @@ class patch_torch(Block[None]):
     PyTorch does not guard the registration of operators against calls in other threads: best turn it on
     before they start. Inside a compiled function it cannot be turned on; what the compiler writes code for
     (Inductor: the 2-D forward pass) calls no operator and stays the compiler's.
+
+    Example:
+        >>> image, grid = torch.rand(1, 3, 48, 64), torch.rand(1, 10, 20, 2) * 2 - 1
+        >>> with stn.patch_torch():
+        ...     warped = torch.nn.functional.grid_sample(image, grid, align_corners=False)
     """
 
     def __init__(self) -> None:

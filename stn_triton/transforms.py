@@ -67,6 +67,10 @@ def identity(
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
+
+    Example:
+        >>> stn.transforms.identity(8).shape, stn.transforms.identity(8, "tps", k=5).shape
+        (torch.Size([8, 2, 3]), torch.Size([8, 25, 2]))
     """
     known = ("affine", "attention", "similarity", "projective", "tps")
     if kind not in known:
@@ -105,6 +109,11 @@ def attention(scale: float | Tensor, translation: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
+
+    Example:
+        >>> stn.transforms.attention(0.5, torch.tensor([-0.5, 0.25]))  # half as wide, left of the middle
+        tensor([[ 0.5000,  0.0000, -0.5000],
+                [ 0.0000,  0.5000,  0.2500]])
     """
     dims = _check_translation(translation, (2, 3))
     scale = _check_factor("scale", scale, translation)
@@ -136,6 +145,10 @@ def similarity(scale: float | Tensor, angle: float | Tensor, translation: Tensor
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
+
+    Example:
+        >>> stn.transforms.similarity(torch.rand(8), torch.rand(8), torch.zeros(8, 2)).shape
+        torch.Size([8, 2, 3])
     """
     _check_translation(translation, (2,))
     scale = _check_factor("scale", scale, translation)
@@ -165,6 +178,13 @@ def control_lattice(
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
+
+    Example:
+        >>> stn.transforms.control_lattice(2)
+        tensor([[-1., -1.],
+                [ 1., -1.],
+                [-1.,  1.],
+                [ 1.,  1.]])
     """
     k = check_int("k", k, 2)
     dtype = _check_dtype(dtype)
@@ -191,6 +211,12 @@ def compose(outer: Tensor, inner: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
+
+    Example:
+        >>> image = torch.rand(1, 3, 48, 64)
+        >>> crop = stn.transforms.attention(0.5, torch.zeros(1, 2))
+        >>> turn = stn.transforms.similarity(1.0, 0.3, torch.zeros(1, 2))
+        >>> turned = stn.affine_grid_sample(image, stn.transforms.compose(crop, turn))  # interpolated once
     """
     _check_theta("outer", outer)
     _check_theta("inner", inner)
@@ -220,6 +246,12 @@ def invert(theta: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
+
+    Example:
+        >>> theta = stn.transforms.similarity(0.5, 0.3, torch.zeros(1, 2))
+        >>> there_and_back = stn.transforms.compose(theta, stn.transforms.invert(theta))
+        >>> torch.allclose(there_and_back, torch.eye(2, 3), atol=1e-6)
+        True
     """
     _check_theta("theta", theta)
     compute, result = _dtypes(theta)
@@ -304,6 +336,10 @@ def tps_coefficients(
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
+
+    Example:
+        >>> stn.transforms.tps_coefficients(stn.transforms.identity(8, "tps")).shape
+        torch.Size([8, 19, 2])
     """
     if (has_torch_function(points, control_points) or tracing_state()) and is_taken():
         return elsewhere(tps_coefficients, points, control_points, regularization)
@@ -341,6 +377,13 @@ def tps_evaluate(coefficients: Tensor, control_points: Tensor | None, xy: Tensor
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
+
+    Example:
+        >>> lattice = stn.transforms.control_lattice(4)
+        >>> coefficients = stn.transforms.tps_coefficients(0.5 * lattice)
+        >>> found = stn.transforms.tps_evaluate(coefficients, None, torch.tensor([[1.0, -1.0]]))
+        >>> torch.allclose(found, torch.tensor([[0.5, -0.5]]), atol=1e-6)
+        True
     """
     check_tensor("coefficients", coefficients)
     if coefficients.dim() < 2 or coefficients.shape[-1] != 2 or coefficients.shape[-2] < 6:
@@ -620,8 +663,9 @@ def lattice_side(name: str, count: int) -> int:
     while k * k < count:
         k += 1
     if k * k != count:
-        expected = "for a square number of control points, as none are given,"
-        refuse(ValueError, name, expected, f"{count} of them")
+        expected = "for K = 4, 9, 16, ... control points, a square lattice, unless control_points says others"
+        hint = f"control_points, ({count}, 2), says where in the output these are"
+        refuse(ValueError, name, expected, f"K = {count}", hint)
     return k
 
 

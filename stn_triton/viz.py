@@ -75,6 +75,11 @@ def grid_lines(
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
+
+    Example:
+        >>> (found,) = stn.viz.grid_lines((48, 64), torch.eye(2, 3))
+        >>> found.corners[0]
+        tensor([-0.5000, -0.5000], dtype=torch.float64)
     """
     params = _check_params(params, kind, control_points)
     if isinstance(lines, bool) or not isinstance(lines, int):
@@ -207,6 +212,11 @@ def draw_grid(
     Raises:
         ImportError: matplotlib is not installed.
         TypeError, ValueError: naming the argument that does not fit.
+
+    Example:
+        >>> image, theta = torch.rand(3, 48, 64), stn.transforms.attention(0.5, torch.zeros(2))
+        >>> ax = stn.viz.draw_grid(image, theta, lines=8)
+        >>> ax.figure.savefig("grid.png")
     """
     pixels = _check_image("image", image)
     found = grid_lines(
@@ -272,6 +282,9 @@ def draw_samples(
 
     Raises:
         ImportError, TypeError, ValueError: as :func:`draw_grid`.
+
+    Example:
+        >>> ax = stn.viz.draw_samples(torch.rand(3, 48, 64))
     """
     pixels = _check_image("samples", samples)
     (labels,) = _check_labels([labels], 1)
@@ -317,6 +330,10 @@ def draw_before_after(
 
     Raises:
         ImportError, TypeError, ValueError: as :func:`draw_grid`.
+
+    Example:
+        >>> image, theta = torch.rand(3, 48, 64), stn.transforms.attention(0.5, torch.zeros(2))
+        >>> figure = stn.viz.draw_before_after(image, theta, size=(64, 64))
     """
     pixels = torch.from_numpy(_check_image("image", image))
     one = _check_params(params, kind, control_points).float()

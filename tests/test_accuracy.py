@@ -1,4 +1,4 @@
-"""``bench.accuracy``: gradients of half images are nearer to float64 than PyTorch's; the README's table."""
+"""``bench.accuracy``: gradients of half images are nearer to float64 than PyTorch's; the table in docs/."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 
 from bench import accuracy
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+NUMBERS = Path(__file__).resolve().parent.parent / "docs" / "numbers.md"
 REDUCED = {"channels": (3,), "size": 32}
 
 
@@ -48,7 +48,7 @@ def test_exact_gradients_need_no_more_than_float64():
         assert max(accuracy.relative_errors(accuracy.our_gradients(inputs, "border"), exact)) < 1e-11
 
 
-def test_readme_has_the_table(found):
+def test_documentation_has_the_table(found):
     """Its columns and its rows are those of the command; the digits are the full measurement's."""
 
     def labels(text):
@@ -56,7 +56,7 @@ def test_readme_has_the_table(found):
         return [rows[0], *(row[:2] + ["-" if cell == "-" else "" for cell in row[2:]] for row in rows[1:])]
 
     table = accuracy.markdown(found).splitlines()
-    lines = README.read_text(encoding="utf-8").splitlines()
+    lines = NUMBERS.read_text(encoding="utf-8").splitlines()
     assert table[0] in lines, "python -m bench.accuracy --markdown makes another table"
     start = lines.index(table[0])
     assert labels(lines[start : start + len(table)]) == labels(table)

@@ -467,3 +467,71 @@ def test_autocast_gradients_keep_their_dtypes(either_backend, device):
     output.sum().backward()
     assert image.grad.dtype == dtype
     assert grid.grad.dtype == torch.float32
+
+
+# --------------------------------------------------------------------------- the nearest right call
+NEAREST = {  # name: (a call, the end of its message)
+    "no batch": (lambda d: stn.affine_grid_sample(x4(d), theta(d)[0]), "; a batch of one is theta[None]"),
+    "no batch of images": (
+        lambda d: stn.affine_grid_sample(x4(d)[0], theta(d)),
+        "; a batch of one is input[None]",
+    ),
+    "another batch": (
+        lambda d: stn.affine_grid_sample(x4(d), torch.rand(3, 2, 3, device=d)),
+        "; theta has a batch of 3, input of 2",
+    ),
+    "a homography": (
+        lambda d: stn.affine_grid_sample(x4(d), torch.rand(2, 3, 3, device=d)),
+        "; projective_grid_sample takes homographies",
+    ),
+    "an affine map": (
+        lambda d: stn.projective_grid_sample(x4(d), theta(d)),
+        "; affine_grid_sample takes affine maps",
+    ),
+    "a map of volumes": (
+        lambda d: stn.affine_grid_sample(x4(d), theta5(d)),
+        "; that is a map for volumes, (N, C, D, H, W)",
+    ),
+    "one side": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d), 7),
+        "got 7; for equal sides size=(7, 7)",
+    ),
+    "a whole shape": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d), x4(d).shape),
+        "; without batch and channels size=(4, 5)",
+    ),
+    "another library's mode": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d), mode="cubic"),
+        "got 'cubic'; did you mean 'bicubic'?",
+    ),
+    "a typo": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d), padding_mode="zeroes"),
+        "got 'zeroes'; did you mean 'zeros'?",
+    ),
+    "nothing near": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d), padding_mode="??"),
+        "got '??'",
+    ),
+    "a flow's components last": (
+        lambda d: stn.flow_grid_sample(x4(d)[:1], torch.rand(1, 4, 5, 2, device=d)),
+        "flow must be (1, 2, H, W) for this 4-D input, got shape (1, 4, 5, 2); "
+        "flow.movedim(-1, 1) puts components first",
+    ),
+    "no lattice": (
+        lambda d: stn.tps_grid_sample(x4(d), torch.rand(2, 5, 2, device=d)),
+        "got K = 5; control_points, (5, 2), says where in the output these are",
+    ),
+    "a small image": (
+        lambda d: stn.nn.localisation_cnn().to(d)(torch.rand(1, 1, 24, 30, device=d)),
+        "H and W of 28 or more for this localisation net, got shape (1, 1, 24, 30); localisation_cnn("
+        "downsample=1) takes 14 or more and localisation_cnn(padding=2, downsample=1) 2 or more",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEAREST)
+def test_errors_say_the_nearest_right_call(device, name):
+    call, end = NEAREST[name]
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(device)
+    assert str(caught.value).endswith(end), caught.value

@@ -1,7 +1,5 @@
 """``torch.export`` of models with each transform; the same in PyTorch's operators; and in ONNX."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from common import random_grid
@@ -238,19 +236,6 @@ def test_onnx_modes(mode, padding, align_corners):
 def test_onnx_of_any_size(name):
     """One ONNX model for other batches and image sizes."""
     assert_same_in_onnx(MODELS[name](), images(name), True, [images(name, batch=3, grow=2)])
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_readme(tmp_path, monkeypatch):
-    """The README's snippet."""
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (snippet,) = (block for block in text.split("```python\n") if "stn.export" in block)
-    monkeypatch.chdir(tmp_path)
-    names = {"torch": torch, "stn": stn, "net": Model("affine"), "digits": images("affine")}
-    exec(snippet.partition("```")[0], names)
-    assert (tmp_path / "net.onnx").exists()
 
 
 def test_gradients_of_an_exported_module():

@@ -478,3 +478,13 @@ def test_papers_nets_together(transform):
         assert output.shape == (4, 1, 28, 28)
         output.square().sum().backward()
         assert all(p.grad is not None for p in module.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"padding": 2, "downsample": 1}, {"channels": (4, 4, 4)}], ids=str)
+def test_localisation_cnn_knows_its_least_image(options):
+    """One pixel less is refused, with words; exactly that many go through."""
+    net = localisation_cnn(**options)
+    least = net.least_size
+    assert net(torch.rand(1, 1, least, least)).shape == (1, 20)
+    with pytest.raises(ValueError, match=f"H and W of {least} or more"):
+        net(torch.rand(1, 1, least, least - 1))

@@ -64,7 +64,7 @@ def checkout(tmp_path_factory):
     copy = tmp_path_factory.mktemp("package") / "checkout"
     copy.mkdir()
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
-    for name in ("stn_triton", "kernels", "tests", "bench", "examples", ".ci"):
+    for name in ("stn_triton", "kernels", "tests", "bench", "examples", "docs", ".ci"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
     for path in ROOT.glob("*.*"):
@@ -312,28 +312,8 @@ def test_device_code_knows_triton_alone(path):
         assert known, f"{path.name} imports {name}"
 
 
-def test_readme_snippets_run():
-    """The README's code, on the CPU and with small images."""
-    import torch
+def test_tables_are_looked_for_where_they_are_shipped():
+    """``make tune`` writes there too."""
+    from stn_triton.kernels.host import tables
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
-    first, second, existing, _ = (  # the last runs in test_export.py
-        block.replace(', device="cuda"', "").replace("480, 640", "24, 32").replace("224", "8")
-        for block in blocks
-    )
-    names = {}
-    exec(first, names)
-    assert names["crops"].shape == (8, 3, 8, 8)
-    assert names["theta"].grad.shape == (8, 2, 3)
-    names["homography"] = torch.eye(3).repeat(8, 1, 1)
-    names["points"] = names["stn"].transforms.identity(8, "tps")
-    names["flow"] = torch.zeros(8, 2, 24, 32)
-    names["digits"] = torch.rand(8, 1, 28, 28)
-    exec(second, names)
-    assert names["straightened"].shape == (8, 1, 28, 28)
-    fused = names.pop("crops")
-    gradient, names["theta"].grad = names["theta"].grad, None
-    exec(existing, names)
-    torch.testing.assert_close(names["crops"], fused)
-    torch.testing.assert_close(names["theta"].grad, gradient)
+    assert tables.SHIPPED.resolve() == ROOT / "kernels" / "tuned"

@@ -30,7 +30,7 @@ from .files import replacing
 
 FORMAT = 1  # of the files; a file of another one is not used
 SECONDS = 10.0  # that a process waits at most for others that write to the same table
-SHIPPED = Path(__file__).parent / "tuned"
+SHIPPED = Path(__file__).parent.parent / "tuned"
 
 Fields = Mapping[str, int]
 _EMPTY: dict[str, Fields] = {}

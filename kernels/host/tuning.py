@@ -51,6 +51,11 @@ def autotune() -> Block[None]:
     gradients, depend on the tile. On the CPU the block does nothing. A context manager and decorator.
 
     Outside such blocks nothing is tuned, and only the tables shipped with the package are used.
+
+    Example:
+        >>> image, theta = torch.rand(8, 3, 48, 64), torch.eye(2, 3).repeat(8, 1, 1)
+        >>> with stn.autotune():
+        ...     warped = stn.affine_grid_sample(image, theta)
     """
     return Block(tables.live, None)
 
