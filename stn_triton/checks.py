@@ -92,19 +92,19 @@ def to_size(size: object) -> tuple[int, ...] | None:
     return None if None in found else found
 
 
-def check_size(size: object, expected: str, length: int) -> tuple[int, ...]:
+def check_size(size: object, expected: str, length: int, name: str = "size") -> tuple[int, ...]:
     """``size`` as a tuple of ``length`` ints, none of them negative."""
     found = to_size(size)
     if found is None:
-        refuse(TypeError, "size", f"{expected}, a tuple of ints", repr(size))
+        refuse(TypeError, name, f"{expected}, a tuple of ints", repr(size))
     if len(found) != length or any(n < 0 for n in found):
-        refuse(ValueError, "size", f"{expected}, none of them negative", found)
+        refuse(ValueError, name, f"{expected}, none of them negative", found)
     return found
 
 
-def check_spatial_size(size: object, dims: int) -> tuple[int, ...]:
+def check_spatial_size(size: object, dims: int, name: str = "size") -> tuple[int, ...]:
     """(H, W) or (D, H, W)."""
-    return check_size(size, "(H, W)" if dims == 2 else "(D, H, W)", dims)
+    return check_size(size, "(H, W)" if dims == 2 else "(D, H, W)", dims, name)
 
 
 def check_modes(mode: str, padding_mode: str, align_corners: bool) -> tuple[Interpolation, Padding, bool]:
@@ -114,9 +114,13 @@ def check_modes(mode: str, padding_mode: str, align_corners: bool) -> tuple[Inte
             refuse(TypeError, name, "a string", type(value).__name__)
         if value not in known:
             refuse(ValueError, name, "one of " + ", ".join(map(repr, known)), repr(value))
-    if not isinstance(align_corners, bool):
-        refuse(TypeError, "align_corners", "a bool", repr(align_corners))
-    return INTERPOLATIONS[mode], PADDINGS[padding_mode], align_corners
+    return INTERPOLATIONS[mode], PADDINGS[padding_mode], check_bool("align_corners", align_corners)
+
+
+def check_bool(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        refuse(TypeError, name, "a bool", repr(value))
+    return value
 
 
 def check_number(name: str, value: float) -> float:

@@ -218,7 +218,7 @@ ALLOWED_IMPORTS = {
     "calls": set(),
     "checks": {"calls", "kernels.modes"},
     "distributed": {"calls", "kernels.modes"},
-    "transforms": {"calls", "checks", "distributed"},
+    "transforms": {"transforms", "calls", "checks", "distributed"},
     "reference": {"reference", "calls", "kernels.modes", "kernels.host.dtypes"},
     "ops": {"kernels", "backend", "calls", "reference"},
     "autograd": {
