@@ -1,4 +1,4 @@
-"""The parameters of transforms: making, composing and inverting them, and the thin-plate spline's algebra.
+"""The parameters of transforms: made, composed and inverted, in pixels too; and the spline's algebra.
 
 Convention: every transform maps output coordinates to input coordinates, both normalised and x first;
 x points right and y down. A point is a column, ``theta @ (x, y, 1)``: affine maps are (..., 2, 3), or
@@ -10,6 +10,7 @@ float32 or wider, and rounded once to the dtype the arguments promote to.
 """
 
 from .matrices import attention, compose, identity, invert, similarity
+from .pixels import crop, from_pixels, rotation, to_pixels
 from .splines import control_lattice, tps_coefficients, tps_evaluate
 
 __all__ = [
@@ -18,6 +19,10 @@ __all__ = [
     "similarity",
     "compose",
     "invert",
+    "from_pixels",
+    "to_pixels",
+    "rotation",
+    "crop",
     "control_lattice",
     "tps_coefficients",
     "tps_evaluate",
