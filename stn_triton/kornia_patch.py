@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import backend, functional, transforms
 from .calls import PLAIN, leaves_pytorch
-from .checks import DTYPES, INTERPOLATIONS, PADDINGS, to_size
+from .checks import DTYPES, INTERPOLATIONS, to_size
 from .switch import Patch, Switch
 from .versions import refuse_older
 
@@ -184,7 +184,7 @@ def _fits(
         and isinstance(mode, str)
         and mode in INTERPOLATIONS
         and isinstance(padding_mode, str)
-        and padding_mode in PADDINGS
+        and padding_mode in ("zeros", "border", "reflection")  # kornia knows no others of ours
         and isinstance(align_corners, bool)
         and len(size) == 2
         and all(n > 1 for n in (*size, *src.shape[2:]))
