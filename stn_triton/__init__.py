@@ -19,6 +19,7 @@ from .functional import (
     tps_grid_sample,
 )
 from .kernels.host.tuning import autotune
+from .kornia_patch import patch_kornia
 from .patch import patch_torch
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "flow_grid_sample",
     "grid_sample",
     "nn",
+    "patch_kornia",
     "patch_torch",
     "projective_grid",
     "projective_grid_sample",

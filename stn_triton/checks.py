@@ -110,22 +110,22 @@ def to_size(size: object) -> tuple[int, ...] | None:
     return None if None in found else found
 
 
-def check_size(size: object, expected: str, length: int) -> tuple[int, ...]:
+def check_size(size: object, expected: str, length: int, name: str = "size") -> tuple[int, ...]:
     """``size`` as a tuple of ``length`` ints, none of them negative."""
     found = to_size(size)
     if found is None:
         side = to_int(size)
-        square = f"for equal sides size=({', '.join([str(side)] * length)})" if side and length < 4 else ""
-        refuse(TypeError, "size", f"{expected}, a tuple of ints", repr(size), square)
+        square = f"for equal sides {name}=({', '.join([str(side)] * length)})" if side and length < 4 else ""
+        refuse(TypeError, name, f"{expected}, a tuple of ints", repr(size), square)
     if len(found) != length or any(n < 0 for n in found):
-        spatial = len(found) == length + 2 and f"without batch and channels size={found[2:]}"
-        refuse(ValueError, "size", f"{expected}, none of them negative", found, spatial or "")
+        spatial = len(found) == length + 2 and f"without batch and channels {name}={found[2:]}"
+        refuse(ValueError, name, f"{expected}, none of them negative", found, spatial or "")
     return found
 
 
-def check_spatial_size(size: object, dims: int) -> tuple[int, ...]:
+def check_spatial_size(size: object, dims: int, name: str = "size") -> tuple[int, ...]:
     """(H, W) or (D, H, W)."""
-    return check_size(size, "(H, W)" if dims == 2 else "(D, H, W)", dims)
+    return check_size(size, "(H, W)" if dims == 2 else "(D, H, W)", dims, name)
 
 
 def _nearest(value: str, known: Collection[str]) -> str:
@@ -176,9 +176,13 @@ def check_modes(mode: str, padding_mode: str, align_corners: bool) -> tuple[Inte
         if value not in known:
             hint = _nearest(value, known)
             refuse(ValueError, name, "one of " + ", ".join(map(repr, known)), repr(value), hint)
-    if not isinstance(align_corners, bool):
-        refuse(TypeError, "align_corners", "a bool", repr(align_corners))
-    return INTERPOLATIONS[mode], PADDINGS[padding_mode], align_corners
+    return INTERPOLATIONS[mode], PADDINGS[padding_mode], check_bool("align_corners", align_corners)
+
+
+def check_bool(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        refuse(TypeError, name, "a bool", repr(value))
+    return value
 
 
 def check_number(name: str, value: float) -> float:

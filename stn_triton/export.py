@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference, transforms
+from . import ops, reference
 from .kernels.modes import Interpolation, Padding, Source
+from .transforms import splines
 
 __all__ = ["decompositions", "onnx_translations"]
 
@@ -46,7 +47,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {
         operators.sample.default: sample,
         operators.grid.default: grid,
-        torch.ops.aten.linalg_inv_ex.default: transforms.invert_by_elimination,
+        torch.ops.aten.linalg_inv_ex.default: splines.invert_by_elimination,
     }
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, backend, distributed, transforms
+from . import autograd, backend, distributed
 from .calls import elsewhere, has_torch_function, is_taken, tracing_state
 from .checks import (
     DTYPES,
@@ -46,6 +46,7 @@ from .checks import (
     to_size,
 )
 from .kernels.modes import Source
+from .transforms import splines
 
 __all__ = [
     "affine_grid",
@@ -526,10 +527,10 @@ def tps_grid(
 
 def _spline(points: Tensor, control_points: Tensor | None, regularization: float) -> tuple[Tensor, Tensor]:
     """The spline's coefficients, (N, [T,] K + 3, 2), and its control points, in float32 or wider."""
-    coefficients = transforms.tps_coefficients(points, control_points, regularization)
+    coefficients = splines.tps_coefficients(points, control_points, regularization)
     if control_points is None:
-        side = transforms.lattice_side("points", points.shape[-2])
-        control_points = transforms.kept_lattice(side, points.device, coefficients.dtype)
+        side = splines.lattice_side("points", points.shape[-2])
+        control_points = splines.kept_lattice(side, points.device, coefficients.dtype)
     return coefficients, distributed.replicated(control_points.to(coefficients.dtype), coefficients)
 
 

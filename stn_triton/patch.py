@@ -9,7 +9,6 @@ cuDNN's options, in autograd already: the derivative of ``grid_sampler_2d`` make
 
 from __future__ import annotations
 
-import _thread
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,13 +21,50 @@ from torch import Tensor
 from . import backend, kernels
 from .calls import plain
 from .checks import DTYPES
-from .kernels.host.blocks import Block, Blocks, whole
 from .kernels.modes import Interpolation, Padding, Source
+from .switch import Patch, Switch
 
 __all__ = ["patch_torch"]
 
 
-class patch_torch(Block[None]):
+class _Registered(Switch):
+    """This package's kernels, registered with PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._library: torch.library.Library | None = None
+        self._registered_before = False
+        # other threads may still be inside a kernel that was just removed: the last ones are kept alive
+        self._recent: deque[list[Callable[..., Any]]] = deque(maxlen=64)
+
+    def turn_on(self) -> None:
+        library = torch.library.Library("aten", "IMPL")
+        # PyTorch says, once in a process, that a kernel is overridden
+        quiet = nullcontext() if self._registered_before else warnings.catch_warnings()
+        try:
+            with quiet:
+                if not self._registered_before:
+                    warnings.filterwarnings("ignore", "Warning only once for all operators")
+                replacements = list(_replacements())
+                for name, key, function in replacements:
+                    library.impl(name, function, key, with_keyset=True, allow_override=True)
+            self._recent.append([_kernel(name, key) for name, key, _ in replacements])
+        except BaseException:
+            library._destroy()
+            raise
+        self._registered_before = True
+        self._library = library
+
+    def turn_off(self) -> None:
+        library, self._library = self._library, None
+        if library is not None:
+            library._destroy()
+
+
+_patch = _Registered()
+
+
+class patch_torch(Patch):
     """Makes PyTorch's own ``grid_sample`` run on this package's kernels, for code that nobody edits.
 
     For a block::
@@ -66,102 +102,7 @@ class patch_torch(Block[None]):
         ...     warped = torch.nn.functional.grid_sample(image, grid, align_corners=False)
     """
 
-    def __init__(self) -> None:
-        super().__init__(_patch.blocks, None)
-
-    def _given(self) -> patch_torch:
-        return patch_torch()
-
-    _another = _given
-
-    @staticmethod
-    def enable() -> None:
-        """From here on, in all threads. A second call changes nothing."""
-        _patch.switch(True)
-
-    @staticmethod
-    def disable() -> None:
-        """Undoes ``enable``, whoever called it. Blocks that are open stay in force until they end."""
-        _patch.switch(False)
-
-
-class _Patch:
-    """What is in force.
-
-    Whether the patch is wanted follows from ``_enabled`` and the open blocks, each set by one assignment;
-    what is registered with PyTorch follows that.
-    """
-
-    def __init__(self) -> None:
-        self.blocks: Blocks[None] = Blocks(self.settle)
-        self._enabled = False
-        self._library: torch.library.Library | None = None
-        self._lock = _thread.allocate_lock()
-        self._settling: int | None = None  # the thread that does
-        self._registered_before = False
-        # other threads may still be inside a kernel that was just removed: the last ones are kept alive
-        self._recent: deque[list[Callable[..., Any]]] = deque(maxlen=64)
-
-    def _wanted(self) -> bool:
-        return self._enabled or bool(self.blocks)
-
-    def switch(self, enabled: bool) -> None:
-        before = self._enabled
-        try:
-            self._enabled = enabled
-            self.settle()
-        except BaseException:
-            self._enabled = before
-            self.settle()
-            raise
-
-    def settle(self) -> None:
-        """Registers or removes the kernels, as is wanted; returns when that is done, whoever does it."""
-        if self._settling == _thread.get_ident():  # from within: _settle looks again
-            return
-        while self._settling is not None or (self._library is not None) != self._wanted():
-            whole(self._settle)
-
-    def _settle(self) -> None:
-        with self._lock:
-            self._settling = _thread.get_ident()
-            try:
-                while True:
-                    wanted, library = self._wanted(), self._library
-                    if wanted and library is None:
-                        self._library = self._register()
-                    elif not wanted and library is not None:
-                        # Told first: who opens a block from here on waits, who did before is seen now.
-                        self._library = None
-                        if self._wanted():
-                            self._library = library
-                        else:
-                            library._destroy()
-                    else:
-                        return
-            finally:
-                self._settling = None
-
-    def _register(self) -> torch.library.Library:
-        library = torch.library.Library("aten", "IMPL")
-        # PyTorch says, once in a process, that a kernel is overridden
-        quiet = nullcontext() if self._registered_before else warnings.catch_warnings()
-        try:
-            with quiet:
-                if not self._registered_before:
-                    warnings.filterwarnings("ignore", "Warning only once for all operators")
-                replacements = list(_replacements())
-                for name, key, function in replacements:
-                    library.impl(name, function, key, with_keyset=True, allow_override=True)
-            self._recent.append([_kernel(name, key) for name, key, _ in replacements])
-        except BaseException:
-            library._destroy()
-            raise
-        self._registered_before = True
-        return library
-
-
-_patch = _Patch()
+    _switch = _patch
 
 
 # -------------------------------------------------------------------------------------- registration

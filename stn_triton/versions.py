@@ -40,7 +40,7 @@ def triton_version() -> str | None:
         return "unknown"
 
 
-def _refuse_older(name: str, found: str | None, oldest: tuple[int, int]) -> None:
+def refuse_older(name: str, found: str | None, oldest: tuple[int, int], who: str = "stn_triton") -> None:
     """
     Raises:
         ImportError: ``found`` is older; what is no version passes.
@@ -48,8 +48,8 @@ def _refuse_older(name: str, found: str | None, oldest: tuple[int, int]) -> None
     numbers = re.match(r"(\d+)\.(\d+)", found or "")
     if numbers and (int(numbers[1]), int(numbers[2])) < oldest:
         needed = ".".join(map(str, oldest))
-        raise ImportError(f"stn_triton needs {name} {needed} or later, and finds {name} {found}")
+        raise ImportError(f"{who} needs {name} {needed} or later, and finds {name} {found}")
 
 
-_refuse_older("PyTorch", str(torch.__version__), TORCH)
-_refuse_older("Triton", triton_version(), TRITON)
+refuse_older("PyTorch", str(torch.__version__), TORCH)
+refuse_older("Triton", triton_version(), TRITON)

@@ -85,8 +85,9 @@ def test_docstrings_have_examples_that_run(name, value, tmp_path, monkeypatch):
         pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.chdir(tmp_path)
     (test,) = doctest.DocTestFinder(recurse=False).find(value, name, globs={"torch": torch, "stn": stn})
-    if name.endswith("onnx_translations"):
-        pytest.importorskip("onnxscript")
+    for ending, needed in (("onnx_translations", "onnxscript"), ("patch_kornia", "kornia")):
+        if name.endswith(ending):
+            pytest.importorskip(needed)
     assert test.examples, f"{name} has no example"
     said = []
     failures, _ = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=said.append)

@@ -401,13 +401,13 @@ def test_decorator(device, launched):
 
 def test_threads(monkeypatch):
     """Blocks that overlap in threads: the patch is in force inside each, and the last one ends it."""
-    register = stn.patch._Patch._register
+    register = stn.patch._Registered.turn_on
 
     def slow(self):
         time.sleep(1e-3)  # where another thread would come in
         return register(self)
 
-    monkeypatch.setattr(stn.patch._Patch, "_register", slow)
+    monkeypatch.setattr(stn.patch._Registered, "turn_on", slow)
     failures = []
     start = threading.Barrier(4)
 

@@ -16,7 +16,8 @@ import torch
 from common import random_grid, random_theta
 
 import stn_triton as stn
-from stn_triton import backend, transforms
+from stn_triton import backend
+from stn_triton.transforms import splines
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = 4
@@ -76,9 +77,9 @@ def everything(leaves):
 
 def forget():
     """What is remembered from call to call."""
-    transforms._lattices.clear()
-    transforms._places.clear()
-    transforms._system_matrix.cache_clear()
+    splines._lattices.clear()
+    splines._places.clear()
+    splines._system_matrix.cache_clear()
     backend._select.cache_clear()
 
 
@@ -114,7 +115,7 @@ def test_threads_share_one_module(in_threads, device):
 
 def test_a_lattice_is_kept_once(in_threads, device, monkeypatch):
     """All threads get the same points and the same matrix: graphs refer to them by their addresses."""
-    solve, lattice = transforms._solve, transforms.control_lattice
+    solve, lattice = splines._solve, splines.control_lattice
 
     def slowly(function):
         def slow(*arguments, **keywords):
@@ -124,12 +125,12 @@ def test_a_lattice_is_kept_once(in_threads, device, monkeypatch):
         return slow
 
     forget()
-    monkeypatch.setattr(transforms, "_solve", slowly(solve))
-    monkeypatch.setattr(transforms, "control_lattice", slowly(lattice))
-    found = in_threads(lambda index: transforms._lattice_matrix(4, 0.0, device))
-    assert all(matrix is transforms._lattices[4, device] for matrix in found)
-    found = in_threads(lambda index: transforms.kept_lattice(4, device, torch.float32))
-    assert all(points is transforms._places[4, device, torch.float32] for points in found)
+    monkeypatch.setattr(splines, "_solve", slowly(solve))
+    monkeypatch.setattr(splines, "control_lattice", slowly(lattice))
+    found = in_threads(lambda index: splines._lattice_matrix(4, 0.0, device))
+    assert all(matrix is splines._lattices[4, device] for matrix in found)
+    found = in_threads(lambda index: splines.kept_lattice(4, device, torch.float32))
+    assert all(points is splines._places[4, device, torch.float32] for points in found)
     torch.testing.assert_close(found[0], lattice(4, device=device), rtol=0, atol=0)
 
 

@@ -24,6 +24,7 @@ from stn_triton.transforms import (
     identity,
     invert,
     similarity,
+    splines,
     tps_coefficients,
     tps_evaluate,
 )
@@ -276,7 +277,7 @@ def closed_forms():
         yield f"invert {shape}", invert, (maps(shape, 2, grad=True),)
 
 
-def splines(grad_control=True):
+def spline_cases(grad_control=True):
     torch.manual_seed(3)  # cases are made before the tests are seeded
     for regularization in (0.0, 0.3):
         control_points, points, xy = (
@@ -291,7 +292,7 @@ def splines(grad_control=True):
         yield f"tps {regularization}", spline, (points, control_points, xy)
 
 
-CASES = [*closed_forms(), *splines()]
+CASES = [*closed_forms(), *spline_cases()]
 every_function = pytest.mark.parametrize(
     "function, arguments", [c[1:] for c in CASES], ids=[c[0] for c in CASES]
 )
@@ -474,17 +475,17 @@ def test_gradients_of_a_remembered_system():
 @pytest.fixture
 def solved(monkeypatch):
     """A fresh memory; the number of systems solved since."""
-    monkeypatch.setattr(transforms, "_lattices", {})
-    transforms._system_matrix.cache_clear()
-    calls, solve = [], transforms._solve
+    monkeypatch.setattr(splines, "_lattices", {})
+    splines._system_matrix.cache_clear()
+    calls, solve = [], splines._solve
 
     def counted(*arguments):
         calls.append(arguments)
         return solve(*arguments)
 
-    monkeypatch.setattr(transforms, "_solve", counted)
+    monkeypatch.setattr(splines, "_solve", counted)
     yield lambda: len(calls)
-    transforms._system_matrix.cache_clear()
+    splines._system_matrix.cache_clear()
 
 
 @pytest.mark.parametrize("regularization", (0.0, 0.1))
@@ -521,9 +522,9 @@ def mutations():
 def test_changed_control_points_are_noticed(device, mutate):
     control_points, points = scattered(6).to(device), rand(6, 2).to(device)
     before = tps_coefficients(points, control_points)
-    values = transforms._read_once(control_points)
+    values = splines._read_once(control_points)
     mutate(control_points)
-    assert transforms._read_once(control_points) != values  # what accelerators rely on
+    assert splines._read_once(control_points) != values  # what accelerators rely on
     after = tps_coefficients(points, control_points)
     assert not torch.equal(after, before)
     assert torch.equal(after, tps_coefficients(points, control_points.clone()))
@@ -544,11 +545,11 @@ def test_an_accelerator_is_read_once(monkeypatch):
     control_points = scattered(6)
     reads, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(t) or tolist(t))
-    values = [transforms._read_once(control_points) for _ in range(3)]
+    values = [splines._read_once(control_points) for _ in range(3)]
     assert len(reads) == 1
     assert values == [tuple(control_points.flatten().tolist())] * 3
     control_points.add_(1)
-    transforms._read_once(control_points)
+    splines._read_once(control_points)
     assert len(reads) == 3  # the one of this test's own
 
 
@@ -556,27 +557,27 @@ def test_memory_is_bounded(solved):
     points = rand(5, 2)
     for _ in range(70):
         tps_coefficients(points, scattered(5))
-    kept = transforms._system_matrix.cache_info()
+    kept = splines._system_matrix.cache_info()
     assert kept.currsize == kept.maxsize == 64
 
 
 def test_no_tensor_of_the_users_is_kept():
     control_points, points = scattered(7), rand(7, 2, grad=True)
     alive = weakref.ref(control_points), weakref.ref(points)
-    transforms._read_once(control_points)
-    entries = len(transforms._values)
+    splines._read_once(control_points)
+    entries = len(splines._values)
     tps_coefficients(points, control_points).sum().backward()
     del control_points, points
     gc.collect()
     assert [ref() for ref in alive] == [None, None]
-    assert len(transforms._values) == entries - 1
+    assert len(splines._values) == entries - 1
 
 
 def test_threads():
     sets = [(scattered(count), rand(count, 2)) for count in (5, 6, 7, 8)]
     expected = [tps_coefficients(points, c.clone().requires_grad_()).detach() for c, points in sets]
-    transforms._system_matrix.cache_clear()
-    transforms._lattices.clear()
+    splines._system_matrix.cache_clear()
+    splines._lattices.clear()
     failures, start = [], threading.Barrier(8)
     lattice_points = rand(25, 2)
 
@@ -586,7 +587,7 @@ def test_threads():
             for _ in range(20):
                 for (control_points, points), right in zip(sets, expected):
                     close(tps_coefficients(points, control_points), right, 1e-9)
-                    transforms._read_once(control_points)
+                    splines._read_once(control_points)
                 tps_coefficients(lattice_points)
         except BaseException as error:
             failures.append(error)
@@ -625,8 +626,8 @@ def test_nothing_is_kept_of_a_trace(solved, control_points, regularization):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert coefficients(mode.from_tensor(points)).shape == (2, 12, 2)
     graph = torch.fx.experimental.proxy_tensor.make_fx(coefficients)(points)
-    assert not transforms._lattices
-    assert transforms._system_matrix.cache_info().currsize == 0
+    assert not splines._lattices
+    assert splines._system_matrix.cache_info().currsize == 0
     real = coefficients(points)
     close(mapped, real, 1e-9)
     close(graph(points), real, 1e-9)
@@ -847,7 +848,7 @@ def test_imports_no_compiler():
         import stn_triton.transforms
         print([name for name in ("triton", "torch._dynamo", "sympy") if name in sys.modules])
     """
-    root = Path(transforms.__file__).parent.parent
+    root = Path(transforms.__file__).parents[2]
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300
     )

@@ -53,7 +53,7 @@ def test_an_older_triton_that_is_loaded_is_refused():
 
 @pytest.mark.parametrize("found", ["3.6.0", "3.10.0+git1234", "4.0", "unknown", "", None])
 def test_what_is_new_enough_or_no_version_passes(found):
-    versions._refuse_older("Triton", found, versions.TRITON)
+    versions.refuse_older("Triton", found, versions.TRITON)
 
 
 def test_the_installed_version_is_told(monkeypatch):

@@ -1,20 +1,10 @@
-"""The parameters of transforms: making, composing and inverting them, and the thin-plate spline's algebra.
-
-Convention: every transform maps output coordinates to input coordinates, both normalised and x first;
-x points right and y down. A point is a column, ``theta @ (x, y, 1)``: affine maps are (..., 2, 3), or
-(..., 3, 4) in 3-D, homographies (..., 3, 3).
-
-Everything is differentiable, batched, usable under ``torch.func`` and ``torch.compile``, and never makes
-the host wait for the device, but for the one read that :func:`tps_coefficients` describes. Computed in
-float32 or wider, and rounded once to the dtype the arguments promote to.
-"""
+"""Thin-plate splines: their control points, coefficients and values."""
 
 from __future__ import annotations
 
 import functools
 import math
 import threading
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,144 +12,12 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import calls, distributed
-from .calls import elsewhere, has_torch_function, is_taken, plain, public, tracing_state
-from .checks import check_device, check_int, check_regularization, check_tensor, refuse, to_number
+from .. import calls, distributed
+from ..calls import elsewhere, has_torch_function, is_taken, plain, public, tracing_state
+from ..checks import check_device, check_int, check_regularization, check_tensor, refuse
+from .arguments import check_dtype, check_leading, dtypes
 
-__all__ = [
-    "identity",
-    "attention",
-    "similarity",
-    "compose",
-    "invert",
-    "control_lattice",
-    "tps_coefficients",
-    "tps_evaluate",
-]
-
-
-# ------------------------------------------------------------------------------------- making them
-def identity(
-    n: int,
-    kind: str = "affine",
-    *,
-    dims: int = 2,
-    k: int = 4,
-    transforms: int | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Parameters of n transforms that leave images as they are.
-
-    Args:
-        n: the batch size; 0 is legal.
-        kind: "affine", "attention", "similarity", "projective" or "tps".
-        dims: 2 or 3; 3 for "affine" and "attention" only.
-        k: for "tps", the side of the lattice of control points.
-        transforms: T, for parameters (n, T, ...) of T transforms of each image.
-        device, dtype: the result's; a floating dtype, by default PyTorch's default.
-
-    Returns:
-        A new tensor. "affine", "attention" and "similarity": (n, dims, dims + 1), for all three
-        are applied as affine maps. "projective": (n, 3, 3). "tps": (n, k * k, 2), the points of
-        :func:`control_lattice`. (The identity of a flow, which has the size of an image, is
-        ``torch.zeros``.)
-
-    Raises:
-        TypeError, ValueError: naming the argument that does not fit.
-
-    Example:
-        >>> stn.transforms.identity(8).shape, stn.transforms.identity(8, "tps", k=5).shape
-        (torch.Size([8, 2, 3]), torch.Size([8, 25, 2]))
-    """
-    known = ("affine", "attention", "similarity", "projective", "tps")
-    if kind not in known:
-        refuse(ValueError, "kind", "one of " + ", ".join(map(repr, known)), repr(kind))
-    n, dims = check_int("n", n, 0), check_int("dims", dims, 2)
-    if dims > (3 if kind in ("affine", "attention") else 2):
-        refuse(ValueError, "dims", '2, or 3 for "affine" and "attention"', f"{dims} for {kind!r}")
-    dtype = _check_dtype(dtype)
-    if kind == "tps":
-        parameters = control_lattice(k, device=device, dtype=dtype)
-    elif kind == "projective":
-        parameters = torch.eye(3, device=device, dtype=dtype)
-    else:
-        parameters = torch.eye(dims, dims + 1, device=device, dtype=dtype)
-    if transforms is None:
-        return parameters.repeat(n, 1, 1)
-    return parameters.repeat(n, check_int("transforms", transforms, 0), 1, 1)
-
-
-@public
-def attention(scale: float | Tensor, translation: Tensor) -> Tensor:
-    """The affine map that reads a scaled and moved window: ``[[s, 0, tx], [0, s, ty]]``.
-
-    Equation 2 of Jaderberg et al., Spatial Transformer Networks, 2015.
-
-    Convention: the output shows the part of the input that is centred at ``translation`` and ``scale``
-    times as large as the input, so 0.5 magnifies twofold.
-
-    Args:
-        scale: (...,), or a number.
-        translation: (..., 2), or (..., 3) in 3-D. Its leading dimensions broadcast with the scale's,
-            which has no more of them; only a single translation, (2,) or (3,), serves any scale.
-
-    Returns:
-        (..., 2, 3) or (..., 3, 4).
-
-    Raises:
-        TypeError, ValueError: naming the argument that does not fit.
-
-    Example:
-        >>> stn.transforms.attention(0.5, torch.tensor([-0.5, 0.25]))  # half as wide, left of the middle
-        tensor([[ 0.5000,  0.0000, -0.5000],
-                [ 0.0000,  0.5000,  0.2500]])
-    """
-    dims = _check_translation(translation, (2, 3))
-    scale = _check_factor("scale", scale, translation)
-    compute, result = _dtypes(scale, translation)
-    factor, translation = _factor(scale, translation, compute), translation.to(compute)
-    factors, translation = torch.broadcast_tensors(factor.unsqueeze(-1), translation)
-    factor = factors[..., 0]
-    zero = torch.zeros_like(factor)
-    entries = [factor if row == column else zero for row in range(dims) for column in range(dims)]
-    return _augment(torch.stack(entries, -1).unflatten(-1, (dims, dims)), translation).to(result)
-
-
-@public
-def similarity(scale: float | Tensor, angle: float | Tensor, translation: Tensor) -> Tensor:
-    """Scale, rotate and move: ``[[s cos a, -s sin a, tx], [s sin a, s cos a, ty]]``.
-
-    Convention: radians. As x points right and y down, a positive angle turns the window that is read
-    clockwise, and so the picture that comes out counter-clockwise. The rotation is one of normalised
-    coordinates: where an image is not square, it is a rotation of the square it is stretched to.
-
-    Args:
-        scale: (...,), or a number; as in :func:`attention`.
-        angle: (...,), or a number.
-        translation: (..., 2). Its leading dimensions broadcast with those of scale and angle, which have
-            no more of them; only a single translation, (2,), serves any scale and angle.
-
-    Returns:
-        (..., 2, 3).
-
-    Raises:
-        TypeError, ValueError: naming the argument that does not fit.
-
-    Example:
-        >>> stn.transforms.similarity(torch.rand(8), torch.rand(8), torch.zeros(8, 2)).shape
-        torch.Size([8, 2, 3])
-    """
-    _check_translation(translation, (2,))
-    scale = _check_factor("scale", scale, translation)
-    angle = _check_factor("angle", angle, translation)
-    if isinstance(scale, Tensor) and isinstance(angle, Tensor):
-        _check_leading("angle", angle.shape, "scale", scale.shape)
-    compute, result = _dtypes(scale, angle, translation)
-    scale, angle = _factor(scale, translation, compute), _factor(angle, translation, compute)
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    linear = torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
-    return _augment(linear, translation.to(compute)).to(result)
+__all__ = ["control_lattice", "tps_coefficients", "tps_evaluate"]
 
 
 def control_lattice(
@@ -187,108 +45,11 @@ def control_lattice(
                 [ 1.,  1.]])
     """
     k = check_int("k", k, 2)
-    dtype = _check_dtype(dtype)
+    dtype = check_dtype(dtype)
     compute = torch.promote_types(dtype, torch.float32)
     axis = (2 * torch.arange(k, device=device, dtype=compute) - (k - 1)) / (k - 1)
     x, y = torch.meshgrid(axis, axis, indexing="xy")
     return torch.stack([x, y], -1).flatten(0, 1).to(dtype)
-
-
-# ------------------------------------------------------------------------------- their composition
-@public
-def compose(outer: Tensor, inner: Tensor) -> Tensor:
-    """The transform that maps a point p to ``outer(inner(p))``.
-
-    Convention: transforms map output to input, so an image sampled by ``compose(outer, inner)`` is the
-    image sampled by ``outer`` and that result sampled by ``inner``, without the blur of the step between.
-
-    Args:
-        outer, inner: affine maps (..., 2, 3) or (..., 3, 4), or homographies (..., 3, 3). A homography
-            goes with 2-D affine maps. Leading dimensions broadcast.
-
-    Returns:
-        Affine where both are, else a homography.
-
-    Raises:
-        TypeError, ValueError: naming the argument that does not fit.
-
-    Example:
-        >>> image = torch.rand(1, 3, 48, 64)
-        >>> crop = stn.transforms.attention(0.5, torch.zeros(1, 2))
-        >>> turn = stn.transforms.similarity(1.0, 0.3, torch.zeros(1, 2))
-        >>> turned = stn.affine_grid_sample(image, stn.transforms.compose(crop, turn))  # interpolated once
-    """
-    _check_theta("outer", outer)
-    _check_theta("inner", inner)
-    if outer.shape[-1] != inner.shape[-1]:
-        expected = f"of as many dimensions as outer, {tuple(outer.shape)},"
-        refuse(ValueError, "inner", expected, f"shape {tuple(inner.shape)}")
-    check_device("inner", inner, "outer", outer)
-    _check_leading("inner", inner.shape[:-2], "outer", outer.shape[:-2])
-    compute, result = _dtypes(outer, inner)
-    rows = max(outer.shape[-2], inner.shape[-2])
-    product = _matmul(_homogeneous(outer.to(compute)), _homogeneous(inner.to(compute)))
-    return product[..., :rows, :].to(result)
-
-
-@public
-def invert(theta: Tensor) -> Tensor:
-    """The inverse transform: ``compose(theta, invert(theta))`` is the identity.
-
-    Args:
-        theta: affine maps (..., 2, 3) or (..., 3, 4), or homographies (..., 3, 3).
-
-    Returns:
-        Of theta's shape and dtype. The inverse of a singular map has infinite and NaN entries (samplers
-        read nothing at such coordinates); that is no error, as to find out the host had to wait.
-
-    By cofactors (Cramer's rule), whose derivatives exist wherever the inverse does.
-
-    Raises:
-        TypeError, ValueError: naming the argument that does not fit.
-
-    Example:
-        >>> theta = stn.transforms.similarity(0.5, 0.3, torch.zeros(1, 2))
-        >>> there_and_back = stn.transforms.compose(theta, stn.transforms.invert(theta))
-        >>> torch.allclose(there_and_back, torch.eye(2, 3), atol=1e-6)
-        True
-    """
-    _check_theta("theta", theta)
-    compute, result = _dtypes(theta)
-    rows, columns = theta.shape[-2:]
-    matrix = theta.to(compute)
-    if columns == 3:
-        return _inverse(_homogeneous(matrix))[..., :rows, :].to(result)
-    linear = _inverse(matrix[..., :3])
-    return _augment(linear, -_matmul(linear, matrix[..., 3:]).squeeze(-1)).to(result)
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Of tiny matrices; unlike ``@`` never rounded to TF32, nor to half by autocast."""
-    return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
-
-
-def _inverse(matrix: Tensor) -> Tensor:
-    """Of (..., 3, 3). The inverse's columns are the cross products of the rows, over the determinant."""
-    a, b, c = matrix.unbind(-2)
-    adjugate = torch.stack([torch.linalg.cross(*rows) for rows in ((b, c), (c, a), (a, b))], -1)
-    determinant = (a * adjugate[..., 0]).sum(-1)
-    return adjugate / determinant[..., None, None]
-
-
-def _homogeneous(theta: Tensor) -> Tensor:
-    """(..., d, d + 1) with the row (0, ..., 0, 1) below; square matrices as they are."""
-    if theta.shape[-2] == theta.shape[-1]:
-        return theta
-    row = theta[..., :1, :]  # its kind of tensor, a DTensor for instance
-    row = torch.cat([torch.zeros_like(row[..., 1:]), torch.ones_like(row[..., :1])], -1)
-    return torch.cat([theta, row], -2)
-
-
-def _augment(linear: Tensor, translation: Tensor) -> Tensor:
-    """(..., d, d) with the translation (..., d) as a column to its right, leading dimensions broadcast."""
-    linear, column = torch.broadcast_tensors(linear, translation.unsqueeze(-1))
-    return torch.cat([linear, column[..., :1]], -1)
 
 
 # ------------------------------------------------------------------------------- thin-plate splines
@@ -348,11 +109,11 @@ def tps_coefficients(
         refuse(ValueError, "points", "(..., K, 2) with K of 3 or more", f"shape {tuple(points.shape)}")
     regularization = check_regularization(regularization)
     if control_points is None:
-        result, _ = _dtypes(points)
+        result, _ = dtypes(points)
         matrix = _lattice_matrix(lattice_side("points", points.shape[-2]), regularization, points.device)
     else:
         _check_control_points(control_points, points.shape[-2], "points", points)
-        result, _ = _dtypes(points, control_points)
+        result, _ = dtypes(points, control_points)
         matrix = _control_matrix(plain(distributed.whole(control_points)), regularization)
     matrix = distributed.replicated(matrix, points)
     return (matrix @ points.double()).to(result)  # float64 knows neither TF32 nor autocast
@@ -393,9 +154,9 @@ def tps_evaluate(coefficients: Tensor, control_points: Tensor | None, xy: Tensor
     if xy.dim() < 2 or xy.shape[-1] != 2:
         refuse(ValueError, "xy", "(..., P, 2)", f"shape {tuple(xy.shape)}")
     check_device("xy", xy, "coefficients", coefficients)
-    _check_leading("xy", xy.shape[:-2], "coefficients", coefficients.shape[:-2])
+    check_leading("xy", xy.shape[:-2], "coefficients", coefficients.shape[:-2])
     count = coefficients.shape[-2] - 3
-    compute, _ = _dtypes(coefficients, xy)
+    compute, _ = dtypes(coefficients, xy)
     if control_points is None:
         side = lattice_side("coefficients", count)
         control_points = control_lattice(side, device=xy.device, dtype=compute)
@@ -581,54 +342,6 @@ def _read_once(control_points: Tensor) -> tuple[float, ...]:
 
 
 # ----------------------------------------------------------------------------------------- validation
-def _check_dtype(dtype: torch.dtype | None) -> torch.dtype:
-    """The default dtype for None."""
-    if dtype is None:
-        return torch.get_default_dtype()
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        refuse(TypeError, "dtype", "a floating-point dtype", repr(dtype))
-    return dtype
-
-
-def _check_leading(name: str, leading: Sequence[int], other_name: str, other: Sequence[int]) -> None:
-    if any(a != b and a != 1 and b != 1 for a, b in zip(reversed(leading), reversed(other))):
-        expected = f"such that its leading dimensions broadcast with {tuple(other)}, those of {other_name}"
-        refuse(ValueError, name, expected, tuple(leading))
-
-
-def _check_theta(name: str, theta: Tensor) -> None:
-    check_tensor(name, theta)
-    if theta.dim() < 2 or tuple(theta.shape[-2:]) not in ((2, 3), (3, 4), (3, 3)):
-        expected = "(..., 2, 3), (..., 3, 4) or (..., 3, 3)"
-        refuse(ValueError, name, expected, f"shape {tuple(theta.shape)}")
-
-
-def _check_translation(translation: Tensor, dims: tuple[int, ...]) -> int:
-    """The number of spatial dimensions."""
-    check_tensor("translation", translation)
-    if translation.dim() < 1 or translation.shape[-1] not in dims:
-        expected = " or ".join(f"(..., {d})" for d in dims)
-        refuse(ValueError, "translation", expected, f"shape {tuple(translation.shape)}")
-    return translation.shape[-1]
-
-
-def _check_factor(name: str, value: float | Tensor, translation: Tensor) -> float | Tensor:
-    """A number, or a tensor whose dimensions broadcast with the translation's leading ones."""
-    number = to_number(value)
-    if number is not None:
-        return number
-    if not isinstance(value, Tensor):
-        refuse(TypeError, name, "a tensor or a number", type(value).__name__)
-    check_tensor(name, value)
-    check_device(name, value, "translation", translation)
-    leading = translation.shape[:-1]
-    if leading and value.dim() > len(leading):  # (N, 1) with (N, 2) would make (N, N, 2, 3)
-        expected = f"of no more dimensions than translation's leading ones, {tuple(leading)},"
-        refuse(ValueError, name, expected, f"shape {tuple(value.shape)}")
-    _check_leading(name, value.shape, "translation", leading)
-    return value
-
-
 def _check_control_points(control_points: Tensor, count: int, other_name: str, other: Tensor) -> None:
     check_tensor("control_points", control_points)
     if tuple(control_points.shape) != (count, 2):
@@ -667,17 +380,3 @@ def lattice_side(name: str, count: int) -> int:
         hint = f"control_points, ({count}, 2), says where in the output these are"
         refuse(ValueError, name, expected, f"K = {count}", hint)
     return k
-
-
-# --------------------------------------------------------------------------------------------- dtypes
-def _dtypes(*values: float | Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """What to compute in, at least float32, and what the tensors promote to."""
-    dtypes = [value.dtype for value in values if isinstance(value, Tensor)]
-    result = functools.reduce(torch.promote_types, dtypes)
-    return torch.promote_types(result, torch.float32), result
-
-
-def _factor(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.to(dtype)
-    return torch.full((), value, device=like.device, dtype=dtype)

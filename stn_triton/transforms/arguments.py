@@ -1,0 +1,73 @@
+"""Checks and dtypes of arguments, for all transforms."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks import check_device, check_tensor, refuse, to_number
+
+
+def check_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    """The default dtype for None."""
+    if dtype is None:
+        return torch.get_default_dtype()
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        refuse(TypeError, "dtype", "a floating-point dtype", repr(dtype))
+    return dtype
+
+
+def check_leading(name: str, leading: Sequence[int], other_name: str, other: Sequence[int]) -> None:
+    if any(a != b and a != 1 and b != 1 for a, b in zip(reversed(leading), reversed(other))):
+        expected = f"such that its leading dimensions broadcast with {tuple(other)}, those of {other_name}"
+        refuse(ValueError, name, expected, tuple(leading))
+
+
+def check_theta(name: str, theta: Tensor) -> None:
+    check_tensor(name, theta)
+    if theta.dim() < 2 or tuple(theta.shape[-2:]) not in ((2, 3), (3, 4), (3, 3)):
+        expected = "(..., 2, 3), (..., 3, 4) or (..., 3, 3)"
+        refuse(ValueError, name, expected, f"shape {tuple(theta.shape)}")
+
+
+def check_vector(name: str, vector: Tensor, dims: tuple[int, ...]) -> int:
+    """The number of its components."""
+    check_tensor(name, vector)
+    if vector.dim() < 1 or vector.shape[-1] not in dims:
+        expected = " or ".join(f"(..., {d})" for d in dims)
+        refuse(ValueError, name, expected, f"shape {tuple(vector.shape)}")
+    return vector.shape[-1]
+
+
+def check_factor(name: str, value: float | Tensor, vector_name: str, vector: Tensor) -> float | Tensor:
+    """A number, or a tensor whose dimensions broadcast with the vector's leading ones."""
+    number = to_number(value)
+    if number is not None:
+        return number
+    if not isinstance(value, Tensor):
+        refuse(TypeError, name, "a tensor or a number", type(value).__name__)
+    check_tensor(name, value)
+    check_device(name, value, vector_name, vector)
+    leading = vector.shape[:-1]
+    if leading and value.dim() > len(leading):  # (N, 1) with (N, 2) would make (N, N, 2, 3)
+        expected = f"of no more dimensions than {vector_name}'s leading ones, {tuple(leading)},"
+        refuse(ValueError, name, expected, f"shape {tuple(value.shape)}")
+    check_leading(name, value.shape, vector_name, leading)
+    return value
+
+
+def dtypes(*values: float | Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """What to compute in, at least float32, and what the tensors promote to."""
+    given = [value.dtype for value in values if isinstance(value, Tensor)]
+    result = functools.reduce(torch.promote_types, given)
+    return torch.promote_types(result, torch.float32), result
+
+
+def to_tensor(value: float | Tensor, like: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A number becomes a tensor on the device of ``like``, by default PyTorch's default."""
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    return torch.full((), value, device=None if like is None else like.device, dtype=dtype)
