@@ -81,9 +81,11 @@ def shifted_right(a: Array, by: Array) -> Array:
 
 
 def field(a: Array, start: Array, length: Array) -> Array:
-    """``length`` bits from bit ``start`` on, unsigned."""
-    one = a.dtype.type(1)
-    return a >> (start & 31).astype(a.dtype) & ((one << (length & 31).astype(a.dtype)) - one)
+    """``length`` bits from bit ``start`` on; of signed numbers the highest of them is the sign."""
+    bits = a.dtype.itemsize * 8
+    start = np.minimum(start & 255, bits)
+    length = np.minimum(length & 255, bits - start)
+    return shifted_right(shifted_left(a, bits - start - length), bits - length)
 
 
 def permuted(a: Array, b: Array, selector: Array) -> Array:
