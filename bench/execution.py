@@ -40,6 +40,11 @@ class Run(NamedTuple):
     counts: executor.Counts
 
 
+def _dense(tensor: torch.Tensor) -> bool:
+    formats = {4: (torch.channels_last,), 5: (torch.channels_last_3d,)}.get(tensor.dim(), ())
+    return any(tensor.is_contiguous(memory_format=each) for each in (torch.contiguous_format, *formats))
+
+
 def _elements(tensor: torch.Tensor) -> torch.Tensor:
     """Where each element is in its storage."""
     offsets = torch.tensor(tensor.storage_offset())
@@ -53,7 +58,7 @@ def _add(memory: executor.Memory, name: str, tensors: list[torch.Tensor]) -> int
     storage = tensors[0].untyped_storage()
     data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
     allowed = None
-    if not any(tensor.is_contiguous() and tensor.nbytes == len(data) for tensor in tensors):
+    if not any(_dense(tensor) and tensor.nbytes == len(data) for tensor in tensors):
         allowed = np.zeros(len(data), bool)
         for tensor in tensors:
             size = tensor.element_size()

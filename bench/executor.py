@@ -331,7 +331,7 @@ class Memory:
 
     def add(self, name: str, data: Array, allowed: Array | None = None, offset: int = 0) -> int:
         """Where the bytes are, ``offset`` from a multiple of 512."""
-        base = (len(self.buffers) + 1) * self.GAP + offset
+        base = (len(self.buffers) + 1) * self.GAP + self.GAP // 2 + offset
         self.buffers.append(Buffer(name, base, data, allowed))
         return base
 

@@ -211,7 +211,6 @@ def check(case):
 
 def smooth_pixels(case, wide, size, away_from_kinks):
     """(N, 1, *size): pixels that are read away from kinks, and at numbers."""
-    import torch
     import torch.nn.functional as F
     from test_sources import exact_grid
 
