@@ -10,15 +10,16 @@ that a new coordinate source adds no operator:
 ``params`` is a grid, theta, a homography, a spline's coefficients or a flow; ``control_points`` are the
 spline's, else None. In what an operator returns an empty tensor stands for a gradient not asked for.
 
-Each has one implementation for all devices, which goes to the kernels or to ``reference`` (see
-``backend``), and a fake made by the same allocation functions. ``autograd`` makes them differentiable.
+The arguments of each are a named tuple. Its fields are the operator's schema; its fake (``allocate``) and its
+implementation take the tuple. There is one implementation for all devices, which goes to the kernels or to
+``reference`` (see ``backend``). ``autograd`` makes the operators differentiable.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,14 +33,44 @@ __all__ = ["grid", "grid_backward", "sample", "sample_backward", "sample_hvp", "
 _LIBRARY = torch.library.Library("stn_triton", "DEF")
 # The kernels honour strides, and a result's memory format follows them: they must not be changed on the way.
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+_SCHEMA = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    bool: "bool",
+    Sequence[int]: "SymInt[]",
+}
 
 
-def _register(schema: str, implementation: Any, fake: Any) -> Any:
-    name = schema[: schema.index("(")]
-    _LIBRARY.define(schema, tags=_TAGS)
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"stn_triton::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.stn_triton, name).default
+def _operator(allocate: Callable[[Any], Any]) -> Callable[[Callable[[Any], Any]], Any]:
+    """Decorates the implementation ``name(a: Arguments)``: it becomes the operator ``stn_triton::name``.
+
+    ``allocate(a)`` makes its results without computing them. Tensors come first in ``Arguments``.
+    """
+
+    def register(implementation: Callable[[Any], Any]) -> Any:
+        name = implementation.__name__
+        hints = typing.get_type_hints(implementation)
+        arguments, result = hints["a"], hints["return"]
+        fields = typing.get_type_hints(arguments)
+        tensors = sum(kind not in (int, bool, Sequence[int]) for kind in fields.values())
+        given = ", ".join(f"{_SCHEMA[kind]} {field}" for field, kind in fields.items())
+        returned = ", ".join(_SCHEMA[kind] for kind in typing.get_args(result) or (result,))
+        make = arguments._make
+
+        def run(*values: Any) -> Any:
+            if not PLAIN.issuperset(map(type, values[:tensors])):
+                values = *map(plain, values[:tensors]), *values[tensors:]
+            return implementation(make(values))
+
+        _LIBRARY.define(f"{name}({given}) -> ({returned})", tags=_TAGS)
+        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(
+            f"stn_triton::{name}", lambda *values: allocate(make(values)), lib=_LIBRARY
+        )
+        return getattr(torch.ops.stn_triton, name).default
+
+    return register
 
 
 def differentiate(operator: Any, derived: Callable[..., Any]) -> None:
@@ -49,22 +80,9 @@ def differentiate(operator: Any, derived: Callable[..., Any]) -> None:
         _LIBRARY.impl(name, derived, key)
 
 
-def _on_plain(tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates an implementation, whose first so many arguments are tensors: it is given plain ones.
-
-    (The forward ones ask themselves, which takes less time.)
-    """
-
-    def decorate(implementation: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(implementation)
-        def on_plain(*arguments: Any) -> Any:
-            if not PLAIN.issuperset(map(type, arguments[:tensors])):
-                arguments = *map(plain, arguments[:tensors]), *arguments[tensors:]
-            return implementation(*arguments)
-
-        return on_plain
-
-    return decorate
+def named_modes(interpolation: int, padding: int, align_corners: bool) -> tuple[Interpolation, Padding, bool]:
+    """The modes of an operator's codes, for ``reference``."""
+    return Interpolation(interpolation), Padding(padding), align_corners
 
 
 # ----------------------------------------------------------------------------------------- allocation
@@ -113,86 +131,6 @@ def _packed(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _new_grid(params: Tensor, size: Any) -> Tensor:
-    return params.new_empty((params.shape[0], *size, len(size)))
-
-
-# --------------------------------------------------------------------------------------------- sample
-def _sample(
-    input: Tensor,
-    params: Tensor,
-    control_points: Tensor | None,
-    source: int,
-    size: list[int],
-    interpolation: int,
-    padding: int,
-    align_corners: bool,
-) -> Tensor:
-    if type(input) not in PLAIN or type(params) not in PLAIN or type(control_points) not in PLAIN:
-        input, params, control_points = map(plain, (input, params, control_points))
-    output = _new_output(input, params, source, size)
-    modes = interpolation, padding, align_corners
-    return output if output.numel() == 0 else _fill(output, input, params, control_points, source, *modes)
-
-
-def _fill(
-    output: Tensor,
-    input: Tensor,
-    params: Tensor,
-    control_points: Tensor | None,
-    source: int,
-    *modes: Any,
-) -> Tensor:
-    if backend.select(input.device.type).name == "torch":
-        place = Source(source), tuple(output.shape[2 - input.dim() :]), *named_modes(*modes)
-        with backend.without_autocast(input.device.type):
-            samples = reference.sample(input, params, control_points, *place)
-        return output.copy_(samples.view(output.shape))
-    kernels.dispatch.sample_forward(input, params, control_points, output, source, *modes)
-    return output
-
-
-def named_modes(interpolation: int, padding: int, align_corners: bool) -> tuple[Interpolation, Padding, bool]:
-    """The modes of an operator's codes, for ``reference``."""
-    return Interpolation(interpolation), Padding(padding), align_corners
-
-
-def _sample_fake(
-    input: Tensor,
-    params: Tensor,
-    control_points: Tensor | None,
-    source: int,
-    size: Any,
-    interpolation: int,
-    padding: int,
-    align_corners: bool,
-) -> Tensor:
-    return _new_output(input, params, source, size)
-
-
-sample = _register(
-    "sample(Tensor input, Tensor params, Tensor? control_points, int source, SymInt[] size,"
-    " int interpolation, int padding, bool align_corners) -> Tensor",
-    _sample,
-    _sample_fake,
-)
-
-
-def _new_gradients(
-    grad_output: Tensor,
-    params: Tensor,
-    control_points: Tensor | None,
-    in_shape: Any,
-    channels_last: bool,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """d input in the input's memory format, d params and d control points contiguous."""
-    input_grad, params_grad, control_grad = wanted
-    grad_input = _new_image_gradient(grad_output, in_shape, channels_last, input_grad)
-    grad_params = params.new_empty(params.shape if params_grad else 0)
-    return grad_input, grad_params, _new_control_gradient(params, control_points, control_grad)
-
-
 def _new_image_gradient(grad_output: Tensor, in_shape: Any, channels_last: bool, input_grad: bool) -> Tensor:
     """Its batch and channels are those of ``grad_output``: a shard's, where ``in_shape`` is that of all."""
     if not input_grad:
@@ -207,66 +145,6 @@ def _new_control_gradient(params: Tensor, control_points: Tensor | None, control
     return control_points.new_empty(control_points.shape)
 
 
-@_on_plain(4)
-def _sample_backward(
-    grad_output: Tensor,
-    input: Tensor | None,
-    params: Tensor,
-    control_points: Tensor | None,
-    source: int,
-    in_shape: list[int],
-    channels_last: bool,
-    interpolation: int,
-    padding: int,
-    align_corners: bool,
-    input_grad: bool,
-    params_grad: bool,
-    control_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if grad_output.numel() == 0:
-        wanted = input_grad, params_grad, control_grad
-        gradients = _new_gradients(grad_output, params, control_points, in_shape, channels_last, wanted)
-        return gradients[0].zero_(), gradients[1].zero_(), gradients[2].zero_()
-    grad_input = _new_image_gradient(grad_output, in_shape, channels_last, input_grad)
-    by_params, by_controls = None, None
-    slopes = interpolation != Interpolation.NEAREST  # else steps
-    if not (input_grad or (slopes and (params_grad or control_grad))):
-        pass
-    elif backend.select(grad_output.device.type).name == "torch":
-        with backend.without_autocast(grad_output.device.type):
-            by_input, by_params, by_controls = reference.sample_backward(
-                grad_output if has_transforms(params, source) else grad_output.unsqueeze(1),
-                input,
-                params,
-                control_points,
-                Source(source),
-                in_shape[2:],
-                *named_modes(interpolation, padding, align_corners),
-                input_grad,
-                params_grad and slopes,
-                control_grad and slopes,
-            )
-        if by_input is not None:
-            grad_input.copy_(by_input)
-    else:
-        by_params, by_controls = kernels.dispatch.sample_backward(
-            grad_output,
-            input,
-            params,
-            control_points,
-            grad_input if input_grad else None,
-            source,
-            interpolation,
-            padding,
-            align_corners,
-            params_grad and slopes,
-            control_grad and slopes,
-            torch.are_deterministic_algorithms_enabled(),
-        )
-    grad_params = _result(by_params, params if params_grad else None, params)
-    return grad_input, grad_params, _result(by_controls, control_points if control_grad else None, params)
-
-
 def _result(found: Tensor | None, of: Tensor | None, like: Tensor) -> Tensor:
     """A gradient as an operator returns it: 0 where nothing was found, empty where it is of nothing."""
     if of is None:
@@ -274,158 +152,172 @@ def _result(found: Tensor | None, of: Tensor | None, like: Tensor) -> Tensor:
     return of.new_zeros(of.shape) if found is None else _packed(found)
 
 
-def _sample_backward_fake(
-    grad_output: Tensor,
-    input: Tensor | None,
-    params: Tensor,
-    control_points: Tensor | None,
-    source: int,
-    in_shape: Any,
-    channels_last: bool,
-    interpolation: int,
-    padding: int,
-    align_corners: bool,
-    input_grad: bool,
-    params_grad: bool,
-    control_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = input_grad, params_grad, control_grad
-    return _new_gradients(grad_output, params, control_points, in_shape, channels_last, wanted)
+def _by_transform(grad_output: Tensor, params: Tensor, source: int) -> Tensor:
+    """``grad_output`` as (N, T, C, *size)."""
+    return grad_output if has_transforms(params, source) else grad_output.unsqueeze(1)
 
 
-sample_backward = _register(
-    "sample_backward(Tensor grad_output, Tensor? input, Tensor params, Tensor? control_points, int source,"
-    " SymInt[] in_shape, bool channels_last, int interpolation, int padding, bool align_corners,"
-    " bool input_grad, bool params_grad, bool control_grad) -> (Tensor, Tensor, Tensor)",
-    _sample_backward,
-    _sample_backward_fake,
-)
+# --------------------------------------------------------------------------------------------- sample
+class Sample(NamedTuple):
+    """Of an image (N, C, *in_size), the samples (N, [T,] C, *size)."""
+
+    input: Tensor
+    params: Tensor
+    control_points: Tensor | None
+    source: int
+    size: Sequence[int]
+    interpolation: int
+    padding: int
+    align_corners: bool
 
 
-# --------------------------------------------------------------------------- derivatives in a direction
-@_on_plain(5)
-def _sample_jvp(
-    input: Tensor | None,
-    tangent: Tensor | None,
-    params: Tensor,
-    control_points: Tensor | None,
-    coord_tangent: Tensor | None,
-    source: int,
-    size: list[int],
-    interpolation: int,
-    padding: int,
-    align_corners: bool,
-) -> Tensor:
-    output = _sample_jvp_fake(
-        input,
-        tangent,
-        params,
-        control_points,
-        coord_tangent,
-        source,
-        size,
-        interpolation,
-        padding,
-        align_corners,
-    )
-    if interpolation == Interpolation.NEAREST:
-        coord_tangent = None
-    if output.numel() == 0 or (coord_tangent is None and tangent is None):
-        return output.zero_()
-    modes = interpolation, padding, align_corners
-    if coord_tangent is None:  # samples are linear in the image
-        assert tangent is not None
-        return _fill(output, tangent, params, control_points, source, *modes)
-    if backend.select(output.device.type).name == "torch":
-        place = Source(source), tuple(size), *named_modes(*modes)
-        with backend.without_autocast(output.device.type):
-            samples = reference.sample_jvp(input, tangent, params, control_points, coord_tangent, *place)
+def _new_samples(a: Sample) -> Tensor:
+    return _new_output(a.input, a.params, a.source, a.size)
+
+
+@_operator(_new_samples)
+def sample(a: Sample) -> Tensor:
+    output = _new_samples(a)
+    return output if output.numel() == 0 else _fill(output, a.input, a)
+
+
+def _fill(output: Tensor, input: Tensor, a: Sample | SampleJvp) -> Tensor:
+    modes = a.interpolation, a.padding, a.align_corners
+    if backend.select(input.device.type).name == "torch":
+        place = Source(a.source), tuple(output.shape[2 - input.dim() :]), *named_modes(*modes)
+        with backend.without_autocast(input.device.type):
+            samples = reference.sample(input, a.params, a.control_points, *place)
         return output.copy_(samples.view(output.shape))
-    kernels.dispatch.sample_jvp(input, tangent, params, control_points, coord_tangent, output, source, *modes)
+    kernels.dispatch.sample_forward(input, a.params, a.control_points, output, a.source, *modes)
     return output
 
 
-def _sample_jvp_fake(
-    input: Tensor | None,
-    tangent: Tensor | None,
-    params: Tensor,
-    control_points: Tensor | None,
-    coord_tangent: Tensor | None,
-    source: int,
-    size: Any,
-    interpolation: int,
-    padding: int,
-    align_corners: bool,
-) -> Tensor:
-    image = tangent if input is None else input
-    assert image is not None, "neither an image nor its tangent"
-    return _new_output(image, params, source, size)
+class SampleBackward(NamedTuple):
+    """Of d samples, d input (channels_last if asked for), d params and d control points.
+
+    The input is needed for the latter two.
+    """
+
+    grad_output: Tensor
+    input: Tensor | None
+    params: Tensor
+    control_points: Tensor | None
+    source: int
+    in_shape: Sequence[int]
+    channels_last: bool
+    interpolation: int
+    padding: int
+    align_corners: bool
+    input_grad: bool
+    params_grad: bool
+    control_grad: bool
 
 
-sample_jvp = _register(
-    "sample_jvp(Tensor? input, Tensor? tangent, Tensor params, Tensor? control_points, Tensor? coord_tangent,"
-    " int source, SymInt[] size, int interpolation, int padding, bool align_corners) -> Tensor",
-    _sample_jvp,
-    _sample_jvp_fake,
-)
-
-
-@_on_plain(6)
-def _sample_hvp(
-    grad_output: Tensor,
-    input: Tensor | None,
-    tangent: Tensor | None,
-    params: Tensor,
-    control_points: Tensor | None,
-    coord_tangent: Tensor | None,
-    source: int,
-    in_shape: list[int],
-    channels_last: bool,
-    interpolation: int,
-    padding: int,
-    align_corners: bool,
-    input_grad: bool,
-    coordinates_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    grad_input, by_coordinates = new_second_gradients(
-        grad_output, params, source, in_shape, channels_last, input_grad, coordinates_grad
+def _new_gradients(a: SampleBackward) -> tuple[Tensor, Tensor, Tensor]:
+    """d input in the input's memory format, d params and d control points contiguous."""
+    return (
+        _new_image_gradient(a.grad_output, a.in_shape, a.channels_last, a.input_grad),
+        a.params.new_empty(a.params.shape if a.params_grad else 0),
+        _new_control_gradient(a.params, a.control_points, a.control_grad),
     )
-    if grad_output.numel() == 0 or interpolation == Interpolation.NEAREST:
-        return grad_input.zero_(), by_coordinates.zero_()
-    if backend.select(grad_output.device.type).name == "torch":
-        with backend.without_autocast(grad_output.device.type):
-            by_input, by_places = reference.sample_hvp(
-                grad_output if has_transforms(params, source) else grad_output.unsqueeze(1),
-                input,
-                tangent,
-                params,
-                control_points,
-                coord_tangent,
-                Source(source),
-                in_shape[2:],
-                *named_modes(interpolation, padding, align_corners),
-                input_grad,
-                coordinates_grad,
+
+
+@_operator(_new_gradients)
+def sample_backward(a: SampleBackward) -> tuple[Tensor, Tensor, Tensor]:
+    if a.grad_output.numel() == 0:
+        empty = _new_gradients(a)
+        return empty[0].zero_(), empty[1].zero_(), empty[2].zero_()
+    grad_input = _new_image_gradient(a.grad_output, a.in_shape, a.channels_last, a.input_grad)
+    slopes = a.interpolation != Interpolation.NEAREST  # else steps
+    wanted = a.params_grad and slopes, a.control_grad and slopes
+    modes = a.interpolation, a.padding, a.align_corners
+    by_params: Tensor | None = None
+    by_controls: Tensor | None = None
+    if not (a.input_grad or any(wanted)):
+        pass
+    elif backend.select(a.grad_output.device.type).name == "torch":
+        with backend.without_autocast(a.grad_output.device.type):
+            g = _by_transform(a.grad_output, a.params, a.source)
+            place = Source(a.source), a.in_shape[2:], *named_modes(*modes)
+            by_input, by_params, by_controls = reference.sample_backward(
+                g, a.input, a.params, a.control_points, *place, a.input_grad, *wanted
             )
         if by_input is not None:
             grad_input.copy_(by_input)
     else:
-        by_places = kernels.dispatch.sample_double_backward(
-            grad_output,
-            input,
-            tangent,
-            params,
-            control_points,
-            coord_tangent,
-            grad_input if input_grad else None,
-            source,
-            interpolation,
-            padding,
-            align_corners,
-            coordinates_grad,
-            torch.are_deterministic_algorithms_enabled(),
+        tensors = a.grad_output, a.input, a.params, a.control_points, grad_input if a.input_grad else None
+        repeatable = torch.are_deterministic_algorithms_enabled()
+        by_params, by_controls = kernels.dispatch.sample_backward(
+            *tensors, a.source, *modes, *wanted, repeatable
         )
-    return grad_input, by_coordinates if by_places is None else _packed(by_places)
+    return (
+        grad_input,
+        _result(by_params, a.params if a.params_grad else None, a.params),
+        _result(by_controls, a.control_points if a.control_grad else None, a.params),
+    )
+
+
+# --------------------------------------------------------------------------- derivatives in a direction
+class SampleJvp(NamedTuple):
+    """The derivative of the samples in the direction of an image and of coordinates, or of either.
+
+    The input is needed for the coordinates' direction alone.
+    """
+
+    input: Tensor | None
+    tangent: Tensor | None
+    params: Tensor
+    control_points: Tensor | None
+    coord_tangent: Tensor | None
+    source: int
+    size: Sequence[int]
+    interpolation: int
+    padding: int
+    align_corners: bool
+
+
+def _new_derivative(a: SampleJvp) -> Tensor:
+    image = a.tangent if a.input is None else a.input
+    assert image is not None, "neither an image nor its tangent"
+    return _new_output(image, a.params, a.source, a.size)
+
+
+@_operator(_new_derivative)
+def sample_jvp(a: SampleJvp) -> Tensor:
+    output = _new_derivative(a)
+    coord_tangent = None if a.interpolation == Interpolation.NEAREST else a.coord_tangent
+    if output.numel() == 0 or (coord_tangent is None and a.tangent is None):
+        return output.zero_()
+    if coord_tangent is None:  # samples are linear in the image
+        assert a.tangent is not None
+        return _fill(output, a.tangent, a)
+    tensors = a.input, a.tangent, a.params, a.control_points, coord_tangent
+    modes = a.interpolation, a.padding, a.align_corners
+    if backend.select(output.device.type).name == "torch":
+        with backend.without_autocast(output.device.type):
+            samples = reference.sample_jvp(*tensors, Source(a.source), tuple(a.size), *named_modes(*modes))
+        return output.copy_(samples.view(output.shape))
+    kernels.dispatch.sample_jvp(*tensors, output, a.source, *modes)
+    return output
+
+
+class SampleHvp(NamedTuple):
+    """The Hessian of <grad_output, samples> by image and coordinates, times a direction of each."""
+
+    grad_output: Tensor
+    input: Tensor | None
+    tangent: Tensor | None
+    params: Tensor
+    control_points: Tensor | None
+    coord_tangent: Tensor | None
+    source: int
+    in_shape: Sequence[int]
+    channels_last: bool
+    interpolation: int
+    padding: int
+    align_corners: bool
+    input_grad: bool
+    coordinates_grad: bool
 
 
 def new_second_gradients(
@@ -443,106 +335,92 @@ def new_second_gradients(
     return grad_input, grad_output.new_empty(0)
 
 
-def _sample_hvp_fake(
-    grad_output: Tensor,
-    input: Tensor | None,
-    tangent: Tensor | None,
-    params: Tensor,
-    control_points: Tensor | None,
-    coord_tangent: Tensor | None,
-    source: int,
-    in_shape: Any,
-    channels_last: bool,
-    interpolation: int,
-    padding: int,
-    align_corners: bool,
-    input_grad: bool,
-    coordinates_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    return new_second_gradients(
-        grad_output, params, source, in_shape, channels_last, input_grad, coordinates_grad
-    )
+def _new_second_gradients(a: SampleHvp) -> tuple[Tensor, Tensor]:
+    wanted = a.input_grad, a.coordinates_grad
+    return new_second_gradients(a.grad_output, a.params, a.source, a.in_shape, a.channels_last, *wanted)
 
 
-sample_hvp = _register(
-    "sample_hvp(Tensor grad_output, Tensor? input, Tensor? tangent, Tensor params, Tensor? control_points,"
-    " Tensor? coord_tangent, int source, SymInt[] in_shape, bool channels_last, int interpolation,"
-    " int padding, bool align_corners, bool input_grad, bool coordinates_grad) -> (Tensor, Tensor)",
-    _sample_hvp,
-    _sample_hvp_fake,
-)
+@_operator(_new_second_gradients)
+def sample_hvp(a: SampleHvp) -> tuple[Tensor, Tensor]:
+    grad_input, by_coordinates = _new_second_gradients(a)
+    if a.grad_output.numel() == 0 or a.interpolation == Interpolation.NEAREST:
+        return grad_input.zero_(), by_coordinates.zero_()
+    tensors = a.input, a.tangent, a.params, a.control_points, a.coord_tangent
+    modes = a.interpolation, a.padding, a.align_corners
+    if backend.select(a.grad_output.device.type).name == "torch":
+        with backend.without_autocast(a.grad_output.device.type):
+            g = _by_transform(a.grad_output, a.params, a.source)
+            place = Source(a.source), a.in_shape[2:], *named_modes(*modes)
+            image, places = reference.sample_hvp(g, *tensors, *place, a.input_grad, a.coordinates_grad)
+        if image is not None:
+            grad_input.copy_(image)
+    else:
+        target = grad_input if a.input_grad else None
+        wanted = a.coordinates_grad, torch.are_deterministic_algorithms_enabled()
+        places = kernels.dispatch.sample_double_backward(
+            a.grad_output, *tensors, target, a.source, *modes, *wanted
+        )
+    return grad_input, by_coordinates if places is None else _packed(places)
 
 
 # ----------------------------------------------------------------------------------------------- grid
-def _grid(
-    params: Tensor, control_points: Tensor | None, source: int, size: list[int], align_corners: bool
-) -> Tensor:
-    if type(params) not in PLAIN or type(control_points) not in PLAIN:
-        params, control_points = plain(params), plain(control_points)
-    output = _new_grid(params, size)
+class Grid(NamedTuple):
+    """The coordinates (N, *size, dims) that a matrix or a spline makes."""
+
+    params: Tensor
+    control_points: Tensor | None
+    source: int
+    size: Sequence[int]
+    align_corners: bool
+
+
+def _new_grid(a: Grid) -> Tensor:
+    return a.params.new_empty((a.params.shape[0], *a.size, len(a.size)))
+
+
+@_operator(_new_grid)
+def grid(a: Grid) -> Tensor:
+    output = _new_grid(a)
     if output.numel() == 0:
         return output
-    if backend.select(params.device.type).name == "torch":
-        place = Source(source), params, control_points, tuple(size), align_corners
-        with backend.without_autocast(params.device.type):
-            grid = reference.coordinates(*place, reference.compute_dtype(params))
-        return output.copy_(grid.squeeze(1))
-    kernels.dispatch.grid_forward(params, control_points, output, source, align_corners)
+    if backend.select(a.params.device.type).name == "torch":
+        place = Source(a.source), a.params, a.control_points, tuple(a.size), a.align_corners
+        with backend.without_autocast(a.params.device.type):
+            coordinates = reference.coordinates(*place, reference.compute_dtype(a.params))
+        return output.copy_(coordinates.squeeze(1))
+    kernels.dispatch.grid_forward(a.params, a.control_points, output, a.source, a.align_corners)
     return output
 
 
-def _grid_fake(
-    params: Tensor, control_points: Tensor | None, source: int, size: Any, align_corners: bool
-) -> Tensor:
-    return _new_grid(params, size)
+class GridBackward(NamedTuple):
+    """Of d coordinates, d params and d control points."""
+
+    grad_grid: Tensor
+    params: Tensor
+    control_points: Tensor | None
+    source: int
+    align_corners: bool
+    control_grad: bool
 
 
-grid = _register(
-    "grid(Tensor params, Tensor? control_points, int source, SymInt[] size, bool align_corners) -> Tensor",
-    _grid,
-    _grid_fake,
-)
+def _new_grid_gradients(a: GridBackward) -> tuple[Tensor, Tensor]:
+    by_controls = _new_control_gradient(a.params, a.control_points, a.control_grad)
+    return a.params.new_empty(a.params.shape), by_controls
 
 
-@_on_plain(3)
-def _grid_backward(
-    grad_grid: Tensor,
-    params: Tensor,
-    control_points: Tensor | None,
-    source: int,
-    align_corners: bool,
-    control_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    if grad_grid.numel() == 0:
-        nothing = _new_control_gradient(params, control_points, control_grad).zero_()
-        return torch.zeros_like(params, memory_format=torch.contiguous_format), nothing
-    if backend.select(params.device.type).name == "torch":
-        by_transform = grad_grid.unsqueeze(1).to(reference.compute_dtype(params))
-        with backend.without_autocast(params.device.type):
-            by_params, by_controls = reference.coordinates_backward(
-                Source(source), by_transform, params, control_points, align_corners, control_grad
+@_operator(_new_grid_gradients)
+def grid_backward(a: GridBackward) -> tuple[Tensor, Tensor]:
+    if a.grad_grid.numel() == 0:
+        by_params, by_controls = _new_grid_gradients(a)
+        return by_params.zero_(), by_controls.zero_()
+    params = a.params, a.control_points
+    if backend.select(a.params.device.type).name == "torch":
+        by_transform = a.grad_grid.unsqueeze(1).to(reference.compute_dtype(a.params))
+        with backend.without_autocast(a.params.device.type):
+            found = reference.coordinates_backward(
+                Source(a.source), by_transform, *params, a.align_corners, a.control_grad
             )
     else:
-        by_params, by_controls = kernels.dispatch.grid_backward(
-            grad_grid, params, control_points, source, align_corners, control_grad
-        )
-    return _packed(by_params), params.new_empty(0) if by_controls is None else _packed(by_controls)
-
-
-def _grid_backward_fake(
-    grad_grid: Tensor,
-    params: Tensor,
-    control_points: Tensor | None,
-    source: int,
-    align_corners: bool,
-    control_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    return params.new_empty(params.shape), _new_control_gradient(params, control_points, control_grad)
-
-
-grid_backward = _register(
-    "grid_backward(Tensor grad_grid, Tensor params, Tensor? control_points, int source, bool align_corners,"
-    " bool control_grad) -> (Tensor, Tensor)",
-    _grid_backward,
-    _grid_backward_fake,
-)
+        wanted = a.source, a.align_corners, a.control_grad
+        found = kernels.dispatch.grid_backward(a.grad_grid, *params, *wanted)
+    return _packed(found[0]), a.params.new_empty(0) if found[1] is None else _packed(found[1])

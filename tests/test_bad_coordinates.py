@@ -235,6 +235,15 @@ def test_huge_theta(either_backend, device, mode, padding, align_corners):
             assert abs(by_input.sum().item() - output.numel()) < 1e-2
 
 
+def test_huge_entry_of_the_middle(either_backend, device):
+    """On an axis of one output pixel an entry is multiplied by 0: as good as any other, if it is finite."""
+    image = torch.rand(1, 2, 6, 9).to(device)
+    theta = torch.tensor([[[0.7, -0.2, -0.2], [0.3, 1.1, -0.2]]])
+    expected = stn.affine_grid_sample(image, theta.to(device), (7, 1))
+    theta[0, :, 0] = 1e30
+    assert_close(stn.affine_grid_sample(image, theta.to(device), (7, 1)), expected)
+
+
 # ------------------------------------------------------------------------------------ in a process
 def run_alone(script, **environment):
     import os

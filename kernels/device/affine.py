@@ -158,6 +158,8 @@ def affine_map(theta, sizes, SPEC: tl.constexpr):
             last = tl.fma(theta[r][SPEC.dims], 0.5 * n, (sizes.input[r] - 1).to(tl.float32) * 0.5)
             rows += (row + (last,),)
             fits = (reach + tl.abs(last) < REACH) & fits
+        if not fits:  # in units of 2^-32 an entry may have overflown that is finite
+            rows = float_rows(theta, sizes, SPEC)
         high_rows = ()
         low_rows = ()
         for r in tl.static_range(SPEC.dims):

@@ -67,8 +67,8 @@ def place_of(x, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
         near = tl.where(tl.abs(x) < float("inf"), near, lower_mirror(SPEC))
         x = tl.where(tl.abs(x) < FAR, x, near)
     x = clamp(x, -1.0 * FAR, 1.0 * FAR)
-    index = tl.floor(x).to(tl.int32)
-    return Place(index, x - index.to(SPEC.compute))
+    whole = tl.floor(x)
+    return Place(whole.to(tl.int32), x - whole)
 
 
 @triton.jit
