@@ -6,8 +6,8 @@ maps (``MAPS``). Counted for each pixel (of the output; of the gather: of the in
     instructions = issued by warps x 32 / pixels
     lines, sectors = 128- and 32-byte pieces of memory that the warps' loads, stores and additions touch
 
-**Bounds**: what a pixel must take on an H200 by issue, by L1 and by DRAM; none has been timed here. The longest
-binds. A bound by bytes takes every tensor once.
+**Bounds**: what a pixel must take on an H200 by issue, by L1 and by DRAM; none has been timed here. The
+longest binds. DRAM's takes every tensor once.
 
 **PyTorch**: ``pytorch_counts.json`` has the instructions of its kernels. Their time is taken as the longer of
 issue and bytes: its lines are not known, so that the predicted ratio is, if anything, too small.

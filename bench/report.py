@@ -6,14 +6,14 @@
 Each case is one launch at a realistic size, with the tiles that ``configs.choose`` gives an H100 or H200. The
 launcher itself is called, with tensors that have no memory; what it would run is compiled and read.
 
-**Code.** Registers, spills, and widths of loads and stores are read from machine code. **Execution**: what the
-hot cases issue and touch for each pixel, and three bounds on an H200 (``bench.counting``).
+**Code.** Registers, spills, and widths of loads and stores are read from machine code. **Execution.** What
+the hot cases issue and touch for each pixel, and three bounds on an H200: ``bench.counting``.
 
-``budget.json`` holds what was counted for sm_90, by Triton's version. ``--check`` holds some telling cases to it
-(``launches.TOLD``, or those that are named): no spills, no fences, no compare-and-swap, 16 bytes a lane in
+``budget.json`` holds what was counted for sm_90, by Triton's version. ``--check`` holds some telling cases to
+it (``launches.TOLD``, or those that are named): no spills, no fences, no compare-and-swap, 16 bytes a lane in
 channels-last cases; registers and code no more than a tenth larger, instructions and lines that are executed
-no more than a hundredth. Under another Triton only the rules hold. Exceptions to any of them stand in the file,
-each with its reason.
+no more than a hundredth. Under another Triton only the rules hold. Exceptions to any of them stand in the
+file, each with its reason.
 """
 
 from __future__ import annotations
@@ -230,8 +230,9 @@ def markdown(results: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
         works = {map: counting.Work(**work) for map, work in row["work"].items()}
         yield from counting.table(name, works, row["bytes"], row["machine_per_ptx"])
     yield (
-        f"\nBounds and ratios are predictions for an H200, {counting.BYTES_PER_SECOND / 1e12:g} TB/s; nothing was "
-        "timed. L1 binds by the friendlier of its two readings."
+        "\nBounds and ratios are predictions for an H200 of "
+        f"{counting.BYTES_PER_SECOND / 1e12:g} TB/s; nothing was timed. L1 binds by the friendlier of its "
+        "two readings."
     )
 
 

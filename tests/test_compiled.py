@@ -17,8 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Case(NamedTuple):
-    """One problem. ``task``: "first" derivatives, the same "sorted", or "second" ones and forward mode; of the
-    sampler, or of "grid", the coordinates alone. ``bad``: coordinates that are no numbers or huge ones.
+    """One problem.
+
+    ``task``: of the sampler, "first" derivatives, the same "sorted", or "second" ones and forward mode; or
+    the "grid" of coordinates alone. ``bad``: some coordinates are no numbers, or huge.
     """
 
     task: str
