@@ -284,11 +284,11 @@ def main() -> int:
     )
     add = parser.add_argument
     add("patterns", nargs="*", metavar="PATTERN", help="cases whose names contain it; * and ? are wildcards")
-    add("--target", action="append", choices=list(TARGETS), help="default: all")
+    add("--target", action="append", choices=list(TARGETS), help="default: all; sm_90 for the budget")
     add("--check", action="store_true", help="compare with the budget; exit code 1 if a rule is broken")
     add("--update-budget", action="store_true", help="write what is counted now into the budget")
     add("--json", metavar="FILE", help="write everything that was counted")
-    add("--lines", action="store_true", help="loops, and instructions by function, instead of tables")
+    add("--lines", action="store_true", help="instructions by function instead of tables")
     add("--all", action="store_true", help="the pairwise subset of all specialisations, a line each")
     add("--list", action="store_true", help="print the cases and compile nothing")
     add("--shard", default="1/1", metavar="I/N", help="every Nth case, from the Ith on")
@@ -302,12 +302,12 @@ def main() -> int:
     budget = Budget.load()
     if options.check:
         options.patterns = options.patterns or TOLD
-        options.target = options.target or ["sm_90"]
     if options.update_budget and budget.triton != triton.__version__ and (options.patterns or options.target):
         parser.error(
             f"a budget is of one Triton: this is {triton.__version__}, update all of {budget.triton}'s"
         )
-    targets = options.target or list(TARGETS)
+    budgeted = options.check or options.update_budget
+    targets = options.target or (["sm_90"] if budgeted else list(TARGETS))
     if options.all:
         for line in specialisation_rows(targets, (index, count)):
             print(line, flush=True)
