@@ -29,7 +29,8 @@ PARTS_3.6 := 1 2 3
 PARTS_3.7 := 4
 PARTS_3.8 := 5
 PART = tests/test_compile.py::test_specialisations_compile
-OLDER_TESTS = tests/test_triton_versions.py $(PARTS_$*:%='$(PART)[%]')
+EXECUTED = tests/test_compiled.py::test_compiled_code_is_right_and_stays_in_its_tensors[every_triton]
+OLDER_TESTS = tests/test_triton_versions.py '$(EXECUTED)' $(PARTS_$*:%='$(PART)[%]')
 DONE = $(foreach v,$(OLDER),$(PARTS_$v:%=--deselect '$(PART)[%]'))
 
 help: ## list the targets

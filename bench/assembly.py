@@ -1,16 +1,15 @@
 """Reads machine code: NVIDIA's as ``nvdisasm -c -g`` prints it, AMD's as Triton keeps it.
 
 ``parse_sass`` and ``parse_amdgcn`` give one list of ``Instruction`` for either; what is not reachable from
-the entry (padding, and subroutines, into which calls are not followed) is left out. ``Code`` finds blocks,
-natural loops and the longest path. Pure Python: nothing here needs a compiler or a GPU.
+the entry (padding, and subroutines, into which calls are not followed) is left out. Pure Python: nothing here
+needs a compiler or a GPU.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
-from functools import cached_property
+from collections.abc import Iterable
 from typing import NamedTuple
 
 Line = tuple[str, int]  # file and line
@@ -173,130 +172,3 @@ def _sass_type(modifiers: list[str]) -> str:
     """Such as f32x4; without one, an integer of 32 bits."""
     pattern = r"(F|BF|S|U)\d+(_V\d|x\d)?(\.RN)?|64"
     return next((m.lower() for m in modifiers if re.fullmatch(pattern, m)), "u32")
-
-
-# --------------------------------------------------------------------------------------- structure
-class Loop(NamedTuple):
-    """A natural loop: its first block, all of its blocks, and the lines of the branches back."""
-
-    header: int
-    blocks: frozenset[int]
-    lines: tuple[Line | None, ...]
-
-
-class Code:
-    """Blocks, loops and paths of one function."""
-
-    def __init__(self, instructions: list[Instruction]) -> None:
-        self.instructions = instructions
-        starts = {0}
-        for i, instruction in enumerate(instructions):
-            if instruction.target is not None:
-                starts.add(instruction.target)
-            if instruction.target is not None or not instruction.falls:
-                starts.add(i + 1)
-        bounds = sorted(start for start in starts if start < len(instructions))
-        self.blocks = [range(a, b) for a, b in zip(bounds, [*bounds[1:], len(instructions)])]
-        number = {block.start: i for i, block in enumerate(self.blocks)}
-        self.successors: list[list[int]] = []
-        for i, block in enumerate(self.blocks):
-            last = instructions[block[-1]]
-            after = [i + 1] if last.falls and i + 1 < len(self.blocks) else []
-            if last.target is not None:
-                after.append(number[last.target])
-            self.successors.append(after)
-
-    @cached_property
-    def _dominators(self) -> list[set[int]]:
-        """Of each block, those through which every way from the entry leads, itself included."""
-        count = len(self.blocks)
-        before: list[list[int]] = [[] for _ in range(count)]
-        for block, after in enumerate(self.successors):
-            for other in after:
-                before[other].append(block)
-        result = [{0}, *(set(range(count)) for _ in range(count - 1))]
-        changed = True
-        while changed:
-            changed = False
-            for block in range(1, count):
-                new = {block}.union(set.intersection(*(result[b] for b in before[block])))
-                if new != result[block]:
-                    result[block], changed = new, True
-        return result
-
-    @cached_property
-    def loops(self) -> list[Loop]:
-        """Outer before inner ones. Loops of one header are one."""
-        before: dict[int, list[int]] = {}
-        for block, after in enumerate(self.successors):
-            for other in after:
-                before.setdefault(other, []).append(block)
-        latches: dict[int, list[int]] = {}
-        for block, after in enumerate(self.successors):
-            for other in after:
-                if other in self._dominators[block]:
-                    latches.setdefault(other, []).append(block)
-        loops = []
-        for header, sources in latches.items():
-            body, waiting = {header}, list(sources)
-            while waiting:
-                block = waiting.pop()
-                if block not in body:
-                    body.add(block)
-                    waiting += before.get(block, [])
-            lines = dict.fromkeys(self.instructions[self.blocks[source][-1]].line for source in sources)
-            loops.append(Loop(header, frozenset(body), tuple(lines)))
-        return sorted(loops, key=lambda loop: (-len(loop.blocks), loop.header))
-
-    def inside(self, loop: Loop) -> list[Instruction]:
-        return [self.instructions[i] for block in sorted(loop.blocks) for i in self.blocks[block]]
-
-    def issued(self, trips: Callable[[Loop], float]) -> float:
-        """Instructions on the longest path from the entry, each loop taken ``trips(loop)`` times."""
-
-        def longest(entry: int, region: frozenset[int], loops: list[Loop]) -> float:
-            outer: dict[int, Loop] = {}  # of a block, the largest loop inside the region
-            for loop in reversed(loops):
-                if loop.header != entry or loop.blocks != region:
-                    outer.update(dict.fromkeys(loop.blocks, loop))
-            known: dict[int, float] = {}
-            for start in self._depth_first(entry, region, outer):
-                loop_at = outer.get(start)
-                if loop_at is None:
-                    own, blocks = float(len(self.blocks[start])), frozenset([start])
-                else:
-                    within = [other for other in loops if other.blocks <= loop_at.blocks]
-                    own = trips(loop_at) * longest(loop_at.header, loop_at.blocks, within)
-                    blocks = loop_at.blocks
-                after = {b for block in blocks for b in self.successors[block]} - blocks
-                heads = {outer[b].header if b in outer else b for b in after if b in region}
-                known[start] = own + max((known.get(b, 0.0) for b in heads if b != entry), default=0.0)
-            return known[entry]
-
-        if not self.blocks:
-            return 0.0
-        return longest(0, frozenset(range(len(self.blocks))), self.loops)
-
-    def _depth_first(self, entry: int, region: frozenset[int], outer: dict[int, Loop]) -> list[int]:
-        """Blocks of a region, a loop by its header, each after all that may follow it."""
-        order: list[int] = []
-        seen = {entry}
-        stack: list[tuple[int, list[int]]] = []
-
-        def push(block: int) -> None:
-            blocks = outer[block].blocks if block in outer else frozenset([block])
-            after = {b for inner in blocks for b in self.successors[inner]} - blocks
-            stack.append((block, sorted(outer[b].header if b in outer else b for b in after if b in region)))
-
-        push(entry)
-        while stack:
-            block, after = stack[-1]
-            if after:
-                following = after.pop()
-                if following not in seen:
-                    seen.add(following)
-                    push(following)
-            else:
-                order.append(block)
-                stack.pop()
-        return order

@@ -1,0 +1,182 @@
+"""What the hot launches cost, counted by executing their PTX; three bounds on an H200; PyTorch beside them.
+
+Programs in the middle of an image are executed, at the launch's full size and with its own tiles, for several
+maps (``MAPS``). Counted for each pixel (of the output; of the gather: of the input)
+
+    instructions = issued by warps x 32 / pixels
+    lines, sectors = 128- and 32-byte pieces of memory that the warps' loads, stores and additions touch
+
+**Bounds**: what a pixel must take on an H200 by issue, by L1 and by DRAM; none has been timed here. The
+longest binds. DRAM's takes every tensor once.
+
+**PyTorch**: ``pytorch_counts.json`` has the instructions of its kernels. Their time is taken as the longer of
+issue and bytes: its lines are not known, so that the predicted ratio is, if anything, too small.
+
+**PTX is not machine code.** ptxas drops moves and loads of parameters, fuses some products and sums, folds
+shifts into addresses, and splits 64-bit arithmetic. ``ratio`` is machine instructions for each of PTX as they
+stand in the code. Accesses to memory are the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.execution import Run, executing
+from bench.launches import CASES
+from bench.specialisations import Launch, field_of
+
+# An H200 (SXM), as assumed: of the data sheet's 4.8 TB/s a copy is taken to reach 4.3 (`make sweep` measures
+# it), of 132 processors with four schedulers, one instruction of 32 lanes a clock each, the clock to be 1.755
+# GHz; of L1, a line or four sectors a clock: both readings are at hand.
+BYTES_PER_SECOND = 4.3e12
+CLOCKS_PER_SECOND = 132 * 1.755e9  # of all processors
+SCHEDULERS, SECTORS_PER_CLOCK = 4, 4
+
+PYTORCH = json.loads(Path(__file__).with_name("pytorch_counts.json").read_text())
+
+
+def _matrix(degrees: float, zoom: float = 1.0, x: float = 0.013, y: float = 0.021) -> Tensor:
+    """Turned about the middle; a little off, so that no pixel is read at a whole place."""
+    cos, sin = zoom * math.cos(math.radians(degrees)), zoom * math.sin(math.radians(degrees))
+    return torch.tensor([[cos, -sin, x], [sin, cos, y]])
+
+
+MAPS = {
+    "6 degrees, zoom 0.9": _matrix(6, 0.9),  # at which PyTorch's kernels were counted
+    "0 degrees": _matrix(0, 1, 0, 0),
+    "45 degrees": _matrix(45),
+    "90 degrees": _matrix(90),
+    "zoom 1/2": _matrix(0, 0.5),
+    "zoom 2": _matrix(0, 2),
+    "shift": _matrix(0),
+    "rim": _matrix(6, 0.9, 0, 1),  # the image's edge lies in the middle of the output
+}
+BUDGETED_MAPS = ("6 degrees, zoom 0.9", "45 degrees", "rim")
+
+
+class Work(NamedTuple):
+    """Of one case and one map, for each pixel; ``*_per_load`` for each request of a warp."""
+
+    instructions: float
+    lines: float
+    sectors: float
+    lines_per_load: float
+    sectors_per_load: float
+
+
+class Bounds(NamedTuple):
+    """Picoseconds for each pixel."""
+
+    issue: float
+    l1_lines: float
+    l1_sectors: float
+    dram: float
+
+    @property
+    def binding(self) -> tuple[str, float]:
+        """The resource that takes longest, of L1 by its friendlier reading, and how long."""
+        times = {"issue": self.issue, "L1": min(self.l1_lines, self.l1_sectors), "DRAM": self.dram}
+        return max(times.items(), key=lambda item: item[1])
+
+
+def _middle(launch: Launch) -> list[int]:
+    """Programs of whole tiles beside each other in the middle of an image, all that share their channels."""
+    arguments = launch.arguments
+    columns, rows = arguments["column_tiles"], arguments["row_tiles"]
+    splits = arguments.get("splits", 1)
+    tiles = columns * rows
+    image = launch.programs // (tiles * splits) // 2
+    first = min(columns // 2, max(columns - 4, 0))
+    return [
+        ((image * splits + split) * rows + (rows - 1) // 2) * columns + column
+        for split in range(splits)
+        for column in range(first, min(first + 4, columns))
+    ]
+
+
+def _pixels(launch: Launch) -> int:
+    """Pixels of a tile in the middle."""
+    arguments, spec = launch.arguments, launch.arguments["SPEC"]
+    side = "in" if launch.compiled.name == "gather_backward_kernel" else "out"
+    rows = field_of(spec, "rows") * arguments.get("steps", 1)
+    before = (arguments["row_tiles"] - 1) // 2 * rows
+    rows = min(rows, arguments[f"{side}_height"] - before)
+    return rows * min(field_of(spec, "columns"), arguments[f"{side}_width"]) * field_of(spec, "group")
+
+
+def work_of(run: Run) -> Work:
+    """What was counted of ``_middle``, for each pixel."""
+    counts, launch = run.counts, run.launch
+    pixels = _pixels(launch) * counts.programs / launch.arguments.get("splits", 1)
+    loads, all_of = counts.traffic["load"], counts.traffic.values()
+    return Work(
+        counts.instructions * 32 / pixels,
+        sum(each.lines for each in all_of) / pixels,
+        sum(each.sectors for each in all_of) / pixels,
+        loads.lines / max(loads.requests, 1),
+        loads.sectors / max(loads.requests, 1),
+    )
+
+
+def count(name: str, maps: tuple[str, ...] = tuple(MAPS)) -> dict[str, Work]:
+    """The work of a hot case, by map. In a process in which kernels are not interpreted."""
+    case, found = CASES[name], {}
+    for map in maps:
+        with executing(sample=_middle) as runs:
+            case.launch(MAPS[map], True)
+        found[map] = work_of(next(run for run in runs if run.launch.compiled.name == case.kernel))
+    return found
+
+
+def bounds(work: Work, bytes_per_pixel: float) -> Bounds:
+    """The least that a pixel can take."""
+    picoseconds = 1e12 / CLOCKS_PER_SECOND
+    return Bounds(
+        work.instructions / 32 / SCHEDULERS * picoseconds,
+        work.lines * picoseconds,
+        work.sectors / SECTORS_PER_CLOCK * picoseconds,
+        bytes_per_pixel / BYTES_PER_SECOND * 1e12,
+    )
+
+
+def pytorch_time(name: str) -> float | None:
+    """Picoseconds for each pixel that PyTorch's kernel takes at least; None where nobody counted it."""
+    entry = PYTORCH["kernels"].get(name)
+    if entry is None:
+        return None
+    issue = entry["instructions"] / 32 / SCHEDULERS * 1e12 / CLOCKS_PER_SECOND
+    return max(issue, entry["bytes"] / BYTES_PER_SECOND * 1e12)
+
+
+def table(name: str, works: dict[str, Work], moved: float, ratio: float) -> list[str]:
+    """Rows of Markdown. ``moved``: bytes for each pixel."""
+    rows = []
+    for map, work in works.items():
+        times = bounds(work, moved)
+        resource, least = times.binding
+        theirs = pytorch_time(name) if map == BUDGETED_MAPS[0] else None
+        cells = [
+            name,
+            map,
+            f"{work.instructions:.0f}",
+            f"{work.lines_per_load:.1f}",
+            f"{work.sectors_per_load:.1f}",
+        ]
+        cells += [f"{work.lines:.2f}", f"{work.sectors:.2f}", f"{moved:.0f}", f"{ratio:.2f}"]
+        cells += [f"{time:.2f}" for time in times]
+        cells += [resource, f"{theirs / least:.1f}" if theirs else "-"]
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+HEADS = (
+    *("case", "map", "instructions (PTX)", "lines a load", "sectors a load", "lines", "sectors", "bytes"),
+    *("machine : PTX", "issue, ps", "L1 by lines, ps", "L1 by sectors, ps", "DRAM, ps", "binds"),
+    "predicted, PyTorch : ours",
+)
