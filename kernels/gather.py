@@ -76,7 +76,8 @@ class Pixels(NamedTuple):
 class Visits(NamedTuple):
     """The outputs that lanes visit, each on its own: its first along each axis, and how many of them.
 
-    cost: how many in all, a float; infinite where lanes may not. distances: of ``weighs_by_distance``, how far from its pixel each lane's first output is read.
+    cost: how many in all, a float; infinite where lanes may not. distances: of ``weighs_by_distance``, how
+    far from its pixel each lane's first output is read.
     """
 
     first: Any

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import calls
-from .kernels.modes import Interpolation, Padding
+from .kernels.modes import Interpolation, Padding, padding_code
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 INTERPOLATIONS = {
@@ -19,7 +20,9 @@ INTERPOLATIONS = {
     "nearest": Interpolation.NEAREST,
     "bicubic": Interpolation.BICUBIC,
 }
-PADDINGS = {"zeros": Padding.ZEROS, "border": Padding.BORDER, "reflection": Padding.REFLECTION}
+PADDINGS = {padding.name.lower(): padding for padding in Padding}
+# A mode, or one for each axis, x first.
+PaddingMode = str | Sequence[str]
 
 
 def refuse(kind: type[Exception], name: str, expected: str, got: object) -> NoReturn:
@@ -107,16 +110,37 @@ def check_spatial_size(size: object, dims: int) -> tuple[int, ...]:
     return check_size(size, "(H, W)" if dims == 2 else "(D, H, W)", dims)
 
 
-def check_modes(mode: str, padding_mode: str, align_corners: bool) -> tuple[Interpolation, Padding, bool]:
+def to_padding(padding_mode: object, dims: int) -> int | None:
+    """The code of a padding mode, or of a tuple or list of ``dims`` of them, x first; None for all else."""
+    if isinstance(padding_mode, str):
+        return PADDINGS.get(padding_mode)
+    if not isinstance(padding_mode, (tuple, list)) or len(padding_mode) != dims:
+        return None
+    paddings = [PADDINGS[mode] for mode in padding_mode if isinstance(mode, str) and mode in PADDINGS]
+    return padding_code(paddings) if len(paddings) == dims else None
+
+
+def check_padding(padding_mode: object, dims: int) -> int:
+    padding = to_padding(padding_mode, dims)
+    if padding is None:
+        known = isinstance(padding_mode, (str, tuple, list))
+        expected = f"one of {', '.join(map(repr, PADDINGS))}, or a tuple of {dims} of them, x first"
+        refuse(ValueError if known else TypeError, "padding_mode", expected, repr(padding_mode))
+    return padding
+
+
+def check_modes(
+    mode: str, padding_mode: PaddingMode, align_corners: bool, dims: int
+) -> tuple[Interpolation, int, bool]:
     """The codes of the public names."""
-    for name, value, known in (("mode", mode, INTERPOLATIONS), ("padding_mode", padding_mode, PADDINGS)):
-        if not isinstance(value, str):
-            refuse(TypeError, name, "a string", type(value).__name__)
-        if value not in known:
-            refuse(ValueError, name, "one of " + ", ".join(map(repr, known)), repr(value))
+    if not isinstance(mode, str):
+        refuse(TypeError, "mode", "a string", type(mode).__name__)
+    if mode not in INTERPOLATIONS:
+        refuse(ValueError, "mode", "one of " + ", ".join(map(repr, INTERPOLATIONS)), repr(mode))
+    padding = check_padding(padding_mode, dims)
     if not isinstance(align_corners, bool):
         refuse(TypeError, "align_corners", "a bool", repr(align_corners))
-    return INTERPOLATIONS[mode], PADDINGS[padding_mode], align_corners
+    return INTERPOLATIONS[mode], padding, align_corners
 
 
 def check_number(name: str, value: float) -> float:
