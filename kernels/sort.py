@@ -255,7 +255,7 @@ def cell_along(q, k, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
     TAPS: tl.constexpr = tap_count(SPEC)
     cell = q + (k - TAPS // 2)
     if wraps(SPEC, AXIS):
-        return pad_index(cell, size, AXIS, SPEC), k < size
+        return pad_index(cell, size, AXIS, SPEC), cell < q + (size - TAPS // 2)  # k < size
     else:
         return cell, in_bounds(cell, size)
 
