@@ -23,7 +23,7 @@ import triton.language as tl
 
 from .device import sources
 from .device.affine import affine_places, doubled_pixels, fixed_coordinate, fixed_place, rounded_entry
-from .device.arithmetic import AFFINE, BICUBIC, BILINEAR, BORDER, INFINITY, clamp, larger, rounded, smaller
+from .device.arithmetic import AFFINE, BILINEAR, BORDER, INFINITY, clamp, larger, rounded, smaller
 from .device.bounds import box_in_units, image_bounds, preimage
 from .device.copies import (
     MOST_COPIES,
@@ -31,10 +31,10 @@ from .device.copies import (
     copies_within,
     copy_at,
     copy_number,
-    copy_of,
     has_copies,
+    is_apart,
 )
-from .device.interpolation import axis_taps, cubic_weight, tap_count, weight_of_pixel
+from .device.interpolation import axis_taps, cubic_weight, radius_of, tap_count, weight_of_pixel
 from .device.padding import is_periodic, padding_of
 from .device.tiles import (
     blocks_of,
@@ -56,7 +56,7 @@ from .host.parameters import (
     output_strides,
     source_strides,
 )
-from .modes import Interpolation, Padding
+from .modes import Interpolation, Padding, paddings_of
 from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling, Work, constant, plain
 
 # Blocks of outputs whose bounds are computed at a time.
@@ -73,23 +73,32 @@ class Pixels(NamedTuple):
     high: Any
 
 
+class Visits(NamedTuple):
+    """The outputs that lanes visit, each on its own: its first along each axis, and how many of them.
+
+    cost: how many in all, a float; infinite where lanes may not. distances: of ``weighs_by_distance``, how
+    far from its pixel each lane's first output is read.
+    """
+
+    first: Any
+    most: Any
+    cost: Any
+    distances: Any
+
+
 class Candidates(NamedTuple):
     """The outputs that can read a tile.
 
     map: the transform's. bounds: of all outputs (``bounds.image_bounds``). ranges, copies: the copies of the
-    image that are read (``copies.copies_within``). first, most: where padding shows nothing again, each
-    lane's first output along each axis and how many it visits. distances: of ``weighs_by_distance``, how far
-    from its pixel that output is read. cost: how many outputs a lane visits, a float; infinite without a
-    bound.
+    image that are read (``copies.copies_within``). visits: where padding shows nothing again, the ``Visits``.
+    cost: how many outputs a lane visits, a float; infinite without a bound.
     """
 
     map: Any
     bounds: Any
     ranges: Any
     copies: Any
-    first: Any
-    most: Any
-    distances: Any
+    visits: Any
     cost: Any
 
 
@@ -113,17 +122,13 @@ def map_places(map, out, sizes, SPEC: tl.constexpr):
 
 # --------------------------------------------------------------------------------------------- by pixel
 @triton.jit
-def candidates_of(map, bounds, pixels, number, sizes, SPEC: tl.constexpr):
-    """The first output that can read each pixel in copy ``number``, and the most of them along each axis."""
-    RADIUS: tl.constexpr = (
-        2.0 if SPEC.interpolation == BICUBIC else (1.0 if SPEC.interpolation == BILINEAR else 0.5)
-    )
+def visits_of(map, bounds, pixels, sizes, SPEC: tl.constexpr):
+    """The ``Visits`` of the outputs that can read each pixel, or what padding shows at ``pixels``."""
+    RADIUS: tl.constexpr = radius_of(SPEC)
     center = ()
     radius = ()
     for axis in tl.static_range(SPEC.dims):
         q = pixels.q[axis].to(SPEC.compute)
-        if is_periodic(SPEC, axis):
-            q = appearance(q, number[axis], sizes.input[axis], SPEC)
         reach = bounds[axis][2] + RADIUS
         if padding_of(SPEC, axis) == BORDER:  # all that lies beyond the border reads the border
             first = pixels.q[axis] == 0
@@ -143,7 +148,41 @@ def candidates_of(map, bounds, pixels, number, sizes, SPEC: tl.constexpr):
         most += (count,)
         # all of them outputs: one too many has weight 0
         first += (tl.maximum(tl.minimum(ranges[axis][0], sizes.output[axis] - count), 0),)
-    return first, most
+    cost = product(most, SPEC)
+    if goes_by_steps(SPEC):
+        cost = tl.where(map.fits, cost, INFINITY)
+    distances = ()
+    if weighs_by_distance(SPEC):
+        distances = distances_of(map, first, pixels, sizes, SPEC)
+    return Visits(first, most, cost, distances)
+
+
+@triton.jit
+def shown_pixels(pixels, number, sizes, SPEC: tl.constexpr):
+    """``pixels`` where copy ``number`` shows them, whole numbers; what belongs to another copy is nowhere."""
+    shown = ()
+    exists = pixels.exists
+    for axis in tl.static_range(SPEC.dims):
+        at = pixels.q[axis]
+        if is_periodic(SPEC, axis):
+            at, own = appearance(at, number[axis], sizes.input[axis], axis, SPEC)
+            at = tl.where(own, at, NOWHERE)
+            exists = exists & own
+        shown += (at,)
+    return Pixels(shown, exists, pixels.low, pixels.high)
+
+
+@triton.jit
+def shows_tile(pixels, number, bounds, sizes, SPEC: tl.constexpr):
+    """Whether outputs may read the tile where copy ``number`` shows it."""
+    RADIUS: tl.constexpr = radius_of(SPEC)
+    shows = tl.full([], 1, tl.int1)
+    for axis in tl.static_range(SPEC.dims):
+        if is_periodic(SPEC, axis):
+            near = (bounds[axis][0] - RADIUS, bounds[axis][1] + RADIUS)
+            tile = (pixels.low[axis], pixels.high[axis])
+            shows = shows & (is_apart(tile, number[axis], near, sizes.input[axis], axis, SPEC) == 0)
+    return shows
 
 
 @triton.jit
@@ -170,6 +209,9 @@ def map_and_bounds(params, n, t, sizes, SPEC: tl.constexpr):
 @triton.jit
 def find_candidates(map, bounds, pixels, sizes, SPEC: tl.constexpr):
     """The ``Candidates`` of a block of pixels."""
+    visits = ()
+    ranges = ()
+    copies = 1
     if has_copies(SPEC):
         ranges, copies = copies_within(bounds, sizes, SPEC)
         cost = tl.full([], INFINITY, SPEC.compute)
@@ -177,20 +219,13 @@ def find_candidates(map, bounds, pixels, sizes, SPEC: tl.constexpr):
             cost = tl.full([], 0.0, SPEC.compute)
             for i in range(copies.to(tl.int32)):
                 number = copy_number(i, ranges, SPEC)
-                first, most = candidates_of(map, bounds, pixels, number, sizes, SPEC)
-                cost += product(most, SPEC)
-        if goes_by_steps(SPEC):
-            cost = tl.where(map.fits, cost, INFINITY)
-        return Candidates(map, bounds, ranges, copies, (), (), (), cost)
+                if shows_tile(pixels, number, bounds, sizes, SPEC):
+                    shown = shown_pixels(pixels, number, sizes, SPEC)
+                    cost += visits_of(map, bounds, shown, sizes, SPEC).cost
     else:
-        first, most = candidates_of(map, bounds, pixels, (0, 0, 0), sizes, SPEC)
-        cost = product(most, SPEC)
-        distances = ()
-        if goes_by_steps(SPEC):
-            cost = tl.where(map.fits, cost, INFINITY)
-        if weighs_by_distance(SPEC):
-            distances = distances_of(map, first, pixels, sizes, SPEC)
-        return Candidates(map, bounds, (), 1, first, most, distances, cost)
+        visits = visits_of(map, bounds, pixels, sizes, SPEC)
+        cost = visits.cost
+    return Candidates(map, bounds, ranges, copies, visits, cost)
 
 
 @triton.jit
@@ -213,10 +248,9 @@ def add_weighted(sums, weight, offset, gradients, sizes, SPEC: tl.constexpr):
 def weighs_by_distance(spec):
     """Whether a weight is a function of how far from the pixel an output is read, and that goes by steps.
 
-    So it is of affine maps under zeros padding, but for nearest samples, which jump.
+    So it is of affine maps, but for nearest samples, which jump, and under border padding.
     """
-    smooth = plain(spec.interpolation) != Interpolation.NEAREST
-    return smooth and plain(spec.fixed_point) and all(p == Padding.ZEROS for p in plain(spec.padding))
+    return plain(goes_by_steps(spec)) and Padding.BORDER not in plain(spec.padding)
 
 
 @triton.constexpr_function
@@ -292,45 +326,36 @@ def candidate_places(map, start, further, sizes, SPEC: tl.constexpr):
 
 
 @triton.jit
-def candidate_weight(found, start, first, further, pixels, number, sizes, SPEC: tl.constexpr):
-    """The weight with which the output ``further`` from ``first`` reads each pixel in copy ``number``."""
+def candidate_weight(map, visits, start, further, pixels, sizes, SPEC: tl.constexpr):
+    """The weight with which the output ``further`` from the first reads what is shown at each pixel."""
     if weighs_by_distance(SPEC):
-        return distance_weight(found.map, found.distances, further, SPEC)
+        return distance_weight(map, visits.distances, further, SPEC)
     else:
         if goes_by_steps(SPEC):
-            places = candidate_places(found.map, start, further, sizes, SPEC)
+            places = candidate_places(map, start, further, sizes, SPEC)
         else:
             out = ()
             for axis in tl.static_range(SPEC.dims):
-                out += (first[axis] + further[axis],)
-            places = map_places(found.map, out, sizes, SPEC)
-        weight = weight_of_pixel(places, pixels.q, sizes, SPEC)
-        for axis in tl.static_range(SPEC.dims):
-            if is_periodic(SPEC, axis):
-                here = copy_of(places[axis], sizes.input[axis], SPEC) == number[axis].to(tl.int32)
-                weight = tl.where(here, weight, 0.0)
-        return weight
+                out += (visits.first[axis] + further[axis],)
+            places = map_places(map, out, sizes, SPEC)
+        return weight_of_pixel(places, pixels.q, sizes, SPEC, True)
 
 
 @triton.jit
-def add_by_pixel(sums, found, pixels, number, range_of, gradients, sizes, SPEC: tl.constexpr):
-    """``sums`` plus what each pixel gets from its outputs that are read in copy ``number``.
-
-    range_of: the first output and the most of them, along each axis.
-    """
-    first, most = range_of
+def add_by_pixel(sums, map, visits, pixels, gradients, sizes, SPEC: tl.constexpr):
+    """``sums`` plus what each pixel gets from the outputs that its lane visits."""
     VECTOR: tl.constexpr = SPEC.vector_output
     strides = gradients.strides.pixel
-    offset = offset_of(first, strides, VECTOR, SPEC)
-    start = coordinates_of_first(found.map, first, sizes, SPEC)
+    offset = offset_of(visits.first, strides, VECTOR, SPEC)
+    start = coordinates_of_first(map, visits.first, sizes, SPEC)
     depth = 1
     if SPEC.dims == 3:
-        depth = most[2]
+        depth = visits.most[2]
     for z in range(depth):
-        for y in range(most[1]):
+        for y in range(visits.most[1]):
             line = tl.cast(strides[2], SPEC.index) * z + tl.cast(strides[1], SPEC.index) * y
-            for x in range(most[0]):
-                weight = candidate_weight(found, start, first, (x, y, z), pixels, number, sizes, SPEC)
+            for x in range(visits.most[0]):
+                weight = candidate_weight(map, visits, start, (x, y, z), pixels, sizes, SPEC)
                 at = offset + (line + tl.cast(strides[0], SPEC.index) * x)
                 sums = add_weighted(
                     sums, weight, tl.multiple_of(at, (VECTOR, VECTOR)), gradients, sizes, SPEC
@@ -342,7 +367,7 @@ def add_by_pixel(sums, found, pixels, number, range_of, gradients, sizes, SPEC: 
 @triton.jit
 def may_touch(map, block, column_blocks, pixels, sizes, SPEC: tl.constexpr):
     """Whether outputs of ``block``, [blocks], may read pixels of the tile."""
-    RADIUS: tl.constexpr = 2.0 if SPEC.interpolation == BICUBIC else 1.0
+    RADIUS: tl.constexpr = radius_of(SPEC)
     x = (block % column_blocks) * SPEC.block_columns
     row = (block // column_blocks).to(SPEC.index) * SPEC.block_rows
     first_yz, last_yz = row_range(row, SPEC.block_rows, sizes.output, SPEC)
@@ -355,18 +380,16 @@ def may_touch(map, block, column_blocks, pixels, sizes, SPEC: tl.constexpr):
         size = sizes.input[axis]
         least = bounds[axis][0] - RADIUS
         most = bounds[axis][1] + RADIUS
-        tile_low = pixels.low[axis].to(SPEC.compute)
-        tile_high = pixels.high[axis].to(SPEC.compute)
         if is_periodic(SPEC, axis):
             # told only of what lies within one copy, and not too far to have kept it
-            number = copy_at(least, size, SPEC)
-            told = (number == copy_at(most, size, SPEC)) & (least > -(2.0**29)) & (most < 2.0**29)
-            one = appearance(tile_low, number, size, SPEC)
-            two = appearance(tile_high, number, size, SPEC)
-            apart = told & ((most < smaller(one, two)) | (least > larger(one, two)))
+            number = copy_at(least, size, axis, SPEC)
+            told = (number == copy_at(most, size, axis, SPEC)) & (least > -(2.0**29)) & (most < 2.0**29)
+            number = tl.where(told, number, 0.0).to(tl.int32)
+            tile = (pixels.low[axis], pixels.high[axis])
+            apart = told & is_apart(tile, number, (least, most), size, axis, SPEC)
         else:
-            below = most < tile_low
-            above = least > tile_high
+            below = most < pixels.low[axis].to(SPEC.compute)
+            above = least > pixels.high[axis].to(SPEC.compute)
             if padding_of(SPEC, axis) == BORDER:  # the tile at the border has all that lies beyond
                 below = below & (pixels.low[axis] > 0)
                 above = above & (pixels.high[axis] < size - 1)
@@ -470,17 +493,19 @@ def finds_once(spec):
 @triton.jit
 def add_transform(sums, found, pixels, gradients, sizes, SPEC: tl.constexpr):
     """``sums`` plus what each pixel gets from the outputs of one transform."""
+    map = found.map
     if found.cost <= SPEC.most_candidates:
         if not has_copies(SPEC):
-            candidates = (found.first, found.most)
-            sums = add_by_pixel(sums, found, pixels, (0, 0, 0), candidates, gradients, sizes, SPEC)
+            sums = add_by_pixel(sums, map, found.visits, pixels, gradients, sizes, SPEC)
         else:
             for i in range(found.copies.to(tl.int32)):
                 number = copy_number(i, found.ranges, SPEC)
-                candidates = candidates_of(found.map, found.bounds, pixels, number, sizes, SPEC)
-                sums = add_by_pixel(sums, found, pixels, number, candidates, gradients, sizes, SPEC)
+                if shows_tile(pixels, number, found.bounds, sizes, SPEC):
+                    shown = shown_pixels(pixels, number, sizes, SPEC)
+                    visits = visits_of(map, found.bounds, shown, sizes, SPEC)
+                    sums = add_by_pixel(sums, map, visits, shown, gradients, sizes, SPEC)
     else:
-        sums = add_by_output(sums, found.map, pixels, gradients, sizes, SPEC)
+        sums = add_by_output(sums, map, pixels, gradients, sizes, SPEC)
     return sums
 
 
@@ -608,7 +633,7 @@ def _plan(
         SPEC=Spec(
             source=int(source),
             interpolation=int(interpolation),
-            padding=(int(padding),) * dims,
+            padding=paddings_of(padding, dims),
             align_corners=int(align_corners),
             dims=dims,
             compute=compute,

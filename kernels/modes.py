@@ -3,6 +3,7 @@
 Pure Python: importing this module imports neither torch nor triton.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 # Blocks of pixels, one below the other, over which coordinates may be carried on (``device/affine.py``).
@@ -18,11 +19,30 @@ class Interpolation(IntEnum):
 
 
 class Padding(IntEnum):
-    """What is read outside the image. The codes are those of ATen's ``grid_sampler``."""
+    """What is read outside the image. The codes are those of ATen's ``grid_sampler``, as far as that goes."""
 
     ZEROS = 0
     BORDER = 1
     REFLECTION = 2
+    CIRCULAR = 3
+
+
+def padding_code(paddings: Sequence[int]) -> int:
+    """One integer for the paddings of the axes, x first: the padding itself where all are the same.
+
+    Else a digit for each axis in base 8, x the lowest, of 1 more than its padding.
+    """
+    if len(set(paddings)) == 1:
+        return int(paddings[0])
+    return sum((padding + 1) << 3 * axis for axis, padding in enumerate(paddings))
+
+
+def paddings_of(code: int, dims: int) -> tuple[Padding, ...]:
+    """The paddings of ``dims`` axes that ``padding_code`` made ``code`` of; ValueError if it made none."""
+    digits = [code + 1] * dims if 0 <= code < 8 else [code >> 3 * axis & 7 for axis in range(dims)]
+    if code >> max(3 * dims, 3) or not {*digits} <= {padding + 1 for padding in Padding}:
+        raise ValueError(f"padding_mode must be a code of Padding, or of one for each axis, got {code}")
+    return tuple(Padding(digit - 1) for digit in digits)
 
 
 class Source(IntEnum):

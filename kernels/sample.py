@@ -46,7 +46,7 @@ from .host.parameters import (
     output_strides,
     source_strides,
 )
-from .modes import MOST_STEPS, Source
+from .modes import MOST_STEPS, Source, paddings_of
 from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling, Work, constant
 
 # ``is_interior`` costs about as much as it saves in two blocks of pixels and channels. (In the interpreter,
@@ -347,7 +347,7 @@ def cut(
     spec = {
         "source": int(source),
         "interpolation": int(interpolation),
-        "padding": (int(padding),) * dims,
+        "padding": paddings_of(padding, dims),
         "align_corners": int(align_corners),
         "dims": dims,
         "compute": compute,

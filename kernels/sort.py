@@ -21,6 +21,7 @@ from .derivatives import coord_tangent_of
 from .device import sources
 from .device.arithmetic import in_bounds, rounded
 from .device.interpolation import at_pixel, axis_slopes, axis_taps, tap_count
+from .device.padding import pad_index, wraps
 from .device.tiles import (
     blocks_of,
     channel_block,
@@ -41,8 +42,8 @@ from .host.parameters import (
     num_controls,
     source_strides,
 )
-from .modes import Interpolation, Source
-from .spec import SPECIALIZATION, Image, Params, Place, Sizes, Spec, Strides, Tiling, Work, constant
+from .modes import Interpolation, Source, paddings_of
+from .spec import SPECIALIZATION, Image, Params, Place, Sizes, Spec, Strides, Tiling, Work, constant, plain
 
 # Images are done together as long as their outputs are not more than this: beyond, memory would grow and
 # nothing be gained.
@@ -76,12 +77,14 @@ class Outputs(NamedTuple):
 def axis_cell(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
     """The cell of a place, in [0, size), and whether any pixel is read from there.
 
-    It is the lower one of the pixels that the one tap or the two middle taps read: of n taps, pixel q is one
-    in cells q - n // 2 to q - n // 2 + n - 1 alone.
+    It is the lower one of the pixels that the one tap or the two middle taps read (where padding wraps, the
+    first of them): of n taps, pixel q is one in cells q - n // 2 to q - n // 2 + n - 1 alone.
     """
     TAPS: tl.constexpr = tap_count(SPEC)
     taps = axis_taps(place, size, AXIS, SPEC)
-    cell = tl.minimum(taps.index[(TAPS - 1) // 2], taps.index[TAPS // 2])
+    cell = taps.index[(TAPS - 1) // 2]
+    if not wraps(SPEC, AXIS):
+        cell = tl.minimum(cell, taps.index[TAPS // 2])
     read = tl.zeros(cell.shape, tl.int1)
     for k in tl.static_range(TAPS):
         read = read | taps.inside[k]
@@ -240,20 +243,47 @@ def add_outputs(sums, position, read, q, outputs, block, sizes, SPEC: tl.constex
     return new
 
 
+@triton.constexpr_function
+def row_parts(spec):
+    """Pieces of a row of cells around a pixel: one more where it wraps."""
+    return 2 if plain(wraps(spec, 0)) and plain(tap_count(spec)) > 1 else 1
+
+
+@triton.jit
+def cell_along(q, k, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
+    """The kth of the cells around pixels ``q`` along an axis, and whether it is one of its own."""
+    TAPS: tl.constexpr = tap_count(SPEC)
+    cell = q + (k - TAPS // 2)
+    if wraps(SPEC, AXIS):
+        return pad_index(cell, size, AXIS, SPEC), cell < q + (size - TAPS // 2)  # k < size
+    else:
+        return cell, in_bounds(cell, size)
+
+
 @triton.jit
 def cell_row(starts_ptr, q, row, sizes, exists, SPEC: tl.constexpr):
     """Where the outputs of one row of the cells around pixels ``q`` begin and end in the list."""
     TAPS: tl.constexpr = tap_count(SPEC)
-    y = q[1] + (row % TAPS - TAPS // 2)
-    exists = exists & in_bounds(y, sizes.input[1])
+    width = sizes.input[0]
+    first = tl.maximum(q[0] - TAPS // 2, 0)
+    last = tl.minimum(q[0] + (TAPS - TAPS // 2), width)
+    if row_parts(SPEC) == 2:
+        # first what lies within the image, then what lies beyond an end of it: from the other end, up to that
+        beyond = q[0] < TAPS // 2
+        wrapped_first = tl.where(beyond, tl.maximum(q[0] - TAPS // 2 + width, last), 0)
+        wrapped_last = tl.where(beyond, width, tl.minimum(q[0] + (TAPS - TAPS // 2) - width, first))
+        wrapped = row % 2 == 1
+        first = tl.where(wrapped, wrapped_first, first)
+        last = tl.maximum(tl.where(wrapped, wrapped_last, last), first)
+        row = row // 2
+    y, known = cell_along(q[1], row % TAPS, sizes.input[1], 1, SPEC)
+    exists = exists & known
     cell = y.to(SPEC.index)
     if SPEC.dims == 3:
-        z = q[2] + (row // TAPS - TAPS // 2)
-        exists = exists & in_bounds(z, sizes.input[2])
+        z, known = cell_along(q[2], row // TAPS, sizes.input[2], 2, SPEC)
+        exists = exists & known
         cell += z.to(SPEC.index) * sizes.input[1]
-    cell *= sizes.input[0]
-    first = tl.maximum(q[0] - TAPS // 2, 0)
-    last = tl.minimum(q[0] + (TAPS - TAPS // 2), sizes.input[0])
+    cell *= width
     begin = tl.load(starts_ptr + (cell + first), exists, other=0)
     return begin, tl.load(starts_ptr + (cell + last), exists, other=0)
 
@@ -329,7 +359,7 @@ def sort_sums_kernel(
     """
     FRACTIONS: tl.constexpr = 2 * SPEC.dims if SPEC.coord_tangent else SPEC.dims
     TAPS: tl.constexpr = tap_count(SPEC)
-    CELL_ROWS: tl.constexpr = TAPS * TAPS if SPEC.dims == 3 else TAPS
+    CELL_ROWS: tl.constexpr = (TAPS * TAPS if SPEC.dims == 3 else TAPS) * row_parts(SPEC)
     in_size = (in_width, in_height, in_depth)
     sizes = Sizes(in_size, in_size, images, 1, channels)
     stride_input = (stride_input_x, stride_input_y, stride_input_z)
@@ -560,7 +590,7 @@ def sorted_backward(
     compute, compute_torch = compute_dtypes(grad_output, params)
     shared = {
         "interpolation": int(interpolation),
-        "padding": (int(padding),) * dims,
+        "padding": paddings_of(padding, dims),
         "align_corners": int(align_corners),
         "dims": dims,
         "compute": compute,

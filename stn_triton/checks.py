@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import calls
-from .kernels.modes import Interpolation, Padding
+from .kernels.modes import Interpolation, Padding, padding_code
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 INTERPOLATIONS = {
@@ -20,7 +20,9 @@ INTERPOLATIONS = {
     "nearest": Interpolation.NEAREST,
     "bicubic": Interpolation.BICUBIC,
 }
-PADDINGS = {"zeros": Padding.ZEROS, "border": Padding.BORDER, "reflection": Padding.REFLECTION}
+PADDINGS = {padding.name.lower(): padding for padding in Padding}
+# A mode, or one for each axis, x first.
+PaddingMode = str | Sequence[str]
 
 
 # What other libraries call them.
@@ -36,6 +38,9 @@ _OTHER_NAMES = {
     "reflect": "reflection",
     "mirror": "reflection",
     "symmetric": "reflection",
+    "wrap": "circular",
+    "grid-wrap": "circular",
+    "periodic": "circular",
 }
 
 
@@ -168,15 +173,37 @@ def nearest_parameter(name: str, value: Tensor, matrix: tuple[int, int], input: 
     return ""
 
 
-def check_modes(mode: str, padding_mode: str, align_corners: bool) -> tuple[Interpolation, Padding, bool]:
+def to_padding(padding_mode: object, dims: int) -> int | None:
+    """The code of a padding mode, or of a tuple or list of ``dims`` of them, x first; None for all else."""
+    if isinstance(padding_mode, str):
+        return PADDINGS.get(padding_mode)
+    if not isinstance(padding_mode, (tuple, list)) or len(padding_mode) != dims:
+        return None
+    paddings = [PADDINGS[mode] for mode in padding_mode if isinstance(mode, str) and mode in PADDINGS]
+    return padding_code(paddings) if len(paddings) == dims else None
+
+
+def check_padding(padding_mode: object, dims: int) -> int:
+    padding = to_padding(padding_mode, dims)
+    if padding is None:
+        known = isinstance(padding_mode, (str, tuple, list))
+        expected = f"one of {', '.join(map(repr, PADDINGS))}, or a tuple of {dims} of them, x first"
+        hint = _nearest(padding_mode, PADDINGS) if isinstance(padding_mode, str) else ""
+        refuse(ValueError if known else TypeError, "padding_mode", expected, repr(padding_mode), hint)
+    return padding
+
+
+def check_modes(
+    mode: str, padding_mode: PaddingMode, align_corners: bool, dims: int
+) -> tuple[Interpolation, int, bool]:
     """The codes of the public names."""
-    for name, value, known in (("mode", mode, INTERPOLATIONS), ("padding_mode", padding_mode, PADDINGS)):
-        if not isinstance(value, str):
-            refuse(TypeError, name, "a string", type(value).__name__)
-        if value not in known:
-            hint = _nearest(value, known)
-            refuse(ValueError, name, "one of " + ", ".join(map(repr, known)), repr(value), hint)
-    return INTERPOLATIONS[mode], PADDINGS[padding_mode], check_bool("align_corners", align_corners)
+    if not isinstance(mode, str):
+        refuse(TypeError, "mode", "a string", type(mode).__name__)
+    if mode not in INTERPOLATIONS:
+        expected = "one of " + ", ".join(map(repr, INTERPOLATIONS))
+        refuse(ValueError, "mode", expected, repr(mode), _nearest(mode, INTERPOLATIONS))
+    padding = check_padding(padding_mode, dims)
+    return INTERPOLATIONS[mode], padding, check_bool("align_corners", align_corners)
 
 
 def check_bool(name: str, value: bool) -> bool:

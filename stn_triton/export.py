@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .kernels.modes import Interpolation, Padding, Source
+from .kernels.modes import Source
 from .transforms import splines
 
 __all__ = ["decompositions", "onnx_translations"]
@@ -32,9 +32,10 @@ __all__ = ["decompositions", "onnx_translations"]
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """What this package's operators are in ATen's, for ``ExportedProgram.run_decompositions``.
 
-    Each transform becomes a grid, which is held in memory then, and ATen's sampler; what that has not
-    (tricubic) is sampled tap by tap, for images of a fixed size. The linear system of a spline, which ONNX
-    cannot solve either, becomes elimination in plain operators. For inference: no derivatives.
+    Each transform becomes a grid, which is held in memory then, and ATen's sampler. What that has not
+    (tricubic, circular padding, paddings per axis) is sampled tap by tap, for images of a fixed size. The
+    linear system of a spline, which ONNX cannot solve either, becomes elimination in plain operators. For
+    inference: no derivatives.
 
     Example:
         >>> net = stn.nn.SpatialTransformer(torch.nn.Flatten(), features=64).eval()
@@ -92,7 +93,7 @@ def sample(
     padding: int,
     align_corners: bool,
 ) -> Tensor:
-    modes = Interpolation(interpolation), Padding(padding), align_corners
+    modes = ops.named_modes(interpolation, padding, align_corners)
     output = reference.sample(input, params, control_points, Source(source), tuple(size), *modes)
     if source != Source.GRID and ops.is_channels_last(input):
         last = output.dim() - 1  # TorchScript's ONNX takes no negative one

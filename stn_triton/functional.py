@@ -33,16 +33,18 @@ from .calls import elsewhere, has_torch_function, is_taken, tracing_state
 from .checks import (
     DTYPES,
     INTERPOLATIONS,
-    PADDINGS,
+    PaddingMode,
     batch_of,
     check_device,
     check_modes,
+    check_padding,
     check_size,
     check_spatial_size,
     check_tensor,
     nearest_parameter,
     refuse,
     refuse_parameter,
+    to_padding,
     to_size,
 )
 from .kernels.modes import Source
@@ -65,7 +67,7 @@ def grid_sample(
     input: Tensor,
     grid: Tensor,
     mode: str = "bilinear",
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
     align_corners: bool | None = None,
 ) -> Tensor:
     """:func:`torch.nn.functional.grid_sample` on Triton kernels, with tricubic sampling as well.
@@ -79,7 +81,9 @@ def grid_sample(
         grid: (N, H_out, W_out, 2) or (N, D_out, H_out, W_out, 3), of the input's dtype.
         mode: "bilinear" (trilinear in 5-D), "nearest" (halves to even) or "bicubic" (A = -0.75;
             tricubic in 5-D, which PyTorch lacks).
-        padding_mode: "zeros", "border" or "reflection".
+        padding_mode: "zeros", "border", "reflection" or "circular", where a pixel's number along an axis is
+            taken modulo the axis' size, whatever ``align_corners`` (SciPy's "grid-wrap"; PyTorch lacks it).
+            Or a tuple of one for each axis, x first: ("circular", "border") is a panorama's.
         align_corners: whether -1 and 1 are the centres (True) or the outer edges (False) of the
             outermost pixels. None means False, with PyTorch's warning.
 
@@ -88,7 +92,8 @@ def grid_sample(
 
     Coordinates, weights and sums are float32 (float64 for float64 images), whatever the dtype of the
     image. A NaN coordinate, and with zeros padding an infinite one, reads nothing: 0. With border padding
-    NaN reads the first pixel and infinity the border; with reflection both read the lower edge.
+    NaN reads the first pixel and infinity the border; with reflection and circular padding both read the
+    lower edge.
     Under autocast the arguments are promoted as PyTorch does.
 
     Differentiable in ``input`` and ``grid`` any number of times, in both modes (see the module).
@@ -106,13 +111,18 @@ def grid_sample(
     arguments = input, grid, mode, padding_mode, align_corners
     if isinstance(input, Tensor) and isinstance(grid, Tensor):
         input, grid = _autocast(input, grid)
-    if not _grid_sample_fits(input, grid, mode, padding_mode, align_corners):
+    padding = to_padding(padding_mode, input.dim() - 2) if isinstance(input, Tensor) else None
+    if padding is None or not _grid_sample_fits(input, grid, mode, align_corners):
         if mode == "bicubic" and isinstance(input, Tensor) and input.dim() == 5:
             arguments = (*arguments[:2], "bilinear", *arguments[3:])  # tricubic is not what is wrong
+        if padding_mode == "circular" or not isinstance(padding_mode, str):  # nor is what PyTorch lacks
+            if isinstance(input, Tensor) and input.dim() in (4, 5):
+                check_padding(padding_mode, input.dim() - 2)
+            arguments = (*arguments[:3], "zeros", align_corners)
         return _ask_pytorch(torch.nn.functional.grid_sample, *arguments)
     if align_corners is None:
         _warn(_DEFAULT_ALIGN_CORNERS)
-    modes = INTERPOLATIONS[mode], PADDINGS[padding_mode], bool(align_corners)
+    modes = INTERPOLATIONS[mode], padding, bool(align_corners)
     return autograd.sample(input, grid, Source.GRID, grid.shape[1:-1], *modes)
 
 
@@ -205,12 +215,10 @@ def _autocast(input: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
     return input.to(dtype), grid.to(dtype)
 
 
-def _grid_sample_fits(input: Any, grid: Any, mode: Any, padding_mode: Any, align_corners: Any) -> bool:
+def _grid_sample_fits(input: Any, grid: Any, mode: Any, align_corners: Any) -> bool:
     return (
         isinstance(mode, str)
         and mode in INTERPOLATIONS
-        and isinstance(padding_mode, str)
-        and padding_mode in PADDINGS
         and (align_corners is None or isinstance(align_corners, bool))
         and isinstance(input, Tensor)
         and isinstance(grid, Tensor)
@@ -247,7 +255,7 @@ def affine_grid_sample(
     theta: Tensor,
     size: Sequence[int] | None = None,
     mode: str = "bilinear",
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
     align_corners: bool = False,
 ) -> Tensor:
     """Warp images by affine maps: ``affine_grid`` and ``grid_sample`` in one kernel.
@@ -267,7 +275,8 @@ def affine_grid_sample(
             float32 parameters.
         size: the output's spatial size, (H_out, W_out) or (D_out, H_out, W_out). Default: the input's.
         mode: "bilinear" (trilinear in 5-D), "nearest" or "bicubic" (tricubic in 5-D).
-        padding_mode: "zeros", "border" or "reflection".
+        padding_mode: "zeros", "border", "reflection" or "circular", or a tuple of one for each axis, x first,
+            as in :func:`grid_sample`.
         align_corners: whether -1 and 1 are the centres (True) or the outer edges (False) of the
             outermost pixels, in the input and in the output.
 
@@ -299,7 +308,7 @@ def affine_grid_sample(
     dims = _check_image(input)
     _check_parameter("theta", theta, (dims, dims + 1), input)
     size = _check_size(size, input)
-    modes = check_modes(mode, padding_mode, align_corners)
+    modes = check_modes(mode, padding_mode, align_corners, dims)
     return autograd.sample(input, theta, Source.AFFINE, size, *modes)
 
 
@@ -308,7 +317,7 @@ def projective_grid_sample(
     homography: Tensor,
     size: Sequence[int] | None = None,
     mode: str = "bilinear",
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
     align_corners: bool = False,
 ) -> Tensor:
     """Warp images by homographies.
@@ -347,7 +356,7 @@ def projective_grid_sample(
     _check_image(input, dims=2)
     _check_parameter("homography", homography, (3, 3), input)
     size = _check_size(size, input)
-    modes = check_modes(mode, padding_mode, align_corners)
+    modes = check_modes(mode, padding_mode, align_corners, 2)
     return autograd.sample(input, homography, Source.PROJECTIVE, size, *modes)
 
 
@@ -356,7 +365,7 @@ def tps_grid_sample(
     points: Tensor,
     size: Sequence[int] | None = None,
     mode: str = "bilinear",
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
     align_corners: bool = False,
     control_points: Tensor | None = None,
     regularization: float = 0.0,
@@ -404,7 +413,7 @@ def tps_grid_sample(
     _check_image(input, dims=2)
     _check_points(points, input)
     size = _check_size(size, input)
-    modes = check_modes(mode, padding_mode, align_corners)
+    modes = check_modes(mode, padding_mode, align_corners, 2)
     if input.dtype == torch.float64:
         points = points.double()
     coefficients, control_points = _spline(points, control_points, regularization)
@@ -415,7 +424,7 @@ def flow_grid_sample(
     input: Tensor,
     flow: Tensor,
     mode: str = "bilinear",
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
     align_corners: bool = False,
 ) -> Tensor:
     """Warp images by displacement fields.
@@ -457,7 +466,7 @@ def flow_grid_sample(
         hint = "flow.movedim(-1, 1) puts components first" if last else ""
         refuse(ValueError, "flow", expected, f"shape {tuple(flow.shape)}", hint)
     check_device("flow", flow, "input", input)
-    modes = check_modes(mode, padding_mode, align_corners)
+    modes = check_modes(mode, padding_mode, align_corners, dims)
     return autograd.sample(input, flow, Source.FLOW, flow.shape[2:], *modes)
 
 

@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from . import calls
 from .backend import without_autocast
 from .checks import (
+    PaddingMode,
     check_int,
     check_modes,
     check_number,
@@ -97,7 +98,7 @@ class SpatialTransformer(nn.Module):
         transform: Transform = "affine",
         size: Sequence[int] | None = None,
         mode: str = "bilinear",
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         align_corners: bool = False,
         transforms: int = 1,
         *,
@@ -116,7 +117,7 @@ class SpatialTransformer(nn.Module):
             size: the output's spatial size, (H_out, W_out) or (D_out, H_out, W_out). Default: the input's.
             mode: "bilinear" (trilinear for volumes), "nearest" or "bicubic". No gradient reaches the net
                 through "nearest".
-            padding_mode: "zeros", "border" or "reflection".
+            padding_mode: "zeros", "border", "reflection" or "circular", or one for each axis, x first.
             align_corners: see the convention.
             transforms: T, how many transformers work side by side on each image with one localisation net. If
                 there are several, results have a dimension T after N.
@@ -149,7 +150,7 @@ class SpatialTransformer(nn.Module):
         if dims not in (2, 3) or (dims == 3 and transform not in ("affine", "attention")):
             expected = "2, or 3 for 'affine' and 'attention'"
             refuse(ValueError, "dims", expected, f"{dims!r} for {transform!r}")
-        check_modes(mode, padding_mode, align_corners)
+        check_modes(mode, padding_mode, align_corners, dims)
         transforms = check_int("transforms", transforms, 1)
         if features is not None:
             features = check_int("features", features, 0)

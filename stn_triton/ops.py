@@ -10,6 +10,8 @@ that a new coordinate source adds no operator:
 ``params`` is a grid, theta, a homography, a spline's coefficients or a flow; ``control_points`` are the
 spline's, else None. In what an operator returns an empty tensor stands for a gradient not asked for.
 
+``padding`` is one code for all axes, or of one for each (``kernels.modes.padding_code``).
+
 The arguments of each are a named tuple. Its fields are the operator's schema; its fake (``allocate``) and its
 implementation take the tuple. There is one implementation for all devices, which goes to the kernels or to
 ``reference`` (see ``backend``). ``autograd`` makes the operators differentiable.
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from . import backend, kernels, reference
 from .calls import PLAIN, plain
-from .kernels.modes import Interpolation, Padding, Source
+from .kernels.modes import Interpolation, Source
 
 __all__ = ["grid", "grid_backward", "sample", "sample_backward", "sample_hvp", "sample_jvp"]
 
@@ -80,9 +82,9 @@ def differentiate(operator: Any, derived: Callable[..., Any]) -> None:
         _LIBRARY.impl(name, derived, key)
 
 
-def named_modes(interpolation: int, padding: int, align_corners: bool) -> tuple[Interpolation, Padding, bool]:
+def named_modes(interpolation: int, padding: int, align_corners: bool) -> tuple[Interpolation, int, bool]:
     """The modes of an operator's codes, for ``reference``."""
-    return Interpolation(interpolation), Padding(padding), align_corners
+    return Interpolation(interpolation), padding, align_corners
 
 
 # ----------------------------------------------------------------------------------------- allocation

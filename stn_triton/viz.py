@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .checks import refuse
+from .checks import PaddingMode, refuse
 from .transforms import identity
 
 __all__ = ["PALETTE", "GridLines", "Kind", "draw_before_after", "draw_grid", "draw_samples", "grid_lines"]
@@ -309,7 +309,7 @@ def draw_before_after(
     *,
     size: Sequence[int] | None = None,
     mode: str = "bilinear",
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
     control_points: Tensor | None = None,
     regularization: float = 0.0,
     align_corners: bool = False,

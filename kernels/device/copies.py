@@ -1,14 +1,17 @@
 """Where padding shows pixels again: for the gather, which looks for all outputs that read a pixel.
 
-Copies are numbered along each axis; number 0 is the image itself. Zeros and border padding have that one
-alone.
+Copies are numbered along each axis; number 0 is the image itself. Copy k shows ``copy_length`` whole numbers
+from k times that on, each a pixel of the image, and each whole number belongs to one copy. Along an axis
+without period there is copy 0 alone.
 """
 
 import triton
 import triton.language as tl
 
 from ..spec import constant, plain
-from .padding import is_periodic
+from .arithmetic import INFINITY, in_bounds
+from .interpolation import radius_of
+from .padding import copy_length, is_periodic, lower_edge, mirrors
 
 # Copies of the image that are looked at one by one, at most.
 MOST_COPIES = constant(64)
@@ -21,36 +24,35 @@ def has_copies(spec):
 
 
 @triton.jit
-def extent_of(size, SPEC: tl.constexpr):
-    """Where copy 0 begins, its lower mirror, and how long copies are: between pixel centres or edges."""
-    return -0.5 * (1 - SPEC.align_corners), tl.maximum(size - SPEC.align_corners, 1).to(SPEC.compute)
-
-
-@triton.jit
-def copy_at(x, size, SPEC: tl.constexpr):
+def copy_at(x, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
     """The number of the copy in which a float coordinate lies, a float."""
-    low, length = extent_of(size, SPEC)
-    return tl.floor((x - low) / length)
+    low = -0.5
+    if mirrors(SPEC, AXIS):
+        low = lower_edge(SPEC)
+    return tl.floor((x - low) / copy_length(size, AXIS, SPEC).to(SPEC.compute))
 
 
 @triton.jit
-def copy_of(place, size, SPEC: tl.constexpr):
-    """The number of the copy in which a place lies: an output belongs to one copy, and counts in no other."""
-    i = place[0]
-    if not SPEC.align_corners:
-        i += (place[1] >= 0.5).to(tl.int32)
-    length = tl.maximum(size - SPEC.align_corners, 1)
-    negative = i < 0
-    number = (tl.where(negative, ~i, i).to(tl.uint32) // tl.cast(length, tl.uint32)).to(tl.int32)
-    return tl.where(negative, ~number, number)
+def appearance(q, number, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
+    """The whole number at which copy ``number`` shows pixel ``q``, and whether that belongs to this copy.
+
+    (A mirror that is a pixel's centre is shown by two copies, and belongs to the later one.)
+    """
+    start = number * copy_length(size, AXIS, SPEC)
+    at = start + q
+    if mirrors(SPEC, AXIS):
+        end = start + copy_length(size, AXIS, SPEC) - (1 - SPEC.align_corners)
+        at = tl.where((number & 1) != 0, end - q, at)
+    return at, in_bounds(at - start, copy_length(size, AXIS, SPEC))
 
 
 @triton.jit
-def appearance(q, number, size, SPEC: tl.constexpr):
-    """Where pixel ``q`` appears in a copy, both floats: mirrored in every other one."""
-    low, length = extent_of(size, SPEC)
-    odd = number - 2.0 * tl.floor(number * 0.5) == 1.0
-    return tl.where(odd, 2.0 * low + (number + 1.0) * length - q, q + number * length)
+def is_apart(tile, number, bounds, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
+    """Whether copy ``number`` shows the tile's pixels, first to last, out of ``bounds``."""
+    one, _ = appearance(tile[0], number, size, AXIS, SPEC)
+    two, _ = appearance(tile[1], number, size, AXIS, SPEC)
+    below = bounds[1] < tl.minimum(one, two).to(SPEC.compute)
+    return below | (bounds[0] > tl.maximum(one, two).to(SPEC.compute))
 
 
 @triton.jit
@@ -59,27 +61,28 @@ def copies_within(bounds, sizes, SPEC: tl.constexpr):
 
     The number is infinite if there is no bound, or if coordinates are so far that they lose their copy.
     """
+    RADIUS: tl.constexpr = radius_of(SPEC)
     ranges = ()
     number = tl.full([], 1.0, SPEC.compute)
     for axis in tl.static_range(SPEC.dims):
-        first = copy_at(bounds[axis][0], sizes.input[axis], SPEC)
-        last = copy_at(bounds[axis][1], sizes.input[axis], SPEC)
-        ranges += ((first, last - first + 1.0),)
-        number *= last - first + 1.0
-        near = (bounds[axis][0] > -(2.0**29)) & (bounds[axis][1] < 2.0**29)
-        number = tl.where(near, number, float("inf"))
+        if is_periodic(SPEC, axis):
+            first = copy_at(bounds[axis][0] - RADIUS, sizes.input[axis], axis, SPEC)
+            count = copy_at(bounds[axis][1] + RADIUS, sizes.input[axis], axis, SPEC) - first + 1.0
+            number *= count
+            near = (bounds[axis][0] > -(2.0**29)) & (bounds[axis][1] < 2.0**29)
+            number = tl.where(near, number, INFINITY)
+            ranges += ((first, count),)
+        else:
+            ranges += ((tl.full([], 0.0, SPEC.compute), tl.full([], 1.0, SPEC.compute)),)
     return ranges, number
 
 
 @triton.jit
 def copy_number(i, ranges, SPEC: tl.constexpr):
-    """The copies (x, y[, z]) of combination ``i``, floats."""
-    across = ranges[0][1].to(tl.int32)
-    x = ranges[0][0] + (i % across).to(SPEC.compute)
-    rest = i // across
-    if SPEC.dims == 3:
-        down = ranges[1][1].to(tl.int32)
-        y = ranges[1][0] + (rest % down).to(SPEC.compute)
-        return x, y, ranges[2][0] + (rest // down).to(SPEC.compute)
-    else:
-        return x, ranges[1][0] + rest.to(SPEC.compute)
+    """The copies (x, y[, z]) of combination ``i``."""
+    number = ()
+    for axis in tl.static_range(SPEC.dims):
+        count = ranges[axis][1].to(tl.int32)
+        number += (ranges[axis][0].to(tl.int32) + i % count,)
+        i = i // count
+    return number

@@ -8,10 +8,10 @@ over the axes, so an interpolation that is added here works in 2-D and 3-D, forw
 import triton
 import triton.language as tl
 
-from ..modes import Interpolation
+from ..modes import Interpolation, Padding
 from ..spec import Taps, constant, plain
 from .arithmetic import BICUBIC, BILINEAR, NEAREST, ZEROS, clamp, in_bounds
-from .padding import pad_index, pad_place, padding_of
+from .padding import is_periodic, pad_index, pad_place, pad_row, padding_of, pads_place
 
 CUBIC_A = constant(-0.75)  # PyTorch's cubic convolution coefficient
 
@@ -37,9 +37,24 @@ def has_curvature(spec):
 
 
 @triton.constexpr_function
+def radius_of(spec):
+    """How far from a place the pixels lie that it reads, before padding."""
+    return {Interpolation.BILINEAR: 1.0, Interpolation.NEAREST: 0.5, Interpolation.BICUBIC: 2.0}[
+        plain(spec.interpolation)
+    ]
+
+
+@triton.constexpr_function
+def pads_taps(spec, axis):
+    """Whether taps are padded one by one; else they are in a row, at a padded place."""
+    in_a_row = padding_of(spec, axis) == Padding.ZEROS or pads_place(spec, axis)
+    return plain(spec.interpolation) == Interpolation.BICUBIC or not plain(in_a_row)
+
+
+@triton.constexpr_function
 def taps_in_a_row(spec, interior):
-    """Whether each tap's pixel is the one after the tap before it: padding moves a cubic's one by one."""
-    return plain(interior) or plain(spec.interpolation) != Interpolation.BICUBIC
+    """Whether along x each tap's pixel is the one after the tap before it."""
+    return plain(interior) or not plain(pads_taps(spec, 0))
 
 
 # ------------------------------------------------------------------------------------- cubic convolution
@@ -84,56 +99,46 @@ def cubic_weight(d):
 
 # ------------------------------------------------------------------------------------------- one axis
 @triton.jit
-def nearest_index(place):
-    """The nearest pixel; halves go to the even one."""
-    odd = (place[0] & 1) != 0
+def nearest_index(place, number):
+    """The nearest pixel; halves go to an even one, where ``number`` is that of the pixel below."""
+    odd = (number & 1) != 0
     up = (place[1] > 0.5) | ((place[1] == 0.5) & odd)
     return place[0] + up.to(tl.int32)
 
 
 @triton.jit
-def cubic_taps(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr):
-    t = place[1]
-    weights = (cubic_far(t + 1.0), cubic_near(t), cubic_near(1.0 - t), cubic_far(2.0 - t))
-    indices = ()
+def axis_taps(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
+    """The taps of ``place`` on an axis of ``size`` pixels. INTERIOR: they are known to lie in the image."""
+    TAPS: tl.constexpr = tap_count(SPEC)
+    ONE_BY_ONE: tl.constexpr = pads_taps(SPEC, AXIS) and not INTERIOR
+    if pads_place(SPEC, AXIS) and not pads_taps(SPEC, AXIS) and not INTERIOR:
+        place, _ = pad_place(place, size, AXIS, SPEC)
+    i, t = place
+    if SPEC.interpolation == NEAREST:
+        weights = (1.0,)
+        i = nearest_index(place, i)
+        # a padded place rounds to a pixel of the image; the limit keeps any other from memory
+        if pads_place(SPEC, AXIS) and not INTERIOR:
+            i = tl.minimum(i, size - 1)
+    elif SPEC.interpolation == BILINEAR:
+        weights = (1.0 - t, t)
+    else:
+        weights = (cubic_far(t + 1.0), cubic_near(t), cubic_near(1.0 - t), cubic_far(2.0 - t))
+        i = i - 1
+    if ONE_BY_ONE:
+        indices = pad_row(i, TAPS, size, AXIS, SPEC)
+    else:
+        indices = ()
+        for k in tl.static_range(TAPS):
+            indices += (i + k,)
     inside = ()
-    for k in tl.static_range(4):
-        i = place[0] + (k - 1)
-        if not INTERIOR:
-            i = pad_index(i, size, AXIS, SPEC)
-        indices += (i,)
-        if padding_of(SPEC, AXIS) == ZEROS and not INTERIOR:
-            inside += (in_bounds(i, size),)
+    for k in tl.static_range(TAPS):
+        # the tap after a padded place may not exist
+        if not INTERIOR and (padding_of(SPEC, AXIS) == ZEROS or (k == 1 and not ONE_BY_ONE)):
+            inside += (in_bounds(indices[k], size),)
         else:
             inside += (True,)
     return Taps(indices, inside, weights)
-
-
-@triton.jit
-def axis_taps(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
-    """The taps of ``place`` on an axis of ``size`` pixels. INTERIOR: they are known to lie in the image."""
-    if SPEC.interpolation == BICUBIC:
-        return cubic_taps(place, size, AXIS, SPEC, INTERIOR)
-    else:
-        if not INTERIOR:
-            place, _ = pad_place(place, size, AXIS, SPEC)
-        first_inside = True
-        if SPEC.interpolation == NEAREST:
-            i = nearest_index(place)
-            if not INTERIOR:
-                if padding_of(SPEC, AXIS) == ZEROS:
-                    first_inside = in_bounds(i, size)
-                else:  # a padded place rounds to a pixel of the image; the limit keeps any other from memory
-                    i = tl.minimum(i, size - 1)
-            return Taps((i,), (first_inside,), (1.0,))
-        else:
-            i, t = place
-            second_inside = True
-            if not INTERIOR:
-                if padding_of(SPEC, AXIS) == ZEROS:
-                    first_inside = in_bounds(i, size)
-                second_inside = in_bounds(i + 1, size)
-            return Taps((i, i + 1), (first_inside, second_inside), (1.0 - t, t))
 
 
 @triton.jit
@@ -147,7 +152,7 @@ def axis_slopes(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr, INTERIOR: t
             -cubic_near_grad(1.0 - t),
             -cubic_far_grad(2.0 - t),
         )
-    elif SPEC.interpolation == BILINEAR and INTERIOR:
+    elif SPEC.interpolation == BILINEAR and (INTERIOR or pads_taps(SPEC, AXIS)):
         return (-1.0, 1.0)
     elif SPEC.interpolation == BILINEAR:
         _, slope = pad_place(place, size, AXIS, SPEC)
@@ -183,19 +188,37 @@ def at_pixel(q, taps, values, SPEC: tl.constexpr):
 
 
 @triton.jit
-def pixel_weight(place, q, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
-    """The weight with which ``place`` reads pixel ``q``: the transpose of ``axis_taps``."""
-    if SPEC.interpolation == NEAREST or (SPEC.interpolation == BICUBIC and padding_of(SPEC, AXIS) != ZEROS):
-        taps = axis_taps(place, size, AXIS, SPEC)
-        return at_pixel(q, taps, taps.weight, SPEC)
-    else:  # by the distance alone
-        if padding_of(SPEC, AXIS) != ZEROS:
-            place, _ = pad_place(place, size, AXIS, SPEC)
+def distance_weight(place, q, number, SPEC: tl.constexpr):
+    """The weight of pixel ``q`` by how far ``place`` is from it; ``number`` as in ``nearest_index``."""
+    if SPEC.interpolation == NEAREST:
+        return tl.where(nearest_index(place, number) == q, 1.0, 0.0)
+    else:
         distance = tl.abs((place[0] - q).to(SPEC.compute) + place[1])
         if SPEC.interpolation == BICUBIC:
             return cubic_weight(distance)
         else:
             return clamp(1.0 - distance, 0.0, 1.0)
+
+
+@triton.jit
+def pixel_weight(place, q, size, AXIS: tl.constexpr, SPEC: tl.constexpr, SHOWN: tl.constexpr = False):
+    """The weight with which ``place`` reads pixel ``q``: the transpose of ``axis_taps``.
+
+    SHOWN: where padding repeats, the weight with which it reads what is shown at ``q``, and there alone. So
+    a pixel's weight is the sum over all that show it.
+    """
+    if is_periodic(SPEC, AXIS) and SHOWN:
+        number = place[0]
+        if pads_place(SPEC, AXIS):  # halves go to the pixel that is even in the image
+            number = pad_index(number, size, AXIS, SPEC)
+        return distance_weight(place, q, number, SPEC)
+    elif pads_taps(SPEC, AXIS) and padding_of(SPEC, AXIS) != ZEROS:
+        taps = axis_taps(place, size, AXIS, SPEC)
+        return at_pixel(q, taps, taps.weight, SPEC)
+    else:
+        if pads_place(SPEC, AXIS):
+            place, _ = pad_place(place, size, AXIS, SPEC)
+        return distance_weight(place, q, place[0], SPEC)
 
 
 # ------------------------------------------------------------------------------------------- all axes
@@ -233,10 +256,10 @@ def curvatures_of_axes(places, SPEC: tl.constexpr):
 
 
 @triton.jit
-def weight_of_pixel(places, q, sizes, SPEC: tl.constexpr):
-    """The weight with which an output at ``places`` reads pixel ``q``."""
-    weight = pixel_weight(places[1], q[1], sizes.input[1], 1, SPEC)
-    weight *= pixel_weight(places[0], q[0], sizes.input[0], 0, SPEC)
+def weight_of_pixel(places, q, sizes, SPEC: tl.constexpr, SHOWN: tl.constexpr = False):
+    """The weight with which an output at ``places`` reads pixel ``q``; SHOWN as in ``pixel_weight``."""
+    weight = pixel_weight(places[1], q[1], sizes.input[1], 1, SPEC, SHOWN)
+    weight *= pixel_weight(places[0], q[0], sizes.input[0], 0, SPEC, SHOWN)
     if SPEC.dims == 3:
-        weight *= pixel_weight(places[2], q[2], sizes.input[2], 2, SPEC)
+        weight *= pixel_weight(places[2], q[2], sizes.input[2], 2, SPEC, SHOWN)
     return weight

@@ -1,9 +1,9 @@
 """Padding: which pixel is read in place of one outside the image. All of it is arithmetic on whole numbers.
 
 Everything here is per axis. ``size`` is the input's extent along the axis; AXIS is 0 for x, 1 for y and 2 for
-z. To add a padding, give it a branch in ``pad_index`` (the taps of a cubic are padded one by one) and in
-``pad_place`` (linear and nearest samples are taken at the padded place), and say here what it is like:
-``is_periodic``. ``device/copies.py`` says where a padding shows a pixel again, which the gather needs.
+z. A padding is a branch of ``pad_index`` and its answers to the questions below, which gather and sort ask.
+(The paddings of ``pads_place`` have PyTorch's slopes, and for these a branch of ``pad_place``.)
+``tests/test_padding.py`` tells whether a padding is right in all kernels.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..modes import Padding
 from ..spec import Place, constant, plain
-from .arithmetic import BORDER, REFLECTION, ZEROS, clamp
+from .arithmetic import CIRCULAR, REFLECTION, ZEROS, clamp
 
 # Whole numbers of pixels are at most this; sums with a few taps and an axis' size stay within an int32.
 FAR = constant(2**30)
@@ -22,24 +22,59 @@ def padding_of(spec, axis):
     return plain(spec.padding)[plain(axis)]
 
 
+# --------------------------------------------------------------------------- what a padding is like
 @triton.constexpr_function
 def is_periodic(spec, axis):
-    """Whether the padding repeats: then coordinates can be brought near by whole periods."""
+    """Whether the padding shows copies of the image one after the other, as ``copies`` counts them."""
+    return plain(padding_of(spec, axis)) in (Padding.REFLECTION, Padding.CIRCULAR)
+
+
+@triton.constexpr_function
+def mirrors(spec, axis):
+    """Whether every other copy is mirrored."""
     return plain(padding_of(spec, axis)) == Padding.REFLECTION
 
 
-@triton.jit
-def period_of(size, SPEC: tl.constexpr):
-    """Pixels after which reflection repeats: there and back between the mirrors, centres or edges."""
-    return tl.maximum(2 * (size - SPEC.align_corners), 1)
+@triton.constexpr_function
+def wraps(spec, axis):
+    """Whether the first pixel follows the last one. Elsewhere neighbours are read at most 1 pixel apart."""
+    return plain(padding_of(spec, axis)) == Padding.CIRCULAR
+
+
+@triton.constexpr_function
+def pads_place(spec, axis):
+    """Whether linear and nearest samples are taken at ``pad_place``.
+
+    Else their taps are padded one by one, as cubic taps are, and slopes are 1.
+    """
+    return plain(padding_of(spec, axis)) in (Padding.BORDER, Padding.REFLECTION)
 
 
 @triton.jit
-def lower_mirror(SPEC: tl.constexpr):
+def copy_length(size, AXIS: tl.constexpr, SPEC: tl.constexpr):
+    """Pixels from copy to copy: from mirror to mirror, which are pixel centres or edges, or all pixels."""
+    if mirrors(SPEC, AXIS):
+        return tl.maximum(size - SPEC.align_corners, 1)
+    else:
+        return size
+
+
+@triton.jit
+def period_of(size, AXIS: tl.constexpr, SPEC: tl.constexpr):
+    """Pixels after which the padding repeats: with mirrors, there and back."""
+    if mirrors(SPEC, AXIS):
+        return 2 * copy_length(size, AXIS, SPEC)
+    else:
+        return copy_length(size, AXIS, SPEC)
+
+
+@triton.jit
+def lower_edge(SPEC: tl.constexpr):
     """Normalised -1 in pixels: what NaN and infinities read where padding repeats."""
     return -0.5 * (1 - SPEC.align_corners)
 
 
+# ------------------------------------------------------------------------------------------ its arithmetic
 @triton.jit
 def residue(i, period):
     """``i`` modulo ``period``, at least 0, for i within 2^30: by floats that are near, then exactly.
@@ -62,9 +97,9 @@ def place_of(x, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
     normalised -1.
     """
     if is_periodic(SPEC, AXIS):
-        period = period_of(size, SPEC).to(SPEC.compute)
+        period = period_of(size, AXIS, SPEC).to(SPEC.compute)
         near = clamp(x - tl.floor(x / period) * period, 0.0, period)
-        near = tl.where(tl.abs(x) < float("inf"), near, lower_mirror(SPEC))
+        near = tl.where(tl.abs(x) < float("inf"), near, lower_edge(SPEC))
         x = tl.where(tl.abs(x) < FAR, x, near)
     x = clamp(x, -1.0 * FAR, 1.0 * FAR)
     whole = tl.floor(x)
@@ -75,17 +110,33 @@ def place_of(x, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
 def pad_index(i, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
     """The pixel read in place of pixel ``i``; outside the image only under zeros, where nothing is read."""
     if padding_of(SPEC, AXIS) == REFLECTION:
-        period = period_of(size, SPEC)
+        period = period_of(size, AXIS, SPEC)
         i = residue(i, period)
         i = tl.minimum(i, period - (1 - SPEC.align_corners) - i)
+    elif padding_of(SPEC, AXIS) == CIRCULAR:
+        i = residue(i, size)
     if padding_of(SPEC, AXIS) != ZEROS:
         i = tl.minimum(tl.maximum(i, 0), size - 1)
     return i
 
 
 @triton.jit
+def pad_row(first, COUNT: tl.constexpr, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
+    """``pad_index`` of COUNT pixels in a row, from ``first`` on."""
+    i = pad_index(first, size, AXIS, SPEC)
+    indices = (i,)
+    for k in tl.static_range(1, COUNT):
+        if wraps(SPEC, AXIS):
+            i = tl.where(i == size - 1, 0, i + 1)
+        else:
+            i = pad_index(first + k, size, AXIS, SPEC)
+        indices += (i,)
+    return indices
+
+
+@triton.jit
 def pad_place(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
-    """The place read in place of ``place``, and the derivative of its coordinate by the one given.
+    """Of ``pads_place``: the place read in place of ``place``, and its derivative by the coordinate given.
 
     The derivative is PyTorch's: 0 on the border itself, and the pixel next to a mirrored coordinate is the
     one that lies above it in the image.
@@ -93,14 +144,14 @@ def pad_place(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
     i, t = place
     slope = tl.full(t.shape, 1.0, SPEC.compute)
     if padding_of(SPEC, AXIS) == REFLECTION:
-        period = period_of(size, SPEC)
+        period = period_of(size, AXIS, SPEC)
         i = residue(i, period)
         mirrored = i >= size - SPEC.align_corners
         between = t > 0
         i = tl.where(mirrored, period - (1 - SPEC.align_corners) - i - between.to(tl.int32), i)
         t = tl.where(mirrored & between, 1.0 - t, t)
         slope = tl.where(mirrored, -1.0, slope)
-    if padding_of(SPEC, AXIS) == BORDER or padding_of(SPEC, AXIS) == REFLECTION:
+    if pads_place(SPEC, AXIS):
         beyond = (i < 0) | (i >= size - 1)
         slope = tl.where(beyond | ((i == 0) & (t == 0)), 0.0, slope)
         t = tl.where(beyond, 0.0, t)

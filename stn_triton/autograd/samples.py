@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import export, ops, reference
 from ..calls import PLAIN
-from ..kernels.modes import Interpolation, Padding, Source
+from ..kernels.modes import Interpolation, Source
 from .coordinates import coord_backward, coord_curvature, coord_tangent_of, is_curved
 from .function import (
     Function,
@@ -417,7 +417,7 @@ def sample(
     source: Source,
     size: Any,
     interpolation: Interpolation,
-    padding: Padding,
+    padding: int,
     align_corners: bool,
     control_points: Tensor | None = None,
 ) -> Tensor:

@@ -21,7 +21,11 @@ _UNPLACEABLE = {torch.float32: 2.0**24, torch.float64: 2.0**32}
 
 # ------------------------------------------------------------------------------------------- by ATen
 def _aten_fits(
-    in_size: Sequence[int], dtype: torch.dtype, interpolation: Interpolation, align_corners: bool
+    in_size: Sequence[int],
+    dtype: torch.dtype,
+    interpolation: Interpolation,
+    padding: int,
+    align_corners: bool,
 ) -> bool:
     """Whether ATen (or ONNX) has the mode, and can be kept from bad coordinates by moving them.
 
@@ -31,6 +35,7 @@ def _aten_fits(
     has_mode = len(in_size) == 2 or (interpolation != Interpolation.BICUBIC and not _in_onnx_taps(in_size))
     # past 2^24 float32 rounds the number of the last pixel up, and ATen reads there
     exact = dtype == torch.float64 or max(in_size) <= 2**24
+    has_mode = has_mode and padding in (Padding.ZEROS, Padding.BORDER, Padding.REFLECTION)
     return has_mode and exact and not (align_corners and 1 in in_size)
 
 
@@ -44,7 +49,7 @@ def _in_onnx_taps(in_size: Sequence[int]) -> bool:
     return not any(isinstance(size, torch.SymInt) for size in in_size)
 
 
-def _tame(grid: Tensor, padding: Padding) -> Tensor:
+def _tame(grid: Tensor, padding: int) -> Tensor:
     """A grid with the same samples whose coordinates ATen's CPU kernels can be given.
 
     With an infinity or NaN those read and write outside the image (border and reflection padding).
@@ -115,14 +120,14 @@ def sample(
     source: Source,
     size: tuple[int, ...],
     interpolation: Interpolation,
-    padding: Padding,
+    padding: int,
     align_corners: bool,
 ) -> Tensor:
     """(N, T, C, *size), in the input's dtype. Sizes must not be 0."""
     dtype = compute_dtype(input, params)
     image, modes = input.to(dtype), (interpolation, padding, align_corners)
     place = source, params, control_points, size, input.shape[2:], align_corners, dtype
-    if _aten_fits(input.shape[2:], input.dtype, interpolation, align_corners):
+    if _aten_fits(input.shape[2:], input.dtype, interpolation, padding, align_corners):
         grid = places(*place, in_pixels=False)
         forward, _ = _sampler(len(size))
         folded = _tame(_fold_transforms(grid, input.shape[0]), padding)
@@ -141,7 +146,7 @@ def sample_backward(
     source: Source,
     in_size: Sequence[int],
     interpolation: Interpolation,
-    padding: Padding,
+    padding: int,
     align_corners: bool,
     input_grad: bool,
     params_grad: bool,
@@ -159,7 +164,7 @@ def sample_backward(
     # a stand-in that takes no memory, of which ATen reads no values that matter
     image = g.new_zeros(()).expand(batch, channels, *in_size) if input is None else input.to(dtype)
     coordinates_grad = params_grad or control_grad
-    if _aten_fits(in_size, grad_output.dtype, interpolation, align_corners):
+    if _aten_fits(in_size, grad_output.dtype, interpolation, padding, align_corners):
         folded = _tame(_fold_transforms(places(*place, in_pixels=False), batch), padding)
         _, backward = _sampler(len(size))
         codes = int(interpolation), int(padding), align_corners
@@ -194,7 +199,7 @@ def sample_jvp(
     source: Source,
     size: tuple[int, ...],
     interpolation: Interpolation,
-    padding: Padding,
+    padding: int,
     align_corners: bool,
 ) -> Tensor:
     """The derivative of the samples, (N, T, C, *size), in the direction of an image and of coordinates.
@@ -234,7 +239,7 @@ def sample_hvp(
     source: Source,
     in_size: Sequence[int],
     interpolation: Interpolation,
-    padding: Padding,
+    padding: int,
     align_corners: bool,
     input_grad: bool,
     coordinates_grad: bool,

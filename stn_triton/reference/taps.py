@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.modes import Interpolation, Padding
+from ..kernels.modes import Interpolation, Padding, paddings_of
 from .sources import unnormalise
 
 _CUBIC_A = -0.75
@@ -46,26 +46,41 @@ def _fold(x: Tensor, low: float, span: float) -> tuple[Tensor, Tensor]:
     return span - (along - span).abs() + low, slope
 
 
-def _within(i: Tensor, size: int, padding: Padding) -> Tensor:
-    """float32 may have rounded the last pixel's number up, from 2^24 on."""
-    return i if padding == Padding.ZEROS else i.clamp(max=size - 1)
+def _near(x: Tensor, low: float, period: float) -> Tensor:
+    """x moved by whole periods to ``low`` or a little above; NaN and infinities to ``low`` itself."""
+    near, _ = _limit(x - ((x - low) / period).floor().detach() * period, low, low + period + 1)
+    return torch.where(x.isfinite(), near, low)
+
+
+def _pad_index(i: Tensor, size: int, padding: Padding, align_corners: bool) -> Tensor:
+    """The pixel read in place of pixel i, which is near the image but under circular padding."""
+    if padding == Padding.CIRCULAR:
+        return i % size
+    if padding == Padding.REFLECTION:
+        mirror = 0 if align_corners else 1
+        i = torch.where(i < 0, -i - mirror, i)
+        i = torch.where(i >= size, 2 * size - 2 + mirror - i, i)
+        i = torch.where(i < 0, -i - mirror, i)
+    return i if padding == Padding.ZEROS else i.clamp(0, size - 1)
 
 
 # A tap of one axis: the pixel's index, whether it may be read, its weight and the weight's derivatives.
 _Tap = tuple[Tensor, Tensor, list[Tensor]]
-_Modes = tuple[Interpolation, Padding, bool]
+_Modes = tuple[Interpolation, int, bool]  # of the paddings the code
 
 
-def _axis_taps(x: Tensor, size: int, modes: _Modes, order: int) -> list[_Tap]:
+def _axis_taps(x: Tensor, size: int, padding: Padding, modes: _Modes, order: int) -> list[_Tap]:
     """Every pixel that coordinate ``x`` reads, with ``order`` derivatives of its weight by ``x``."""
-    interpolation, padding, align_corners = modes
+    interpolation, _, align_corners = modes
     low = 0.0 if align_corners else -0.5
     span = float(size - int(align_corners))
+    if padding == Padding.CIRCULAR:  # far ones, whose whole numbers would be too large, by whole periods
+        x = torch.where(x.abs() < 2**30, x, _near(x, low, size))
     if interpolation == Interpolation.BICUBIC:
         if padding == Padding.REFLECTION:
-            period = max(2 * span, 1.0)
-            near, _ = _limit(x - ((x - low) / period).floor().detach() * period, low, 2 * size + 1)
-            near = torch.where(x.isfinite(), near, low)
+            near = _near(x, low, max(2 * span, 1.0))
+        elif padding == Padding.CIRCULAR:
+            near = x
         else:
             near, _ = _limit(x, -3, size + 2)
         down = near.detach().floor()
@@ -78,18 +93,13 @@ def _axis_taps(x: Tensor, size: int, modes: _Modes, order: int) -> list[_Tap]:
         ]
         taps = []
         for k in range(4):
-            i = down.long() + k - 1
-            if padding == Padding.REFLECTION:
-                mirror = 0 if align_corners else 1
-                i = torch.where(i < 0, -i - mirror, i)
-                i = torch.where(i >= size, 2 * size - 2 + mirror - i, i)
-                i = torch.where(i < 0, -i - mirror, i)
-            if padding != Padding.ZEROS:
-                i = i.clamp(0, size - 1)
+            i = _pad_index(down.long() + k - 1, size, padding, align_corners)
             taps.append((i, (i >= 0) & (i < size), jets[k]))
     else:
         if padding == Padding.ZEROS:
             x, slope = _limit(x, -2, size + 1)
+        elif padding == Padding.CIRCULAR:
+            slope = torch.ones_like(x)
         else:
             fold = torch.ones_like(x)
             if padding == Padding.REFLECTION:
@@ -98,15 +108,19 @@ def _axis_taps(x: Tensor, size: int, modes: _Modes, order: int) -> list[_Tap]:
             slope = slope * fold
         flat = torch.zeros_like(x)
         if interpolation == Interpolation.NEAREST:
-            i = _within(x.detach().round().long(), size, padding)
-            taps = [(i, (i >= 0) & (i < size), [torch.ones_like(x), flat, flat])]
+            pixels = [x.detach().round().long()]
+            jets = [[torch.ones_like(x), flat, flat]]
         else:
             down = x.detach().floor()
-            i, t = _within(down.long(), size, padding), x - down
-            taps = [
-                (i, (i >= 0) & (i < size), [1 - t, -slope, flat]),
-                (i + 1, (i + 1 >= 0) & (i + 1 < size), [t, slope, flat]),
-            ]
+            t = x - down
+            pixels = [down.long(), down.long() + 1]
+            jets = [[1 - t, -slope, flat], [t, slope, flat]]
+        if padding == Padding.CIRCULAR:
+            pixels = [i % size for i in pixels]
+        elif padding != Padding.ZEROS:  # float32 may have rounded the last pixel's number up, from 2^24 on
+            pixels[0] = pixels[0].clamp(max=size - 1)
+            pixels[1:] = [pixels[0] + 1 for _ in pixels[1:]]
+        taps = [(i, (i >= 0) & (i < size), jet) for i, jet in zip(pixels, jets, strict=True)]
     return taps
 
 
@@ -118,9 +132,10 @@ class Taps:
 
     def __init__(self, pixels: Tensor, in_size: Sequence[int], modes: _Modes, order: int = 0) -> None:
         self.in_size = in_size
+        paddings = paddings_of(modes[1], len(in_size))
         self.axes = [
-            _axis_taps(pixels[..., k].flatten(1), size, modes, order)
-            for k, size in enumerate(reversed(in_size))
+            _axis_taps(pixels[..., k].flatten(1), size, padding, modes, order)
+            for k, (size, padding) in enumerate(zip(reversed(in_size), paddings, strict=True))
         ]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[list[Tensor]]]]:
@@ -161,7 +176,7 @@ def _add(flat: Tensor, index: Tensor, inside: Tensor, values: Tensor) -> Tensor:
 
 
 def sample_taps(
-    input: Tensor, grid: Tensor, interpolation: Interpolation, padding: Padding, align_corners: bool
+    input: Tensor, grid: Tensor, interpolation: Interpolation, padding: int, align_corners: bool
 ) -> Tensor:
     """(N, C, *in_size) and a normalised (N, *size, dims) -> (N, C, *size), differentiable by autograd."""
     pixels = unnormalise(grid, input.shape[2:], align_corners)
