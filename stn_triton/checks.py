@@ -186,10 +186,11 @@ def to_padding(padding_mode: object, dims: int) -> int | None:
 def check_padding(padding_mode: object, dims: int) -> int:
     padding = to_padding(padding_mode, dims)
     if padding is None:
-        known = isinstance(padding_mode, (str, tuple, list))
         expected = f"one of {', '.join(map(repr, PADDINGS))}, or a tuple of {dims} of them, x first"
+        if not isinstance(padding_mode, (str, tuple, list)):
+            refuse(TypeError, "padding_mode", expected, type(padding_mode).__name__)
         hint = _nearest(padding_mode, PADDINGS) if isinstance(padding_mode, str) else ""
-        refuse(ValueError if known else TypeError, "padding_mode", expected, repr(padding_mode), hint)
+        refuse(ValueError, "padding_mode", expected, repr(padding_mode), hint)
     return padding
 
 

@@ -115,7 +115,7 @@ def grid_sample(
     if padding is None or not _grid_sample_fits(input, grid, mode, align_corners):
         if mode == "bicubic" and isinstance(input, Tensor) and input.dim() == 5:
             arguments = (*arguments[:2], "bilinear", *arguments[3:])  # tricubic is not what is wrong
-        if padding_mode == "circular" or not isinstance(padding_mode, str):  # nor is what PyTorch lacks
+        if padding_mode == "circular" or isinstance(padding_mode, (tuple, list)):  # nor is what PyTorch lacks
             if isinstance(input, Tensor) and input.dim() in (4, 5):
                 check_padding(padding_mode, input.dim() - 2)
             arguments = (*arguments[:3], "zeros", align_corners)
