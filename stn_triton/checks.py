@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 import torch
@@ -22,7 +22,7 @@ INTERPOLATIONS = {
 }
 PADDINGS = {padding.name.lower(): padding for padding in Padding}
 # A mode, or one for each axis, x first.
-PaddingMode = str | Sequence[str]
+PaddingMode = str | tuple[str, ...]
 
 
 # What other libraries call them.
@@ -174,10 +174,10 @@ def nearest_parameter(name: str, value: Tensor, matrix: tuple[int, int], input: 
 
 
 def to_padding(padding_mode: object, dims: int) -> int | None:
-    """The code of a padding mode, or of a tuple or list of ``dims`` of them, x first; None for all else."""
+    """The code of a padding mode, or of a tuple of ``dims`` of them, x first; None for all else."""
     if isinstance(padding_mode, str):
         return PADDINGS.get(padding_mode)
-    if not isinstance(padding_mode, (tuple, list)) or len(padding_mode) != dims:
+    if not isinstance(padding_mode, tuple) or len(padding_mode) != dims:
         return None
     paddings = [PADDINGS[mode] for mode in padding_mode if isinstance(mode, str) and mode in PADDINGS]
     return padding_code(paddings) if len(paddings) == dims else None
@@ -187,7 +187,7 @@ def check_padding(padding_mode: object, dims: int) -> int:
     padding = to_padding(padding_mode, dims)
     if padding is None:
         expected = f"one of {', '.join(map(repr, PADDINGS))}, or a tuple of {dims} of them, x first"
-        if not isinstance(padding_mode, (str, tuple, list)):
+        if not isinstance(padding_mode, (str, tuple)):
             refuse(TypeError, "padding_mode", expected, type(padding_mode).__name__)
         hint = _nearest(padding_mode, PADDINGS) if isinstance(padding_mode, str) else ""
         refuse(ValueError, "padding_mode", expected, repr(padding_mode), hint)

@@ -37,7 +37,6 @@ from .checks import (
     batch_of,
     check_device,
     check_modes,
-    check_padding,
     check_size,
     check_spatial_size,
     check_tensor,
@@ -115,9 +114,7 @@ def grid_sample(
     if padding is None or not _grid_sample_fits(input, grid, mode, align_corners):
         if mode == "bicubic" and isinstance(input, Tensor) and input.dim() == 5:
             arguments = (*arguments[:2], "bilinear", *arguments[3:])  # tricubic is not what is wrong
-        if padding_mode == "circular" or isinstance(padding_mode, (tuple, list)):  # nor is what PyTorch lacks
-            if isinstance(input, Tensor) and input.dim() in (4, 5):
-                check_padding(padding_mode, input.dim() - 2)
+        if padding is not None:  # nor is a padding that PyTorch lacks
             arguments = (*arguments[:3], "zeros", align_corners)
         return _ask_pytorch(torch.nn.functional.grid_sample, *arguments)
     if align_corners is None:
@@ -275,8 +272,7 @@ def affine_grid_sample(
             float32 parameters.
         size: the output's spatial size, (H_out, W_out) or (D_out, H_out, W_out). Default: the input's.
         mode: "bilinear" (trilinear in 5-D), "nearest" or "bicubic" (tricubic in 5-D).
-        padding_mode: "zeros", "border", "reflection" or "circular", or a tuple of one for each axis, x first,
-            as in :func:`grid_sample`.
+        padding_mode: as in :func:`grid_sample`, for all axes or a tuple of one for each, x first.
         align_corners: whether -1 and 1 are the centres (True) or the outer edges (False) of the
             outermost pixels, in the input and in the output.
 

@@ -113,6 +113,7 @@ GRID_SAMPLE = {  # name: the arguments, made on a device
     "mode list": lambda d: (x4(d), g4(d), ["bilinear"], "zeros", False),
     "padding typo": lambda d: (x4(d), g4(d), "bilinear", "zero", False),
     "padding None": lambda d: (x4(d), g4(d), "bilinear", None, False),
+    "padding list": lambda d: (x4(d), g4(d), "bilinear", ["zeros"], False),
     "both typos": lambda d: (x4(d), g4(d), "cubic", "mirror", False),
     "typo and no align_corners": lambda d: (x4(d), g4(d), "cubic"),
     "padding typo and no align_corners": lambda d: (x4(d), g4(d), "bilinear", "mirror"),
@@ -322,12 +323,7 @@ AFFINE_GRID_SAMPLE = {
         for name, value, kind, got in (
             ("None", None, TypeError, "NoneType"),
             ("int", 0, TypeError, "int"),
-            (
-                "list",
-                ["zeros"],
-                TypeError if argument == "mode" else ValueError,
-                ("list", "['zeros']")[position],
-            ),
+            ("list", ["zeros"], TypeError, "list"),
             ("bytes", b"zeros", TypeError, "bytes"),
             ("typo", "zeroes", ValueError, "'zeroes'"),
             ("upper", "Zeros", ValueError, "'Zeros'"),
