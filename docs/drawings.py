@@ -169,8 +169,8 @@ def entries() -> Any:
 def padding() -> Any:
     image = photograph(80)
     theta = stn.transforms.attention(2.0, torch.zeros(2))
-    figure, axes = panels(3, 5.2, 2.05)
-    for ax, mode in zip(axes, ("zeros", "border", "reflection")):
+    figure, axes = panels(4, 6.9, 2.05)
+    for ax, mode in zip(axes, ("zeros", "border", "reflection", "circular")):
         output = stn.affine_grid_sample(image[None], theta[None], padding_mode=mode)[0]
         viz.draw_samples(output, ax=ax, labels=(), linewidth=1, color=faint)
         ax.add_patch(Rectangle((19.5, 19.5), 40, 40, fill=False, edgecolor=BLUE, linewidth=2))
