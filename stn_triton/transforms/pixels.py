@@ -43,8 +43,8 @@ def from_pixels(
 
     Convention: x first, pixel centres at whole numbers. ``matrix`` takes pixels of the output to pixels of
     the input; with ``inverse=True`` it takes pixels of the input to pixels of the output. The result is
-    S_input^-1 M S_output, with S as the module :mod:`stn_triton.transforms.pixels` defines it and M the
-    matrix from output to input.
+    S_input^-1 M S_output: M is the matrix from output to input, and S takes normalised u to pixels p, along
+    an axis of W by p = ((u + 1) W - 1) / 2, with ``align_corners=True`` by p = (u + 1) (W - 1) / 2.
 
     Args:
         matrix: affine maps (..., 2, 3), or (..., 3, 4) in 3-D, or homographies (..., 3, 3).
