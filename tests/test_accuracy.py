@@ -8,7 +8,7 @@ import torch
 from bench import accuracy
 
 NUMBERS = Path(__file__).resolve().parent.parent / "docs" / "numbers.md"
-REDUCED = {"channels": (3,), "size": 32}
+REDUCED = {"channels": (3,), "size": 16}
 
 
 pytestmark = pytest.mark.xdist_group("accuracy")  # the errors are measured once
