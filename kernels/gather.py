@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .device.arithmetic import BORDER, rounded
+from .device.arithmetic import rounded
 from .device.bounds import box_in_units, image_bounds
 from .device.candidates import (
     NOWHERE,
@@ -42,7 +42,7 @@ from .device.copies import (
     is_apart,
 )
 from .device.interpolation import axis_taps, radius_of, tap_count, weight_of_pixel
-from .device.padding import is_periodic, padding_of
+from .device.padding import extends_edges, is_periodic
 from .device.tiles import (
     blocks_of,
     channel_block,
@@ -143,7 +143,7 @@ def may_touch(map, block, column_blocks, pixels, sizes, SPEC: tl.constexpr):
         else:
             below = most < pixels.low[axis].to(SPEC.compute)
             above = least > pixels.high[axis].to(SPEC.compute)
-            if padding_of(SPEC, axis) == BORDER:  # the tile at the border has all that lies beyond
+            if extends_edges(SPEC, axis):  # the tile at the border has all that lies beyond
                 below = below & (pixels.low[axis] > 0)
                 above = above & (pixels.high[axis] < size - 1)
             apart = below | above

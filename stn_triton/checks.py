@@ -121,11 +121,15 @@ def check_size(size: object, expected: str, length: int, name: str = "size") -> 
     if found is None:
         side = to_int(size)
         square = f"for equal sides {name}=({', '.join([str(side)] * length)})" if side and length < 4 else ""
-        refuse(TypeError, name, f"{expected}, a tuple of ints", repr(size), square)
+        refuse(TypeError, name, f"{expected}, a tuple of ints", _brief(size), square)
     if len(found) != length or any(n < 0 for n in found):
         spatial = len(found) == length + 2 and f"without batch and channels {name}={found[2:]}"
         refuse(ValueError, name, f"{expected}, none of them negative", found, spatial or "")
     return found
+
+
+def _brief(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def check_spatial_size(size: object, dims: int, name: str = "size") -> tuple[int, ...]:

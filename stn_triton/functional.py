@@ -37,6 +37,7 @@ from .checks import (
     batch_of,
     check_device,
     check_modes,
+    check_padding,
     check_size,
     check_spatial_size,
     check_tensor,
@@ -114,7 +115,9 @@ def grid_sample(
     if padding is None or not _grid_sample_fits(input, grid, mode, align_corners):
         if mode == "bicubic" and isinstance(input, Tensor) and input.dim() == 5:
             arguments = (*arguments[:2], "bilinear", *arguments[3:])  # tricubic is not what is wrong
-        if padding is not None:  # nor is a padding that PyTorch lacks
+        if isinstance(padding_mode, tuple) and isinstance(input, Tensor) and input.dim() in (4, 5):
+            check_padding(padding_mode, input.dim() - 2)
+        if padding is not None or padding_mode == "circular":  # nor is a padding that PyTorch lacks
             arguments = (*arguments[:3], "zeros", align_corners)
         return _ask_pytorch(torch.nn.functional.grid_sample, *arguments)
     if align_corners is None:

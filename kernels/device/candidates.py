@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..modes import Interpolation, Padding
+from ..modes import Interpolation
 from ..spec import Work, constant, plain
 from . import sources
 from .affine import affine_places, doubled_pixels, fixed_coordinate, fixed_place, rounded_entry
-from .arithmetic import AFFINE, BILINEAR, BORDER, INFINITY, clamp, larger, smaller
+from .arithmetic import AFFINE, BILINEAR, INFINITY, clamp, larger, smaller
 from .bounds import box_in_units, image_bounds, preimage
 from .copies import (
     MOST_COPIES,
@@ -24,7 +24,7 @@ from .copies import (
     is_apart,
 )
 from .interpolation import cubic_weight, radius_of, weight_of_pixel
-from .padding import is_periodic, padding_of
+from .padding import extends_edges, is_periodic
 
 # The place of what is not there: no pixel of an image.
 NOWHERE = constant(2**30)
@@ -88,7 +88,7 @@ def visits_of(map, bounds, pixels, sizes, SPEC: tl.constexpr):
     for axis in tl.static_range(SPEC.dims):
         q = pixels.q[axis].to(SPEC.compute)
         reach = bounds[axis][2] + RADIUS
-        if padding_of(SPEC, axis) == BORDER:  # all that lies beyond the border reads the border
+        if extends_edges(SPEC, axis):  # all that lies beyond the border reads the border
             first = pixels.q[axis] == 0
             last = pixels.q[axis] == sizes.input[axis] - 1
             low = tl.where(first, smaller(q - reach, bounds[axis][0]), q - reach)
@@ -193,7 +193,8 @@ def weighs_by_distance(spec):
 
     So it is of affine maps, but for nearest samples, which jump, and under border padding.
     """
-    return plain(goes_by_steps(spec)) and Padding.BORDER not in plain(spec.padding)
+    clamped = any(plain(extends_edges(spec, axis)) for axis in range(plain(spec.dims)))
+    return plain(goes_by_steps(spec)) and not clamped
 
 
 @triton.constexpr_function

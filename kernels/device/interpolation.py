@@ -8,10 +8,10 @@ over the axes, so an interpolation that is added here works in 2-D and 3-D, forw
 import triton
 import triton.language as tl
 
-from ..modes import Interpolation, Padding
+from ..modes import Interpolation
 from ..spec import Taps, constant, plain
-from .arithmetic import BICUBIC, BILINEAR, NEAREST, ZEROS, clamp, in_bounds
-from .padding import is_periodic, pad_index, pad_place, pad_row, padding_of, pads_place
+from .arithmetic import BICUBIC, BILINEAR, NEAREST, clamp, in_bounds
+from .padding import is_periodic, pad_index, pad_place, pad_row, pads_place, reads_outside
 
 CUBIC_A = constant(-0.75)  # PyTorch's cubic convolution coefficient
 
@@ -47,7 +47,7 @@ def radius_of(spec):
 @triton.constexpr_function
 def pads_taps(spec, axis):
     """Whether taps are padded one by one; else they are in a row, at a padded place."""
-    in_a_row = padding_of(spec, axis) == Padding.ZEROS or pads_place(spec, axis)
+    in_a_row = not plain(reads_outside(spec, axis)) or plain(pads_place(spec, axis))
     return plain(spec.interpolation) == Interpolation.BICUBIC or not plain(in_a_row)
 
 
@@ -134,7 +134,7 @@ def axis_taps(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.
     inside = ()
     for k in tl.static_range(TAPS):
         # the tap after a padded place may not exist
-        if not INTERIOR and (padding_of(SPEC, AXIS) == ZEROS or (k == 1 and not ONE_BY_ONE)):
+        if not INTERIOR and (not reads_outside(SPEC, AXIS) or (k == 1 and not ONE_BY_ONE)):
             inside += (in_bounds(indices[k], size),)
         else:
             inside += (True,)
@@ -212,7 +212,7 @@ def pixel_weight(place, q, size, AXIS: tl.constexpr, SPEC: tl.constexpr, SHOWN: 
         if pads_place(SPEC, AXIS):  # halves go to the pixel that is even in the image
             number = pad_index(number, size, AXIS, SPEC)
         return distance_weight(place, q, number, SPEC)
-    elif pads_taps(SPEC, AXIS) and padding_of(SPEC, AXIS) != ZEROS:
+    elif pads_taps(SPEC, AXIS) and reads_outside(SPEC, AXIS):
         taps = axis_taps(place, size, AXIS, SPEC)
         return at_pixel(q, taps, taps.weight, SPEC)
     else:

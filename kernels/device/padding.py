@@ -1,4 +1,4 @@
-"""Padding: which pixel is read in place of one outside the image. All of it is arithmetic on whole numbers.
+"""Padding: which pixel is read in place of one outside the image, by arithmetic on whole numbers.
 
 Everything here is per axis. ``size`` is the input's extent along the axis; AXIS is 0 for x, 1 for y and 2 for
 z. A padding is a branch of ``pad_index`` and its answers to the questions below, which gather and sort ask.
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..modes import Padding
 from ..spec import Place, constant, plain
-from .arithmetic import CIRCULAR, REFLECTION, ZEROS, clamp
+from .arithmetic import CIRCULAR, REFLECTION, clamp
 
 # Whole numbers of pixels are at most this; sums with a few taps and an axis' size stay within an int32.
 FAR = constant(2**30)
@@ -39,6 +39,18 @@ def mirrors(spec, axis):
 def wraps(spec, axis):
     """Whether the first pixel follows the last one. Elsewhere neighbours are read at most 1 pixel apart."""
     return plain(padding_of(spec, axis)) == Padding.CIRCULAR
+
+
+@triton.constexpr_function
+def reads_outside(spec, axis):
+    """Whether taps outside the image read a pixel of it; else they read nothing."""
+    return plain(padding_of(spec, axis)) != Padding.ZEROS
+
+
+@triton.constexpr_function
+def extends_edges(spec, axis):
+    """Whether all that lies beyond an edge reads the pixel at that edge."""
+    return plain(padding_of(spec, axis)) == Padding.BORDER
 
 
 @triton.constexpr_function
@@ -115,7 +127,7 @@ def pad_index(i, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
         i = tl.minimum(i, period - (1 - SPEC.align_corners) - i)
     elif padding_of(SPEC, AXIS) == CIRCULAR:
         i = residue(i, size)
-    if padding_of(SPEC, AXIS) != ZEROS:
+    if reads_outside(SPEC, AXIS):
         i = tl.minimum(tl.maximum(i, 0), size - 1)
     return i
 

@@ -43,7 +43,8 @@ def coord_tangent_of(
             elif source == Source.PROJECTIVE:
                 homography, tangent = _by_transform(params, dtype), _by_transform(of_params, dtype)
                 coord_tangent = reference.projective_jvp(homography, tangent, tuple(size), align_corners)
-            else:  # linear in the parameters
+            else:
+                _check_linear(source)
                 tangent = _by_transform(of_params, dtype)
                 outputs, *matrix = tangent.shape[:2].numel(), *tangent.shape[2:]
                 coord_tangent = grid(
@@ -149,6 +150,12 @@ def _control_curvature(
     ]
 
 
+def _check_linear(source: int) -> None:
+    """A source whose coordinates are no linear function of its parameters has derivatives of its own here."""
+    if source not in (Source.GRID, Source.AFFINE, Source.TPS, Source.FLOW):
+        raise NotImplementedError(f"derivatives of coordinates: {Source(source)!r}")
+
+
 def is_curved(source: int, tangents: Tensors, wanted: Sequence[bool]) -> tuple[bool, bool]:
     """Whether ``coord_tangent_of`` depends on params and on control points, of those wanted."""
     of_params, of_controls = (tangent is not None for tangent in tangents)
@@ -156,6 +163,7 @@ def is_curved(source: int, tangents: Tensors, wanted: Sequence[bool]) -> tuple[b
         return wanted[0] and of_params, False
     if source == Source.TPS:
         return wanted[0] and of_controls, wanted[1] and (of_params or of_controls)
+    _check_linear(source)
     return False, False
 
 
