@@ -72,7 +72,7 @@ def test_samples(either_backend, device, name, dtype):
     samples = OPERATORS[name].sample_inputs("cpu", dtype, requires_grad=True)
     # The interpreter's time goes by images: it leaves out large batches, which differ in nothing else.
     most = 10**4 if either_backend == "kernels" and device.type == "cpu" else None
-    assert run(device, name, dtype, samples, most) >= 12
+    assert run(device, name, dtype, samples, most) >= (12 if most is None else 6)
 
 
 def test_reference_samples(either_backend, device):
