@@ -25,7 +25,7 @@ def outcome(code, *, triton=None, tmp_path=None, module=False, **environment):
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     said = (
         result.stderr.strip()
-    )  # the report itself fails where nothing can compute, but prints what it knows
+    )  # nothing: a report that fails, as nothing can compute
     return result.stdout if result.returncode == 0 or not said else said.splitlines()[-1]
 
 
