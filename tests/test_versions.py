@@ -23,9 +23,7 @@ def outcome(code, *, triton=None, tmp_path=None, module=False, **environment):
         env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), env.get("PYTHONPATH", "")])
     command = [sys.executable, "-m" if module else "-c", code]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    said = (
-        result.stderr.strip()
-    )  # nothing: a report that fails, as nothing can compute
+    said = result.stderr.strip()  # nothing: a report that fails, as nothing can compute
     return result.stdout if result.returncode == 0 or not said else said.splitlines()[-1]
 
 
