@@ -207,8 +207,12 @@ def check_modes(
     if mode not in INTERPOLATIONS:
         expected = "one of " + ", ".join(map(repr, INTERPOLATIONS))
         refuse(ValueError, "mode", expected, repr(mode), _nearest(mode, INTERPOLATIONS))
-    padding = check_padding(padding_mode, dims)
-    return INTERPOLATIONS[mode], padding, check_bool("align_corners", align_corners)
+    # usual values are known without another call: calls are what takes the host time
+    padding = PADDINGS.get(padding_mode) if isinstance(padding_mode, str) else None
+    code = check_padding(padding_mode, dims) if padding is None else int(padding)
+    if align_corners is not True and align_corners is not False:
+        check_bool("align_corners", align_corners)
+    return INTERPOLATIONS[mode], code, align_corners
 
 
 def check_bool(name: str, value: bool) -> bool:
