@@ -49,3 +49,18 @@ def torch_on_one_thread():
     with backend.use("torch"):
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The kernels that were launched so far: (name, its keyword arguments)."""
+    from stn_triton.kernels.host import launch
+
+    launches = []
+
+    def spy(kernel, *args, **kwargs):
+        launches.append((kernel.fn.__name__, kwargs))
+        launch.run(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(launch, "runner", spy)
+    return launches

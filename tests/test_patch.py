@@ -14,7 +14,6 @@ from test_backend import python
 import stn_triton as stn
 from bench.specialisations import field_of
 from stn_triton import backend
-from stn_triton.kernels.host import launch
 
 try:
     from torch.testing._internal import common_methods_invocations as database
@@ -31,19 +30,6 @@ ATEN = torch.ops.aten
 def _not_left_in_force():
     yield
     assert not in_force(), "the test leaves the patch in force"
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The kernels that were launched so far: (name, its keyword arguments)."""
-    launches = []
-
-    def spy(kernel, *args, **kwargs):
-        launches.append((kernel.fn.__name__, kwargs))
-        launch.run(kernel, *args, **kwargs)
-
-    monkeypatch.setattr(launch, "runner", spy)
-    return launches
 
 
 def wanted(spec):
