@@ -52,6 +52,7 @@ def run(cells: Sequence[Cell]) -> list[list[dict[str, Any]]]:
 
     namespace: dict[str, Any] = {"__name__": "__main__"}
     found = []
+    pyplot.close("all")  # the first cell's figures are its own, not those that somebody left open
     with pyplot.rc_context({"figure.dpi": DPI}):
         for index, cell in enumerate(cells):
             outputs: list[dict[str, Any]] = []
