@@ -20,12 +20,12 @@ from common import (
     assert_band,
     assert_close,
     away_from_kinks,
-    checked_addresses,
     pairwise,
     place,
     random_grid,
     random_theta,
 )
+from interpreter import checked_addresses
 
 from bench.specialisations import field_of
 from stn_triton import reference

@@ -30,9 +30,9 @@ from common import (
     number_of,
     pixel_coordinates,
     place,
-    quick_interpreter,
     witness,
 )
+from interpreter import quick_interpreter
 
 import stn_triton as stn
 from stn_triton.kernels.host import configs

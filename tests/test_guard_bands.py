@@ -20,14 +20,13 @@ from common import (
     assert_band,
     assert_close,
     away_from_kinks,
-    checked_addresses,
     pairwise,
     place,
-    quick_interpreter,
     random_grid,
     random_theta,
     witness,
 )
+from interpreter import checked_addresses, quick_interpreter
 
 import stn_triton as stn
 from stn_triton.kernels.host import configs

@@ -17,11 +17,10 @@ from common import (
     affine_witness,
     assert_band,
     assert_close,
-    checked_addresses,
     place,
-    quick_interpreter,
     witness,
 )
+from interpreter import checked_addresses, quick_interpreter
 
 from stn_triton.kernels import sample
 from stn_triton.kernels.device import interpolation, sources

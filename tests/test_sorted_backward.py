@@ -15,12 +15,12 @@ from common import (
     assert_band,
     assert_close,
     away_from_kinks,
-    checked_addresses,
     pairwise,
     place,
     random_grid,
     random_theta,
 )
+from interpreter import checked_addresses
 
 import stn_triton as stn
 from bench.specialisations import field_of

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from common import quick_interpreter
+from interpreter import quick_interpreter
 
 import stn_triton as stn
 from stn_triton import backend
