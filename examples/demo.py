@@ -32,6 +32,7 @@ if DEVICE == "cpu" and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import stn_triton as stn  # noqa: E402
+from bench.interpreter import quick_interpreter  # noqa: E402
 from examples import straighten  # noqa: E402
 from examples.files import replacing  # noqa: E402
 from stn_triton import backend, viz  # noqa: E402
@@ -469,6 +470,7 @@ def draw_figure(columns: Sequence[Column], digits: straighten.Straightened, outp
         figure.savefig(part, dpi=100)
 
 
+@quick_interpreter(overflow_checks=False)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo", description=(__doc__ or "").partition(":")[0]

@@ -9,8 +9,7 @@ ON_GPU = torch.accelerator.is_available() and torch.accelerator.current_accelera
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
-from interpreter import quick_interpreter  # noqa: E402
-
+from bench.interpreter import quick_interpreter  # noqa: E402
 from stn_triton import backend  # noqa: E402
 
 

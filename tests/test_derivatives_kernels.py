@@ -25,8 +25,8 @@ from common import (
     random_grid,
     random_theta,
 )
-from interpreter import checked_addresses
 
+from bench.interpreter import checked_addresses
 from bench.specialisations import field_of
 from stn_triton import reference
 from stn_triton.kernels.host import configs

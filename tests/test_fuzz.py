@@ -32,9 +32,9 @@ from common import (
     place,
     witness,
 )
-from interpreter import quick_interpreter
 
 import stn_triton as stn
+from bench.interpreter import quick_interpreter
 from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 from stn_triton.reference import sample_taps

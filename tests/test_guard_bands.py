@@ -26,9 +26,9 @@ from common import (
     random_theta,
     witness,
 )
-from interpreter import checked_addresses, quick_interpreter
 
 import stn_triton as stn
+from bench.interpreter import checked_addresses, quick_interpreter
 from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 

@@ -20,8 +20,8 @@ from common import (
     place,
     witness,
 )
-from interpreter import checked_addresses, quick_interpreter
 
+from bench.interpreter import checked_addresses, quick_interpreter
 from stn_triton.kernels import sample
 from stn_triton.kernels.device import interpolation, sources
 from stn_triton.kernels.device.affine import starts_of

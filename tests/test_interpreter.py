@@ -10,7 +10,7 @@ from conftest import ON_GPU
 PROGRAM = """
 import torch
 import stn_triton as stn
-from interpreter import quick_interpreter
+from bench.interpreter import quick_interpreter
 
 def found(dtype):
     torch.manual_seed(0)

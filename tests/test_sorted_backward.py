@@ -20,9 +20,9 @@ from common import (
     random_grid,
     random_theta,
 )
-from interpreter import checked_addresses
 
 import stn_triton as stn
+from bench.interpreter import checked_addresses
 from bench.specialisations import field_of
 from stn_triton import reference
 from stn_triton.kernels.host import configs

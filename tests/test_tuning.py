@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from interpreter import quick_interpreter
 
 import stn_triton as stn
+from bench.interpreter import quick_interpreter
 from stn_triton import backend
 from stn_triton.kernels.host import configs, tables, tuning
 from stn_triton.kernels.modes import Interpolation, Source

@@ -5,8 +5,8 @@ import contextlib
 import dataclasses
 import functools
 import gc
+from unittest import mock
 
-import pytest
 import torch
 
 from stn_triton import backend
@@ -57,18 +57,21 @@ def quick_interpreter(overflow_checks=True):
 
     find_once.quick = True
     with contextlib.ExitStack() as stack:
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
+
+        def patch(owner, name, value, **options):
+            stack.enter_context(mock.patch.object(owner, name, value, **options))
+
         options = interpreter.interpreter_builder.options
         if hasattr(options, "sanitize_overflow"):
             options = dataclasses.replace(options, sanitize_overflow=overflow_checks)
-            patch.setattr(interpreter.interpreter_builder, "options", options)
+            patch(interpreter.interpreter_builder, "options", options)
         if not hasattr(find, "quick"):
             thread = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
             threshold = gc.get_threshold()
             stack.callback(gc.set_threshold, *threshold)
             gc.set_threshold(100_000, *threshold[1:])
-            patch.setattr(interpreter, "_patch_lang", find_once)
-            patch.setattr(interpreter.GridExecutor, "__call__", launch)
+            patch(interpreter, "_patch_lang", find_once)
+            patch(interpreter.GridExecutor, "__call__", launch)
             _remember_types(interpreter, patch)
         yield
 
@@ -136,19 +139,19 @@ def _remember_types(interpreter, patch):
 
     def quick_equality(kind):
         equal = kind.__eq__
-        patch.setattr(kind, "__eq__", lambda self, other: self is other or equal(self, other))
+        patch(kind, "__eq__", lambda self, other: self is other or equal(self, other))
 
     for module in (core, interpreter.tl.semantic, interpreter.tl.math):
         if getattr(module, "_unwrap_if_constexpr", None) is unwrap:
-            patch.setattr(module, "_unwrap_if_constexpr", unwrapped)
+            patch(module, "_unwrap_if_constexpr", unwrapped)
     for kind in (core.dtype, core.pointer_type, block_type):
         quick_equality(kind)
-    patch.setattr(interpreter, "_get_np_dtype", numpy_type)
-    patch.setattr(interpreter.interpreter_semantic, "binary_op_type_checking_impl", operands)
-    patch.setattr(tensor, "__init__", tensor_init)
-    patch.setattr(block_type, "__init__", block_type_init)
-    patch.setattr(core.tuple, "__init__", tuple_init)
-    patch.setattr(core.tuple, "type", Type(), raising=False)
+    patch(interpreter, "_get_np_dtype", numpy_type)
+    patch(interpreter.interpreter_semantic, "binary_op_type_checking_impl", operands)
+    patch(tensor, "__init__", tensor_init)
+    patch(block_type, "__init__", block_type_init)
+    patch(core.tuple, "__init__", tuple_init)
+    patch(core.tuple, "type", Type(), create=True)
 
 
 def _addresses(tensor):
