@@ -17,7 +17,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from triton.backends.nvidia.compiler import CUDABackend
 
 from bench import executor, specialisations
 from stn_triton import backend
@@ -101,13 +100,6 @@ def execute(each: specialisations.Launch, sample: Sample | None = None) -> execu
 
 
 @contextmanager
-def without_machine_code() -> Iterator[None]:
-    """Inside, Triton stops at PTX: ptxas takes a third of the time."""
-    with mock.patch.object(CUDABackend, "make_cubin", return_value=b"none"):
-        yield
-
-
-@contextmanager
 def executing(target: str = "sm_90", sample: Sample | None = None) -> Iterator[list[Run]]:
     """Inside, launches of the package on CPU tensors are executed; yields the list of them."""
     runs: list[Run] = []
@@ -123,7 +115,7 @@ def executing(target: str = "sm_90", sample: Sample | None = None) -> Iterator[l
     with ExitStack() as stack:
         stack.enter_context(specialisations.compiling(target))
         stack.enter_context(backend.use("triton"))
-        stack.enter_context(without_machine_code())
+        stack.enter_context(specialisations.without_machine_code())
         stack.enter_context(mock.patch.object(launch, "runner", run))
         for name in ("choose", "choose_gather", "prefers_sorted"):
             stack.enter_context(mock.patch.object(configs, name, of_gpu(getattr(configs, name))))

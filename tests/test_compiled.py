@@ -77,7 +77,7 @@ def test_compiled_code_is_right_and_stays_in_its_tensors(cases):
 
 STRAY = """
 import torch, triton, triton.language as tl
-from bench import execution, executor
+from bench import execution, executor, specialisations
 from stn_triton.kernels.host.launch import launch
 
 @triton.jit
@@ -101,6 +101,11 @@ with execution.executing() as runs:
             assert "of source" in str(fault), fault
         else:
             raise AssertionError((n, by))
+
+# what is executed has no machine code: whoever wants to launch it compiles it anew
+with specialisations.compiling("sm_90") as compiled:
+    launch(shift, 4, x.device, x, y, 1024, 0, N=256, TOGETHER=False)
+assert compiled[-1].asm["cubin"].startswith(b"\x7fELF")
 """
 
 
