@@ -150,7 +150,16 @@ SUBSET_AXES = {
 }
 # What a layout decides, vectors and even blocks, is alike in these: each meets half of the layouts.
 SUBSET_AXES["forward"]["layout"] = LAYOUTS[::2]
-SUBSET_AXES["backward"]["layout"] = SUBSET_AXES["gather"]["layout"] = LAYOUTS[1::2]
+SUBSET_AXES["backward"]["layout"] = LAYOUTS[1::2]
+# Widths of columns differ in the same lines of all kernels: forward ones meet them all.
+SUBSET_AXES["backward"]["columns"] = SUBSET_AXES["gather"]["columns"] = (1, 8, 32)
+SUBSET_AXES["gather"]["layout"] = (
+    Layout(2, False, False),
+    Layout(64, False, False),
+    Layout(9, True, True),
+    Layout(64, True, False),
+    Layout(72, True, True),
+)
 # Made of the samplers' device functions, which the cases above compile at every width: here fewer of them.
 SUBSET_AXES["derivatives"] |= {
     "layout": tuple(layout for layout in LAYOUTS if layout.channels in (3, 5, 64)),

@@ -327,7 +327,7 @@ def test_whole_pixel_maps_read_and_slope_as_in_float64(device, align_corners, pa
         thetas = torch.stack([theta for theta, _ in maps.values()]).to(device).requires_grad_()
         images = torch.randn(len(maps), 2, *size).to(device).requires_grad_()
         g = torch.randn(len(maps), 2, *size)
-        for mode in ("bilinear", "nearest", "bicubic"):
+        for mode in ("bilinear", "nearest", "bicubic") if size == WHOLE_SIZES[-1] else ("bilinear",):
             output = stn.affine_grid_sample(images, thetas, size, mode, padding, align_corners)
             by_image, by_theta = torch.autograd.grad(output, (images, thetas), g.to(device))
             for i, (name, (_, rows)) in enumerate(maps.items()):
