@@ -36,18 +36,22 @@ from .checks import (
     PaddingMode,
     batch_of,
     check_device,
+    check_dtype,
+    check_fill,
+    check_grid_size,
+    check_image,
     check_modes,
+    check_out_size,
     check_padding,
-    check_size,
-    check_spatial_size,
+    check_parameter,
+    check_points,
     check_tensor,
-    nearest_parameter,
     refuse,
-    refuse_parameter,
     to_padding,
     to_size,
 )
-from .kernels.modes import Source
+from .kernels.host.dtypes import sample_dtype
+from .kernels.modes import Interpolation, Source
 from .transforms import splines
 
 __all__ = [
@@ -257,6 +261,8 @@ def affine_grid_sample(
     mode: str = "bilinear",
     padding_mode: PaddingMode = "zeros",
     align_corners: bool = False,
+    fill: float | Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Warp images by affine maps: ``affine_grid`` and ``grid_sample`` in one kernel.
 
@@ -302,13 +308,14 @@ def affine_grid_sample(
         >>> stn.affine_grid_sample(image, four, size=(24, 32)).shape
         torch.Size([8, 4, 3, 24, 32])
     """
-    if (has_torch_function(input, theta) or tracing_state()) and is_taken():
-        return elsewhere(affine_grid_sample, input, theta, size, mode, padding_mode, align_corners)
-    dims = _check_image(input)
-    _check_parameter("theta", theta, (dims, dims + 1), input)
-    size = _check_size(size, input)
+    if (has_torch_function(input, theta, fill) or tracing_state()) and is_taken():
+        options = mode, padding_mode, align_corners, fill, dtype
+        return elsewhere(affine_grid_sample, input, theta, size, *options)
+    dims = check_image(input)
+    check_parameter("theta", theta, (dims, dims + 1), input)
+    size = check_out_size(size, input)
     modes = check_modes(mode, padding_mode, align_corners, dims)
-    return autograd.sample(input, theta, Source.AFFINE, size, *modes)
+    return _sample(input, theta, Source.AFFINE, size, modes, fill, dtype)
 
 
 def projective_grid_sample(
@@ -318,6 +325,8 @@ def projective_grid_sample(
     mode: str = "bilinear",
     padding_mode: PaddingMode = "zeros",
     align_corners: bool = False,
+    fill: float | Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Warp images by homographies.
 
@@ -350,13 +359,14 @@ def projective_grid_sample(
         >>> stn.projective_grid_sample(image, homography, size=(32, 32)).shape
         torch.Size([1, 3, 32, 32])
     """
-    if (has_torch_function(input, homography) or tracing_state()) and is_taken():
-        return elsewhere(projective_grid_sample, input, homography, size, mode, padding_mode, align_corners)
-    _check_image(input, dims=2)
-    _check_parameter("homography", homography, (3, 3), input)
-    size = _check_size(size, input)
+    if (has_torch_function(input, homography, fill) or tracing_state()) and is_taken():
+        options = mode, padding_mode, align_corners, fill, dtype
+        return elsewhere(projective_grid_sample, input, homography, size, *options)
+    check_image(input, dims=2)
+    check_parameter("homography", homography, (3, 3), input)
+    size = check_out_size(size, input)
     modes = check_modes(mode, padding_mode, align_corners, 2)
-    return autograd.sample(input, homography, Source.PROJECTIVE, size, *modes)
+    return _sample(input, homography, Source.PROJECTIVE, size, modes, fill, dtype)
 
 
 def tps_grid_sample(
@@ -368,6 +378,8 @@ def tps_grid_sample(
     align_corners: bool = False,
     control_points: Tensor | None = None,
     regularization: float = 0.0,
+    fill: float | Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Warp images by thin-plate splines.
 
@@ -406,17 +418,17 @@ def tps_grid_sample(
         >>> stn.tps_grid_sample(image, bent).shape
         torch.Size([1, 3, 48, 64])
     """
-    if (has_torch_function(input, points, control_points) or tracing_state()) and is_taken():
-        spline = control_points, regularization
+    if (has_torch_function(input, points, control_points, fill) or tracing_state()) and is_taken():
+        spline = control_points, regularization, fill, dtype
         return elsewhere(tps_grid_sample, input, points, size, mode, padding_mode, align_corners, *spline)
-    _check_image(input, dims=2)
-    _check_points(points, input)
-    size = _check_size(size, input)
+    check_image(input, dims=2)
+    check_points(points, input)
+    size = check_out_size(size, input)
     modes = check_modes(mode, padding_mode, align_corners, 2)
     if input.dtype == torch.float64:
         points = points.double()
     coefficients, control_points = _spline(points, control_points, regularization)
-    return autograd.sample(input, coefficients, Source.TPS, size, *modes, control_points)
+    return _sample(input, coefficients, Source.TPS, size, modes, fill, dtype, control_points)
 
 
 def flow_grid_sample(
@@ -425,6 +437,8 @@ def flow_grid_sample(
     mode: str = "bilinear",
     padding_mode: PaddingMode = "zeros",
     align_corners: bool = False,
+    fill: float | Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Warp images by displacement fields.
 
@@ -453,9 +467,10 @@ def flow_grid_sample(
         >>> torch.allclose(stn.flow_grid_sample(image, flow)[..., :-3], image[..., 3:], atol=1e-5)
         True
     """
-    if (has_torch_function(input, flow) or tracing_state()) and is_taken():
-        return elsewhere(flow_grid_sample, input, flow, mode, padding_mode, align_corners)
-    dims = _check_image(input)
+    if (has_torch_function(input, flow, fill) or tracing_state()) and is_taken():
+        options = mode, padding_mode, align_corners, fill, dtype
+        return elsewhere(flow_grid_sample, input, flow, *options)
+    dims = check_image(input)
     check_tensor("flow", flow)
     batch = input.shape[0]
     if flow.dim() != dims + 2 or flow.shape[1] != dims or (flow.shape[0] != batch and flow.shape[0] != 1):
@@ -466,7 +481,32 @@ def flow_grid_sample(
         refuse(ValueError, "flow", expected, f"shape {tuple(flow.shape)}", hint)
     check_device("flow", flow, "input", input)
     modes = check_modes(mode, padding_mode, align_corners, dims)
-    return autograd.sample(input, flow, Source.FLOW, flow.shape[2:], *modes)
+    return _sample(input, flow, Source.FLOW, flow.shape[2:], modes, fill, dtype)
+
+
+def _sample(
+    input: Tensor,
+    params: Tensor,
+    source: Source,
+    size: Sequence[int],
+    modes: tuple[Interpolation, int, bool],
+    fill: float | Tensor | None,
+    dtype: torch.dtype | None,
+    control_points: Tensor | None = None,
+) -> Tensor:
+    """The samples, of arguments that are checked but for the last two."""
+    if fill is None and dtype is None and input.dtype in DTYPES:
+        return autograd.sample(input, params, source, size, *modes, control_points)
+    dtype = check_dtype(dtype, input)
+    if fill is not None:
+        fill = check_fill(fill, input, modes[1])
+        if not isinstance(fill, Tensor):
+            made = torch.promote_types(input.dtype, torch.float32)
+            fill = distributed.replicated(torch.full((), fill, dtype=made, device=input.device), input)
+        fill = fill.expand(input.shape[:2])
+    elif dtype == sample_dtype(input):
+        return autograd.sample(input, params, source, size, *modes, control_points)
+    return autograd.sample_as(input, params, source, size, *modes, control_points, fill, dtype)
 
 
 # --------------------------------------------------------------------------------------------- grids
@@ -494,7 +534,7 @@ def projective_grid(homography: Tensor, size: Sequence[int], align_corners: bool
     if homography.dim() != 3 or tuple(homography.shape[1:]) != (3, 3):
         refuse(ValueError, "homography", "(N, 3, 3)", f"shape {tuple(homography.shape)}")
     return autograd.grid(
-        homography, Source.PROJECTIVE, _check_grid_size(size, homography, align_corners), align_corners
+        homography, Source.PROJECTIVE, check_grid_size(size, homography, align_corners), align_corners
     )
 
 
@@ -528,7 +568,7 @@ def tps_grid(
     check_tensor("points", points)
     if points.dim() != 3 or points.shape[2] != 2:
         refuse(ValueError, "points", "(N, K, 2)", f"shape {tuple(points.shape)}")
-    out_size = _check_grid_size(size, points, align_corners)
+    out_size = check_grid_size(size, points, align_corners)
     coefficients, control_points = _spline(points, control_points, regularization)
     return autograd.grid(coefficients, Source.TPS, out_size, align_corners, control_points).to(points.dtype)
 
@@ -540,61 +580,3 @@ def _spline(points: Tensor, control_points: Tensor | None, regularization: float
         side = splines.lattice_side("points", points.shape[-2])
         control_points = splines.kept_lattice(side, points.device, coefficients.dtype)
     return coefficients, distributed.replicated(control_points.to(coefficients.dtype), coefficients)
-
-
-# ----------------------------------------------------------------------------------------- validation
-def _check_image(input: Tensor, dims: int | None = None) -> int:
-    """The number of spatial dimensions, which may have to be ``dims``."""
-    check_tensor("input", input)
-    if dims == 2 and input.dim() != 4:
-        refuse(ValueError, "input", "(N, C, H, W)", f"shape {tuple(input.shape)}")
-    if input.dim() not in (4, 5):
-        hint = "a batch of one is input[None]" if input.dim() == 3 else ""
-        refuse(ValueError, "input", "(N, C, H, W) or (N, C, D, H, W)", f"shape {tuple(input.shape)}", hint)
-    if 0 in input.shape[2:]:
-        refuse(ValueError, "input", "of non-empty spatial size", f"shape {tuple(input.shape)}")
-    return input.dim() - 2
-
-
-def _check_parameter(name: str, value: Tensor, matrix: tuple[int, int], input: Tensor) -> None:
-    """(N, *matrix) or (N, T, *matrix), N that of the images or 1, on their device."""
-    check_tensor(name, value)
-    batch, (rows, columns) = input.shape[0], matrix
-    if (
-        value.dim() not in (3, 4)
-        or value.shape[-2] != rows
-        or value.shape[-1] != columns
-        or (value.shape[0] != batch and value.shape[0] != 1)
-    ):
-        refuse_parameter(
-            name, value, f"{rows}, {columns}", input, nearest_parameter(name, value, matrix, input)
-        )
-    check_device(name, value, "input", input)
-
-
-def _check_points(points: Tensor, input: Tensor) -> None:
-    """(N, K, 2) or (N, T, K, 2), N that of the images or 1, on their device. (K is the spline's to check.)"""
-    check_tensor("points", points)
-    batch = input.shape[0]
-    if (
-        points.dim() not in (3, 4)
-        or points.shape[-1] != 2
-        or (points.shape[0] != batch and points.shape[0] != 1)
-    ):
-        hint = "a batch of one is points[None]" if points.dim() == 2 else ""
-        refuse_parameter("points", points, "K, 2", input, hint)
-    check_device("points", points, "input", input)
-
-
-def _check_grid_size(size: Sequence[int], params: Tensor, align_corners: bool) -> tuple[int, ...]:
-    """(H, W) of the (N, C, H, W) that grids are asked for with."""
-    if not isinstance(align_corners, bool):
-        refuse(TypeError, "align_corners", "a bool", repr(align_corners))
-    size = check_size(size, "(N, C, H, W) with N as in the parameters", 4)
-    if size[0] != params.shape[0]:  # put into words only now: to a compiler that makes a constant of N
-        refuse(ValueError, "size", f"(N, C, H, W) with N = {params.shape[0]}", size)
-    return size[2:]
-
-
-def _check_size(size: Sequence[int] | None, input: Tensor) -> tuple[int, ...]:
-    return tuple(input.shape[2:]) if size is None else check_spatial_size(size, input.dim() - 2)
