@@ -278,6 +278,42 @@ def check_regularization(regularization: float) -> float:
 
 
 # ------------------------------------------------------------------- the arguments of public functions
+def grid_sample_fits(input: Any, grid: Any, mode: Any, align_corners: Any) -> bool:
+    """Whether ``grid_sample`` takes them, but for the padding."""
+    return (
+        isinstance(mode, str)
+        and mode in INTERPOLATIONS
+        and (align_corners is None or isinstance(align_corners, bool))
+        and isinstance(input, Tensor)
+        and isinstance(grid, Tensor)
+        and input.dim() in (4, 5)
+        and grid.dim() == input.dim()
+        and grid.shape[-1] == input.dim() - 2
+        and grid.shape[0] == input.shape[0]
+        and input.dtype in DTYPES
+        and grid.dtype == input.dtype
+        and grid.device == input.device
+        and input.layout == grid.layout == torch.strided
+        and 0 not in input.shape[2:]
+    )
+
+
+def affine_grid_fits(theta: Any, size: tuple[int, ...], align_corners: Any) -> bool:
+    """Whether ``affine_grid`` takes them."""
+    return (
+        isinstance(theta, Tensor)
+        and theta.dtype in DTYPES
+        and theta.layout == torch.strided
+        and len(size) in (4, 5)
+        and theta.dim() == 3
+        and theta.shape[1] == len(size) - 2
+        and theta.shape[2] == len(size) - 1
+        and theta.shape[0] == size[0]
+        and all(n > 0 for n in size)
+        and (align_corners is None or isinstance(align_corners, bool))
+    )
+
+
 def check_image(input: Tensor, dims: int | None = None) -> int:
     """The number of spatial dimensions, which may have to be ``dims``."""
     check_tensor("input", input, INTEGERS)

@@ -34,6 +34,7 @@ from .checks import (
     DTYPES,
     INTERPOLATIONS,
     PaddingMode,
+    affine_grid_fits,
     batch_of,
     check_device,
     check_dtype,
@@ -46,6 +47,7 @@ from .checks import (
     check_parameter,
     check_points,
     check_tensor,
+    grid_sample_fits,
     refuse,
     to_padding,
     to_size,
@@ -116,7 +118,7 @@ def grid_sample(
     if isinstance(input, Tensor) and isinstance(grid, Tensor):
         input, grid = _autocast(input, grid)
     padding = to_padding(padding_mode, input.dim() - 2) if isinstance(input, Tensor) else None
-    if padding is None or not _grid_sample_fits(input, grid, mode, align_corners):
+    if padding is None or not grid_sample_fits(input, grid, mode, align_corners):
         if mode == "bicubic" and isinstance(input, Tensor) and input.dim() == 5:
             arguments = (*arguments[:2], "bilinear", *arguments[3:])  # tricubic is not what is wrong
         if isinstance(padding_mode, tuple) and isinstance(input, Tensor) and input.dim() in (4, 5):
@@ -158,7 +160,7 @@ def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None =
     if (has_torch_function(theta) or tracing_state()) and is_taken():
         return elsewhere(affine_grid, theta, size, align_corners)
     ints = to_size(size)
-    if ints is None or not _affine_grid_fits(theta, ints, align_corners):
+    if ints is None or not affine_grid_fits(theta, ints, align_corners):
         return _ask_pytorch(torch.nn.functional.affine_grid, theta, size, align_corners)
     if align_corners is None:
         _warn(_DEFAULT_ALIGN_CORNERS)
@@ -219,40 +221,6 @@ def _autocast(input: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
     return input.to(dtype), grid.to(dtype)
 
 
-def _grid_sample_fits(input: Any, grid: Any, mode: Any, align_corners: Any) -> bool:
-    return (
-        isinstance(mode, str)
-        and mode in INTERPOLATIONS
-        and (align_corners is None or isinstance(align_corners, bool))
-        and isinstance(input, Tensor)
-        and isinstance(grid, Tensor)
-        and input.dim() in (4, 5)
-        and grid.dim() == input.dim()
-        and grid.shape[-1] == input.dim() - 2
-        and grid.shape[0] == input.shape[0]
-        and input.dtype in DTYPES
-        and grid.dtype == input.dtype
-        and grid.device == input.device
-        and input.layout == grid.layout == torch.strided
-        and 0 not in input.shape[2:]
-    )
-
-
-def _affine_grid_fits(theta: Any, size: tuple[int, ...], align_corners: Any) -> bool:
-    return (
-        isinstance(theta, Tensor)
-        and theta.dtype in DTYPES
-        and theta.layout == torch.strided
-        and len(size) in (4, 5)
-        and theta.dim() == 3
-        and theta.shape[1] == len(size) - 2
-        and theta.shape[2] == len(size) - 1
-        and theta.shape[0] == size[0]
-        and all(n > 0 for n in size)
-        and (align_corners is None or isinstance(align_corners, bool))
-    )
-
-
 # --------------------------------------------------------------------------------------------- fused
 def affine_grid_sample(
     input: Tensor,
@@ -275,7 +243,8 @@ def affine_grid_sample(
     ``(x + 1) (W - 1) / 2``. y and z alike.
 
     Args:
-        input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, any strides.
+        input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, uint8 or int16, any
+            strides.
         theta: (N, 2, 3) or (N, 3, 4); or (N, T, 2, 3), (N, T, 3, 4) for T transforms of each image, which
             is not copied. A batch of 1 is broadcast over N. Any floating dtype: a half image can have
             float32 parameters.
@@ -284,14 +253,23 @@ def affine_grid_sample(
         padding_mode: as in :func:`grid_sample`, for all axes or a tuple of one for each, x first.
         align_corners: whether -1 and 1 are the centres (True) or the outer edges (False) of the
             outermost pixels, in the input and in the output.
+        fill: what is taken outside the image: a number, or a tensor (C,) or (N, C) of any floating dtype.
+            With "zeros" padding the taps outside read it (SciPy's "grid-constant", OpenCV's border value).
+            With "border" a sample takes it if its coordinate is NaN or lies outside the image (ITK's default
+            pixel value): beyond -1 or 1. With a tuple of the two it goes by taps, along the axes with
+            "zeros". Other paddings leave nothing to fill.
+        dtype: the dtype of samples. An image of integers has samples of its own dtype by default, rounded
+            half to even and saturated; float32, float16 and bfloat16 are taken too. Other images have
+            samples of their own dtype alone.
 
     Returns:
-        (N, C, *size), or (N, T, C, *size) for T transforms, in the input's dtype and memory format.
+        (N, C, *size), or (N, T, C, *size) for T transforms, in ``dtype`` and the input's memory format.
 
     The kernels hold no grid and no gradient of a grid in memory. Coordinates, weights and sums are float32
     (float64 where an argument is float64); bad coordinates are treated as in :func:`grid_sample`.
-    Differentiable in ``input`` and ``theta`` any number of times, in both modes (see the module); the
-    gradient of a broadcast ``theta`` is summed. Both gradients are the same to the bit each time. Under
+    Differentiable in ``input``, ``theta`` and ``fill`` any number of times, in both modes (see the module).
+    An image of integers has no gradient, though, and samples of integers give none. The gradient of a
+    broadcast ``theta`` is summed. Both gradients are the same to the bit each time. Under
     ``vmap`` over ``theta`` alone the samples are transforms of the images, which are not copied.
 
     Raises:
@@ -335,14 +313,14 @@ def projective_grid_sample(
     pixels and normalised coordinates belong together is said in :func:`affine_grid_sample`.
 
     Args:
-        input: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
+        input: (N, C, H, W), of a dtype as in :func:`affine_grid_sample`, any strides.
         homography: (N, 3, 3); or (N, T, 3, 3) for T transforms of each image, not copied. A batch of 1
             is broadcast over N. Any floating dtype. Its scale, and its sign, mean nothing (as long as W stays
             above 1e-37, or 1e-300 in float64).
-        size, mode, padding_mode, align_corners: as in :func:`affine_grid_sample`.
+        size, mode, padding_mode, align_corners, fill, dtype: as in :func:`affine_grid_sample`.
 
     Returns:
-        (N, C, *size), or (N, T, C, *size), in the input's dtype and memory format.
+        (N, C, *size), or (N, T, C, *size), in ``dtype`` and the input's memory format.
 
     On the horizon, where W cannot be told from 0 (its terms cancel up to rounding), the coordinate is NaN:
     it reads nothing under zeros padding, and adds nothing to the gradient of ``homography``. So does a
@@ -390,16 +368,16 @@ def tps_grid_sample(
     coordinates belong together is said in :func:`affine_grid_sample`.
 
     Args:
-        input: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
+        input: (N, C, H, W), of a dtype as in :func:`affine_grid_sample`, any strides.
         points: (N, K, 2); or (N, T, K, 2) for T transforms of each image, not copied. A batch of 1 is
             broadcast over N. Any floating dtype; half points are computed with in float32.
-        size, mode, padding_mode, align_corners: as in :func:`affine_grid_sample`.
+        size, mode, padding_mode, align_corners, fill, dtype: as in :func:`affine_grid_sample`.
         control_points: (K, 2), not all on one line, no two equal. Default: the square lattice over [-1, 1]^2,
             :func:`stn_triton.transforms.control_lattice`; K is then a square number.
         regularization: at least 0; added to the diagonal of the spline's system.
 
     Returns:
-        (N, C, *size), or (N, T, C, *size), in the input's dtype and memory format.
+        (N, C, *size), or (N, T, C, *size), in ``dtype`` and the input's memory format.
 
     Neither a grid nor a (pixels, K) basis is held in memory by the kernels. The gradients of ``points`` and
     ``control_points`` are the same to the bit each time, and that by ``input`` under deterministic
@@ -448,13 +426,13 @@ def flow_grid_sample(
     W / W_out - 1) / 2 + flow_x``, and with ``align_corners=True`` at ``j (W - 1) / (W_out - 1) + flow_x``.
 
     Args:
-        input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, any strides.
+        input: (N, C, H, W) or (N, C, D, H, W), of a dtype as in :func:`affine_grid_sample`, any strides.
         flow: (N, 2, H_out, W_out) or (N, 3, D_out, H_out, W_out): along x, y (and z). A batch of 1
             is broadcast over N. Any floating dtype.
-        mode, padding_mode, align_corners: as in :func:`affine_grid_sample`.
+        mode, padding_mode, align_corners, fill, dtype: as in :func:`affine_grid_sample`.
 
     Returns:
-        (N, C, *flow.shape[2:]), in the input's dtype and memory format.
+        (N, C, *flow.shape[2:]), in ``dtype`` and the input's memory format.
 
     Differentiable in ``input`` and ``flow`` any number of times, in both modes (see the module).
 
