@@ -117,7 +117,8 @@ def _new_output(
 
     In ``dtype``, by default the input's, and float32 where that is an integer.
     """
-    dtype = dtype or reference.sample_dtype(input)
+    if dtype is None and not input.is_floating_point():
+        dtype = reference.sample_dtype(input)
     channels_last = source != Source.GRID and is_channels_last(input)
     batch, channels, *_ = input.shape
     if has_transforms(params, source):
