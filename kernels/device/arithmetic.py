@@ -105,9 +105,9 @@ def to_integer(value, DTYPE: tl.constexpr):
     if DTYPE == tl.uint8:
         value = clamp(value, 0.0, 255.0)
     else:
-        tl.static_assert(DTYPE == tl.int16)
         value = clamp(tl.where(value == value, value, 0.0), -32768.0, 32767.0)
-    if value.dtype == tl.float64:
+    COMPUTE: tl.constexpr = value.dtype
+    if COMPUTE == tl.float64:
         return (value + TO_WHOLE_64).to(tl.int64, bitcast=True).to(DTYPE)
     else:
         return (value + TO_WHOLE_32).to(tl.int32, bitcast=True).to(DTYPE)
@@ -117,7 +117,7 @@ def to_integer(value, DTYPE: tl.constexpr):
 def rounded(value, pointer):
     """``value`` in the type that ``pointer`` points to."""
     DTYPE: tl.constexpr = pointer.dtype.element_ty
-    if DTYPE.is_int():
+    if DTYPE == tl.uint8 or DTYPE == tl.int16:
         return to_integer(value, DTYPE)
     else:
         if DTYPE == tl.bfloat16:
