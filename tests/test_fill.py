@@ -110,19 +110,18 @@ def test_every_function_takes_it(device, either_backend):
 
 def test_edges_and_what_is_no_number(device, either_backend):
     """The interval is closed; a fill of NaN comes where it is read and nowhere else; NaN lies outside."""
-    image = torch.rand(1, 1, 1, 4, device=device)
     eps = 2.0**-10
-    moves = {0.5: False, 0.5 + eps: True, -0.5: False, -0.5 - eps: True}
-    moves |= {math.nan: True, math.inf: True, -1e30: True}
-    for move, outside in moves.items():
-        flow = torch.zeros(1, 2, 1, 4, device=device)
-        flow[0, 0, 0, -1 if move > 0 else 0] = move
-        for tracked in (False, True):
-            flow.requires_grad_(tracked)
-            border = stn.flow_grid_sample(image, flow, padding_mode="border", fill=math.nan)
-            assert border.isnan().sum() == outside, move
-            zeros = stn.flow_grid_sample(image, flow, fill=math.nan)
-            assert zeros.isnan().sum() == 1, move  # of its two taps one is outside, or both
+    moves = {0.5: 0, 0.5 + eps: 1, -0.5: 0, -0.5 - eps: 1, math.nan: 1, math.inf: 1, -1e30: 1}
+    image = torch.rand(1, 1, 1, 4, device=device)
+    images, flow = image.expand(len(moves), 1, 1, 4), torch.zeros(len(moves), 2, 1, 4, device=device)
+    for each, move in zip(flow, moves, strict=True):
+        each[0, 0, -1 if move > 0 else 0] = move
+    for tracked in (False, True):
+        flow.requires_grad_(tracked)
+        border = stn.flow_grid_sample(images, flow, padding_mode="border", fill=math.nan)
+        assert border.isnan().sum((1, 2, 3)).tolist() == list(moves.values())
+        zeros = stn.flow_grid_sample(images, flow, fill=math.nan)
+        assert (zeros.isnan().sum((1, 2, 3)) == 1).all()  # of two taps one is outside, or both
     same = torch.eye(2, 3, device=device)[None]
     for padding in ("zeros", "border"):
         for align_corners in (False, True):
@@ -130,7 +129,7 @@ def test_edges_and_what_is_no_number(device, either_backend):
             torch.testing.assert_close(stn.affine_grid_sample(image, same, **options), image)
 
 
-@pytest.mark.parametrize("padding", ["zeros", "border", ("border", "zeros")])
+@pytest.mark.parametrize("padding", ["zeros", "border"])
 def test_derivatives(padding):
     """Of the image, the parameters and the fill, first, second and in forward mode, against differences."""
 
@@ -161,7 +160,7 @@ def test_gradients_of_the_kernels(device, padding):
         assert_close(one, other, scale=100.0)
 
 
-@pytest.mark.parametrize("mapped", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0)])
+@pytest.mark.parametrize("mapped", [(None, 0, None), (None, None, 0), (0, 0, 0)])
 def test_vmap(device, mapped):
     """Over each argument, rounded or not."""
     image, theta, fill = torch.rand(2, 2, 3, 4, 5), torch.eye(2, 3).repeat(2, 2, 1, 1), torch.rand(2, 2, 3)
@@ -185,7 +184,7 @@ def test_vmap(device, mapped):
         torch.testing.assert_close(torch.func.vmap(function, mapped)(*arguments), torch.stack(alone))
 
 
-def test_compiled_whole(device):
+def test_compiled_whole(device, torch_on_one_thread):
     """One graph, with gradients and without: there it is the one operator."""
     seen = []
 
