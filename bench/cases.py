@@ -37,6 +37,7 @@ ROWS = {
     "features-large": Row("forward, NCHW, C >= 64, large", {"eager": 1.5, "compiled": 1.2}, 0.70),
     "last": Row("forward, channels_last, C % 8 = 0", {"eager": 4, "compiled": 2}, 0.80),
     "half": Row("forward, half image, float32 theta", {"eager": 5, "compiled": 1.5}, 0.65),
+    "bytes": Row("forward, uint8 and int16", {"eager": 4}, 0.50),
     "nearest": Row("forward, nearest", {"eager": 4, "compiled": 1.2}),
     "bicubic": Row("forward, bicubic", {"eager": 2.5, "compiled": 2}),
     "image-rgb": Row("backward to the image, C <= 4", {"eager": 2, "compiled": 2}, 0.50),
@@ -63,7 +64,7 @@ class Case:
     what runs: "forward"; "image", "params" or "both", the backward pass to these; "step", forward and
     backward to both. ``shape`` is the image's, (N, C, *spatial); ``size`` the output's spatial size. The
     image has ``dtype``, a grid as well; other parameters are float32. ``shared``: one set of parameters for
-    the batch. ``zoom``: about how much of the image's width is seen.
+    the batch. ``zoom``: about how much of the image's width is seen. ``fill``: what taps outside read.
     """
 
     row: str
@@ -79,6 +80,7 @@ class Case:
     deterministic: bool = False
     shared: bool = False
     zoom: float = 0.9
+    fill: float | None = None
 
     @property
     def id(self) -> str:
@@ -87,6 +89,7 @@ class Case:
             words.append("to_" + "x".join(map(str, self.size)))
         words.append(dtype_name(self.dtype))
         words += [self.mode] * (self.mode != "bilinear") + [self.padding] * (self.padding != "zeros")
+        words += ["fill"] * (self.fill is not None)
         flags = ("channels_last", "align_corners", "deterministic", "shared")
         return "-".join(words + [flag for flag in flags if getattr(self, flag)])
 
@@ -121,6 +124,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 # ------------------------------------------------------------------------------------------ the registry
 FRAMES = (8, 3, 1080, 1920)
 PHOTOGRAPHS = (8, 3, 1234, 1345)
+FILM = (32, 3, 1080, 1920)
 MAPS = (64, 256, 56, 56)
 BF16 = torch.bfloat16
 
@@ -154,6 +158,10 @@ _LISTED = [
     case("half", "affine", "forward", *MAPS, dtype=BF16),
     case("half", "affine", "forward", *FRAMES, dtype=BF16, channels_last=True),
     case("half", "affine", "forward", *FRAMES, dtype=torch.float16),
+    case("bytes", "affine", "forward", *FILM, channels_last=True, dtype=torch.uint8, fill=128),
+    case("bytes", "affine", "forward", *FILM, channels_last=True, dtype=torch.uint8, shared=True),
+    case("bytes", "affine", "forward", *FILM, dtype=torch.uint8, fill=128),
+    case("bytes", "affine", "forward", *FILM, channels_last=True, dtype=torch.int16),
     case("nearest", "affine", "forward", *PHOTOGRAPHS, mode="nearest"),
     case("nearest", "affine", "forward", *MAPS, mode="nearest"),
     case("bicubic", "affine", "forward", *PHOTOGRAPHS, mode="bicubic"),
@@ -267,7 +275,11 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     generator = torch.Generator(device).manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
-        drawn = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+        if case.dtype.is_floating_point:
+            drawn = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+        else:
+            info = torch.iinfo(case.dtype)
+            drawn = torch.randint(info.min, info.max + 1, shape, generator=generator, device=device)
         return drawn.to(case.dtype).contiguous(memory_format=case.memory_format)
 
     dtype = case.dtype if case.source == "grid" else torch.float32
@@ -297,6 +309,14 @@ def bytes_moved(case: Case, share: float) -> int:
     by_image, by_params = case.gradients
     backward = output + params + by_params * (read + params) + by_image * image
     return round({"forward": forward, "step": forward + backward}.get(case.work, backward))
+
+
+def bytes_of_floats(case: Case, share: float) -> int:
+    """The same for whoever samples a copy of the image in float32, which makes samples in float32.
+
+    What it takes to make the copy, and to round the samples, is not counted.
+    """
+    return bytes_moved(dataclasses.replace(case, dtype=torch.float32), share)
 
 
 def params_bytes(case: Case) -> int:

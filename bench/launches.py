@@ -15,7 +15,7 @@ from stn_triton.kernels import derivatives, gather, grid, sample, sort
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
-DTYPE_NAMES = {F16: "f16", BF16: "bf16", F32: "f32"}
+DTYPE_NAMES = {F16: "f16", BF16: "bf16", F32: "f32", torch.uint8: "u8"}
 CONTROLS = 16
 
 
@@ -91,12 +91,13 @@ def _case(
     params_dtype: torch.dtype | None = None,
     padding: str = "zeros",
     dims: int = 2,
+    fill: bool = False,
 ) -> Case:
     """A same-size warp. ``direction``: a key of ``KERNEL_OF``."""
     kinds = Source[source.upper()], Interpolation[interpolation.upper()], Padding[padding.upper()], False
     params_dtype, last = params_dtype or dtype, layout == "nhwc"
     n, size = _shape(direction, channels, dims)
-    names = [direction, source, *([] if padding == "zeros" else [padding])]
+    names = [direction, source, *([] if padding == "zeros" else [padding]), *(["fill"] if fill else [])]
     if not direction.startswith("grid"):
         names += [interpolation, layout if dims == 2 else layout.replace("hw", "dhw"), f"c{channels}"]
     elif dims == 3:
@@ -126,7 +127,8 @@ def _case(
         total = image if dtype == F32 else image_like(F32)
         coord_tangent = empty((n, 1, *size, dims))
         if direction == "forward":
-            sample.sample_forward(image, params, controls, output, *kinds)
+            filling = empty((n, channels)) if fill else None
+            sample.sample_forward(image, params, controls, output, *kinds, filling)
         elif direction == "gather":
             gather.gather_backward(output, params, image, *kinds)
         elif direction == "scatter":
@@ -174,6 +176,10 @@ def _cases() -> Iterator[Case]:
         yield _case("forward", layout="nhwc", channels=channels)
     for channels in (64, 256):
         yield _case("forward", layout="nhwc", channels=channels, dtype=BF16, params_dtype=F32)
+    yield _case("forward", dtype=torch.uint8, params_dtype=F32)
+    yield _case("forward", layout="nhwc", channels=16, dtype=torch.uint8, params_dtype=F32)
+    yield _case("forward", fill=True)
+    yield _case("forward", padding="border", fill=True)
     for interpolation in ("nearest", "bicubic"):
         yield _case("forward", interpolation=interpolation)
         yield _case("forward", interpolation=interpolation, dtype=BF16, params_dtype=F32)

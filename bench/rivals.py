@@ -22,6 +22,7 @@ Sampler = Callable[[Tensor, Tensor], Tensor]  # of the image and the parameters
 # ||result - exact|| / ||exact||. Wrong code is off by the order of 1, so that these need not be tight (the
 # tests' are): a rounding of the type, for float32 also coordinates that are off by 2^-24 of 4000 pixels.
 LIMIT = {torch.float64: 1e-10, torch.float32: 2e-3, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+LIMIT |= {torch.uint8: 5e-3, torch.int16: 2e-3}
 # Where a coordinate is rounded across a kink, a nearest sample is another pixel and a slope another cell's.
 # At 2000 pixels these are some of 10^4 outputs, which of noise makes the root of their share: a few percent.
 KINK_LIMIT = 0.1
@@ -116,9 +117,17 @@ def modes(case: Case) -> dict[str, Any]:
 
 
 def sample(case: Case, image: Tensor, grid: Tensor) -> Tensor:
+    """By ``F.grid_sample``, as torchvision does it: integers by way of floats, and a fill by way of one more
+    channel, which tells how much of a sample was inside."""
     if case.shared:
         grid = grid.expand(image.shape[0], *grid.shape[1:])
-    return F.grid_sample(image, grid, **modes(case))
+    wide = image if image.is_floating_point() else image.to(grid.dtype)
+    if case.fill is None:
+        samples = F.grid_sample(wide, grid, **modes(case))
+    else:
+        samples = F.grid_sample(torch.cat([wide, torch.ones_like(wide[:, :1])], 1), grid, **modes(case))
+        samples = samples[:, :-1] + (1 - samples[:, -1:]) * case.fill
+    return samples if image.is_floating_point() else samples.round().to(image.dtype)
 
 
 # ------------------------------------------------------------------------------------------- the samplers
@@ -126,6 +135,8 @@ def ours(case: Case, inputs: Inputs) -> Sampler:
     if case.source == "grid":
         return functools.partial(stn.grid_sample, **modes(case))
     options: dict[str, Any] = modes(case)
+    if case.fill is not None:
+        options["fill"] = case.fill
     if case.source != "flow":
         options["size"] = case.size
     return functools.partial(getattr(stn, f"{case.source}_grid_sample"), **options)
@@ -140,7 +151,7 @@ def as_affine(case: Case) -> Case:
 
 def _same_dtypes(case: Case) -> bool:
     """Whether PyTorch takes image and grid as they are."""
-    return case.dtype == torch.float32 or case.source == "grid"
+    return case.dtype not in (torch.float16, torch.bfloat16) or case.source == "grid"
 
 
 def eager(case: Case, inputs: Inputs, cudnn: bool = False) -> Sampler:
@@ -192,10 +203,10 @@ def half_grid(case: Case, inputs: Inputs) -> Sampler:
 def compiled(case: Case, inputs: Inputs) -> Sampler:
     """torch.compile of grid and sampling; half images are widened inside, which the compiler fuses."""
     make = grid_maker(case, inputs.params)
-    wide = case.dtype if case.source == "grid" else torch.float32
+    half = not _same_dtypes(case)
 
     def function(image: Tensor, params: Tensor) -> Tensor:
-        return sample(case, image.to(wide), make(params)).to(image.dtype)
+        return sample(case, image.float() if half else image, make(params)).to(image.dtype)
 
     from torch._functorch import config
 
@@ -237,6 +248,8 @@ def kornia(case: Case, inputs: Inputs) -> Sampler:
         raise Missing("kornia warps 2-D images by affine maps, homographies and splines, one for each image")
     if not case.align_corners:
         raise Missing("kornia is compared with aligned corners alone")
+    if case.fill is not None or not case.dtype.is_floating_point:
+        raise Missing("kornia takes no integers")
     if not _same_dtypes(case) or case.mode == "bicubic":
         raise Missing("kornia takes matrices of the image's dtype, and no bicubic for all of these")
     if case.source == "tps" and (case.mode, case.padding, case.size) != ("bilinear", "zeros", case.shape[2:]):
@@ -274,8 +287,8 @@ def torchvision(case: Case, inputs: Inputs) -> Sampler:
         raise Missing("torchvision has one map for a batch, without aligned corners")
     if case.dims != 2 or case.size != case.shape[2:] or (case.mode, case.padding) != ("bilinear", "zeros"):
         raise Missing("torchvision's maps keep the size, 2-D, bilinear, zeros")
-    if case.work != "forward":
-        raise Missing("torchvision's maps have no gradient")
+    if case.work != "forward" or case.fill is not None:
+        raise Missing("torchvision's maps have no gradient, and another rule for a fill")
     v2 = optional("torchvision.transforms.v2.functional")
     bilinear = optional("torchvision.transforms").InterpolationMode.BILINEAR
     height, width = case.size

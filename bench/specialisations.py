@@ -44,6 +44,7 @@ TARGETS = {
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = (F16, BF16, F32, F64)
+INTEGERS = (torch.uint8, torch.int16)
 # Of the image and the parameters: for the subset, alike or the ones used together.
 COMMON_DTYPES = ((F32, F32), (F64, F64), (BF16, BF16), (F16, F32), (F32, F64))
 
@@ -92,9 +93,10 @@ WIDTHS: dict[str, tuple] = {
 AXES: dict[str, dict[str, tuple]] = {
     "forward": {
         "source": tuple(Source),
-        "dtypes": tuple(itertools.product(DTYPES, DTYPES)),
+        "dtypes": tuple(itertools.product((*DTYPES, *INTEGERS), DTYPES)),
         **MODES,
         **WIDTHS,
+        "fill": (False, True),
     },
     "backward": {
         "gradients": ("input", "params", "both", "control"),
@@ -148,6 +150,7 @@ AXES: dict[str, dict[str, tuple]] = {
 SUBSET_AXES = {
     kernel: {**axes, "dtypes": COMMON_DTYPES} if "dtypes" in axes else axes for kernel, axes in AXES.items()
 }
+SUBSET_AXES["forward"]["dtypes"] = (*COMMON_DTYPES, *((dtype, F32) for dtype in INTEGERS))
 # What a layout decides, vectors and even blocks, is alike in these: each meets half of the layouts.
 SUBSET_AXES["forward"]["layout"] = LAYOUTS[::2]
 SUBSET_AXES["backward"]["layout"] = LAYOUTS[1::2]
@@ -181,7 +184,7 @@ Case = dict[str, Any]
 def possible(case: Case) -> bool:
     """Homographies and splines are planar, only splines have control points, a grid has the image's dtype.
 
-    Grids and flows have no transforms.
+    Grids and flows have no transforms. A fill goes with zeros and border padding.
     """
     source = case.get("source")
     by_controls = "control" in (case.get("gradients"), case.get("direction"))
@@ -192,6 +195,8 @@ def possible(case: Case) -> bool:
     if source in (Source.GRID, Source.FLOW) and case.get("transforms", 1) > 1:
         return False
     if case.get("coord_tangent") and case.get("interpolation") == Interpolation.NEAREST:
+        return False
+    if case.get("fill") and case.get("padding", Padding.ZEROS) not in (Padding.ZEROS, Padding.BORDER):
         return False
     dtypes = case.get("dtypes")
     if source == Source.GRID and dtypes is not None and dtypes[0] != dtypes[1]:
@@ -337,7 +342,10 @@ def compile_case(case: Case) -> list[Any]:
     if case["kernel"] == "gather":
         gather.gather_backward(output, params, input, *modes)
     elif case["kernel"] == "forward":
-        sample.sample_forward(input, params, control_points, output, *modes)
+        fill = None
+        if case["fill"]:
+            fill = _tensor((batch, channels), launch.compute_dtypes(input, params)[1], **PLAIN)
+        sample.sample_forward(input, params, control_points, output, *modes, fill)
     elif case["kernel"] == "derivatives":
         _compile_derivatives(case["wanted"], input, output, params, control_points, modes, layout, memory)
     else:

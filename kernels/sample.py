@@ -23,6 +23,7 @@ from .device import sources
 from .device.affine import starts_of
 from .device.arithmetic import TPS, rounded
 from .device.bounds import has_interior_path, is_interior
+from .device.filling import filled, outside_of
 from .device.interpolation import slopes_of_axes, taps_of_axes
 from .device.sampling import add_coordinate_gradient, gradient_of, interpolate, scatter
 from .device.tiles import (
@@ -114,7 +115,9 @@ def output_of(output, n, t, offset, SPEC: tl.constexpr):
 
 # ---------------------------------------------------------------------------------------------- forward
 @triton.jit
-def forward_block(input, output, params, work, step, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr):
+def forward_block(
+    input, output, fill, params, work, step, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr
+):  # fmt: skip
     """The samples of one block of pixels."""
     out, mask, places = pixels_of(work, step, params, sizes, SPEC, INTERIOR)
     offset = offset_of(out, output.strides.pixel, SPEC.vector_output, SPEC)
@@ -124,6 +127,8 @@ def forward_block(input, output, params, work, step, sizes, SPEC: tl.constexpr, 
         image = image_of(input, n, SPEC.vector_input)
         target = output_of(output, n, t, offset, SPEC)
         kept = kept_pixels(mask, work.b + g, sizes, INTERIOR)
+        if SPEC.fill and not INTERIOR:
+            outside = outside_of(places[g], taps, sizes, SPEC)
         for block in range(work.blocks[0], work.blocks[1]):
             # all loads before the first store, behind which the compiler may not move them
             values = ()
@@ -135,22 +140,28 @@ def forward_block(input, output, params, work, step, sizes, SPEC: tl.constexpr, 
                 )
             for k in tl.static_range(SPEC.unroll):
                 c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
-                tl.store(target + c * output.strides.c, rounded(values[k], output.pointer), kept & exists)
+                if SPEC.fill and not INTERIOR:
+                    sample = filled(values[k], outside, fill, n, c, exists, SPEC)
+                else:
+                    sample = values[k]
+                tl.store(target + c * output.strides.c, rounded(sample, output.pointer), kept & exists)
 
 
 @triton.jit(**SPECIALIZATION)
 def sample_forward_kernel(
-    input_ptr, output_ptr, source_ptr, control_ptr,
+    input_ptr, output_ptr, source_ptr, control_ptr, fill_ptr,
     stride_input_n, stride_input_c, stride_input_x, stride_input_y, stride_input_z,
     stride_output_n, stride_output_t, stride_output_c, stride_output_x, stride_output_y, stride_output_z,
     stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4, num_controls,
+    stride_fill_n, stride_fill_c,
     in_width, in_height, in_depth, out_width, out_height, out_depth, batch, transforms, channels,
     column_tiles, row_tiles, splits, split_blocks, steps,
     SPEC: tl.constexpr,
 ):  # fmt: skip
     """output = sample(input, source). One image is addressed in the index type, the images in int64.
 
-    In 2-D whatever belongs to z is 0 and unused. ``spec`` says what the tuples hold.
+    In 2-D whatever belongs to z is 0 and unused. The fill is (N, C), in the compute type; without one its
+    pointer and strides are None. ``spec`` says what the tuples hold.
     """
     in_size = (in_width, in_height, in_depth)
     sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels)
@@ -161,14 +172,15 @@ def sample_forward_kernel(
     output = Image(output_ptr, Strides(stride_output_n, stride_output_t, stride_output_c, stride_output))
     stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
     params = Params(source_ptr, stride_source, control_ptr, num_controls)
+    fill = Image(fill_ptr, Strides(stride_fill_n, 0, stride_fill_c, 0))
 
     work = work_of(params, sizes, tiling, SPEC)
     if has_interior_path(SPEC) and work.interior:
         for step in range(work.steps):
-            forward_block(input, output, params, work, step, sizes, SPEC, True)
+            forward_block(input, output, fill, params, work, step, sizes, SPEC, True)
     else:
         for step in range(work.steps):
-            forward_block(input, output, params, work, step, sizes, SPEC, False)
+            forward_block(input, output, fill, params, work, step, sizes, SPEC, False)
 
 
 # --------------------------------------------------------------------------------------------- backward
@@ -371,6 +383,7 @@ def _forward_plan(
     params: torch.Tensor,
     control_points: torch.Tensor | None,
     output: torch.Tensor,
+    fill: torch.Tensor | None,
     *modes: Any,
 ) -> Plan:
     dims = input.dim() - 2
@@ -382,15 +395,18 @@ def _forward_plan(
         input,
         output,
         *parameters.pointers(params, control_points),
+        fill,
         *image_strides(input, dims),
         *output_strides(output, dims),
         *source_strides(modes[0], params),
         num_controls(control_points),
+        *((None, None) if fill is None else fill.stride()),
         **work.numbers,
         SPEC=Spec(
             **work.spec,
             vector_input=vector_width(input, dims),
             vector_output=vector_width(output, dims),
+            fill=fill is not None,
         ),
         num_warps=work.warps,
     )
@@ -405,11 +421,20 @@ def sample_forward(
     interpolation: int,
     padding: int,
     align_corners: bool,
+    fill: torch.Tensor | None = None,
 ) -> None:
-    """Fills ``output``, (N, C, ...) or (N, T, C, ...) of any strides, with samples of ``input``."""
-    tensors = input, params, control_points, output
-    plan = _forward_plan(tensors, source, interpolation, padding, align_corners)
-    plan(input, output, *parameters.pointers(params, control_points))
+    """Fills ``output``, (N, C, ...) or (N, T, C, ...) of any strides, with samples of ``input``.
+
+    Integers are rounded half to even and saturated. ``fill``: (N, C) of any strides, in the compute type.
+    """
+    plan = _forward_plan(
+        (input, params, control_points, output, fill), source, interpolation, padding, align_corners
+    )
+    pointers = parameters.pointers(params, control_points)
+    if fill is None:
+        plan(input, output, *pointers)
+    else:
+        plan(input, output, *pointers, fill)
 
 
 @planned

@@ -56,6 +56,8 @@ class Spec:
     vector_output: int = 1
     vector_grad: int = 1
     vector_tangent: int = 1
+    # forward: whether something is taken in place of what lies outside (``device.filling``)
+    fill: bool = False
     # what is wanted
     input_grad: bool = False
     source_grad: bool = False
@@ -185,7 +187,7 @@ _AXES = "xyz"
 CHANNEL_STRIDES = tuple(f"stride_{tensor}_c" for tensor in ("input", "output", "grad", "tangent"))
 ROW_STRIDES = ("stride_input_x", "stride_grad_x", "stride_tangent_x")
 UNSPECIALIZED = (
-    *(f"{pointer}_ptr" for pointer in ("source", "control", "partial", "coord", "by_coord")),
+    *(f"{pointer}_ptr" for pointer in ("source", "control", "fill", "partial", "coord", "by_coord")),
     *(f"stride_source_{i}" for i in range(5)),
     *(f"stride_coord_{i}" for i in (*range(5), "t")),
     *(
@@ -196,6 +198,7 @@ UNSPECIALIZED = (
     *(f"stride_output_{axis}" for axis in range(4)),
     *(f"output_size_{axis}" for axis in range(3)),
     *(f"stride_grid_{axis}" for axis in "nk" + _AXES),
+    *(f"stride_fill_{axis}" for axis in "nc"),
     *(f"{image}_{size}" for image in ("in", "out") for size in ("width", "height", "depth")),
     *(
         "indices_ptr",

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import calls
-from .kernels.modes import Interpolation, Padding, padding_code
+from .kernels.host.dtypes import INTEGERS
+from .kernels.modes import Interpolation, Padding, padding_code, paddings_of
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+WHOLE_NUMBERS = INTEGERS | {torch.int8, torch.int32, torch.int64}
 INTERPOLATIONS = {
     "bilinear": Interpolation.BILINEAR,
     "nearest": Interpolation.NEAREST,
@@ -49,15 +51,20 @@ def refuse(kind: type[Exception], name: str, expected: str, got: object, hint: s
     raise kind(f"{name} must be {expected.rstrip(',')}, got {got}{hint and f'; {hint}'}")
 
 
-def check_tensor(name: str, value: object) -> None:
+def check_tensor(name: str, value: object, integers: Collection[torch.dtype] = ()) -> None:
+    """A dense tensor, floating-point or of one of the ``integers``."""
     if not isinstance(value, Tensor):
         refuse(TypeError, name, "a tensor", type(value).__name__)
-    if value.dtype not in DTYPES:
-        refuse(
-            TypeError, name, "a floating-point tensor (float16, bfloat16, float32 or float64)", value.dtype
-        )
+    if value.dtype not in DTYPES and value.dtype not in integers:
+        expected = "a floating-point tensor (float16, bfloat16, float32 or float64)"
+        others = " or ".join(sorted(_name(dtype) for dtype in integers))
+        refuse(TypeError, name, expected + (f", or one of {others}," if others else ""), value.dtype)
     if value.layout != torch.strided:
         refuse(ValueError, name, "a dense (strided) tensor", value.layout)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -215,6 +222,40 @@ def check_modes(
     return INTERPOLATIONS[mode], code, align_corners
 
 
+def check_fill(fill: object, input: Tensor, padding: int) -> Any:
+    """The number that it is, or the tensor: (), (C,), (1, C) or (N, C)."""
+    if not {*paddings_of(padding, input.dim() - 2)} <= {Padding.ZEROS, Padding.BORDER}:
+        refuse(ValueError, "fill", "None unless padding_mode is 'zeros' or 'border'", _brief(fill))
+    if not isinstance(fill, Tensor):
+        number = to_number(fill)
+        if number is None:
+            refuse(TypeError, "fill", "a number or a tensor", repr(fill))
+        return number
+    check_tensor("fill", fill, WHOLE_NUMBERS if input.dtype in INTEGERS else ())
+    batch, channels = input.shape[:2]
+    fits = fill.dim() == 0 or (fill.dim() <= 2 and fill.shape[-1] == channels)
+    if not fits or (fill.dim() == 2 and fill.shape[0] != batch and fill.shape[0] != 1):
+        expected = f"a number, ({channels},) or ({batch_of(batch)}, {channels}) for this input"
+        refuse(ValueError, "fill", expected, f"shape {tuple(fill.shape)}")
+    check_device("fill", fill, "input", input)
+    return fill
+
+
+def check_dtype(dtype: object, input: Tensor) -> torch.dtype:
+    """The dtype of samples: by default the image's; of integers another one that is asked for."""
+    if dtype is None:
+        return input.dtype
+    if not isinstance(dtype, torch.dtype):
+        refuse(TypeError, "dtype", "a torch.dtype", repr(dtype))
+    taken = [input.dtype]
+    if input.dtype in INTEGERS:
+        taken += [torch.float32, torch.float16, torch.bfloat16]
+    if dtype not in taken:
+        expected = " or ".join(map(str, taken))
+        refuse(ValueError, "dtype", f"None or {expected} for this input of {input.dtype}", dtype)
+    return dtype
+
+
 def check_bool(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
         refuse(TypeError, name, "a bool", repr(value))
@@ -234,3 +275,97 @@ def check_regularization(regularization: float) -> float:
     if not 0 <= number < math.inf:
         refuse(ValueError, "regularization", "finite and not negative", number)
     return number
+
+
+# ------------------------------------------------------------------- the arguments of public functions
+def grid_sample_fits(input: Any, grid: Any, mode: Any, align_corners: Any) -> bool:
+    """Whether ``grid_sample`` takes them, but for the padding."""
+    return (
+        isinstance(mode, str)
+        and mode in INTERPOLATIONS
+        and (align_corners is None or isinstance(align_corners, bool))
+        and isinstance(input, Tensor)
+        and isinstance(grid, Tensor)
+        and input.dim() in (4, 5)
+        and grid.dim() == input.dim()
+        and grid.shape[-1] == input.dim() - 2
+        and grid.shape[0] == input.shape[0]
+        and input.dtype in DTYPES
+        and grid.dtype == input.dtype
+        and grid.device == input.device
+        and input.layout == grid.layout == torch.strided
+        and 0 not in input.shape[2:]
+    )
+
+
+def affine_grid_fits(theta: Any, size: tuple[int, ...], align_corners: Any) -> bool:
+    """Whether ``affine_grid`` takes them."""
+    return (
+        isinstance(theta, Tensor)
+        and theta.dtype in DTYPES
+        and theta.layout == torch.strided
+        and len(size) in (4, 5)
+        and theta.dim() == 3
+        and theta.shape[1] == len(size) - 2
+        and theta.shape[2] == len(size) - 1
+        and theta.shape[0] == size[0]
+        and all(n > 0 for n in size)
+        and (align_corners is None or isinstance(align_corners, bool))
+    )
+
+
+def check_image(input: Tensor, dims: int | None = None) -> int:
+    """The number of spatial dimensions, which may have to be ``dims``."""
+    check_tensor("input", input, INTEGERS)
+    if dims == 2 and input.dim() != 4:
+        refuse(ValueError, "input", "(N, C, H, W)", f"shape {tuple(input.shape)}")
+    if input.dim() not in (4, 5):
+        hint = "a batch of one is input[None]" if input.dim() == 3 else ""
+        refuse(ValueError, "input", "(N, C, H, W) or (N, C, D, H, W)", f"shape {tuple(input.shape)}", hint)
+    if 0 in input.shape[2:]:
+        refuse(ValueError, "input", "of non-empty spatial size", f"shape {tuple(input.shape)}")
+    return input.dim() - 2
+
+
+def check_parameter(name: str, value: Tensor, matrix: tuple[int, int], input: Tensor) -> None:
+    """(N, *matrix) or (N, T, *matrix), N that of the images or 1, on their device."""
+    check_tensor(name, value)
+    batch, (rows, columns) = input.shape[0], matrix
+    if (
+        value.dim() not in (3, 4)
+        or value.shape[-2] != rows
+        or value.shape[-1] != columns
+        or (value.shape[0] != batch and value.shape[0] != 1)
+    ):
+        refuse_parameter(
+            name, value, f"{rows}, {columns}", input, nearest_parameter(name, value, matrix, input)
+        )
+    check_device(name, value, "input", input)
+
+
+def check_points(points: Tensor, input: Tensor) -> None:
+    """(N, K, 2) or (N, T, K, 2), N that of the images or 1, on their device. (K is the spline's to check.)"""
+    check_tensor("points", points)
+    batch = input.shape[0]
+    if (
+        points.dim() not in (3, 4)
+        or points.shape[-1] != 2
+        or (points.shape[0] != batch and points.shape[0] != 1)
+    ):
+        hint = "a batch of one is points[None]" if points.dim() == 2 else ""
+        refuse_parameter("points", points, "K, 2", input, hint)
+    check_device("points", points, "input", input)
+
+
+def check_grid_size(size: Sequence[int], params: Tensor, align_corners: bool) -> tuple[int, ...]:
+    """(H, W) of the (N, C, H, W) that grids are asked for with."""
+    if not isinstance(align_corners, bool):
+        refuse(TypeError, "align_corners", "a bool", repr(align_corners))
+    size = check_size(size, "(N, C, H, W) with N as in the parameters", 4)
+    if size[0] != params.shape[0]:  # put into words only now: to a compiler that makes a constant of N
+        refuse(ValueError, "size", f"(N, C, H, W) with N = {params.shape[0]}", size)
+    return size[2:]
+
+
+def check_out_size(size: Sequence[int] | None, input: Tensor) -> tuple[int, ...]:
+    return tuple(input.shape[2:]) if size is None else check_spatial_size(size, input.dim() - 2)

@@ -79,6 +79,7 @@ class _Operator(NamedTuple):
 
 _OPERATORS = {
     "sample": _Operator(("image", "params", "control"), ("samples",), (((0,), (0,)),)),
+    "sample_as": _Operator(("image", "params", "control", "fill"), ("samples",), ()),
     "sample_backward": _Operator(
         ("samples", "image", "params", "control"),
         ("image", "params", "control"),
@@ -108,10 +109,10 @@ _OPERATORS = {
 def _splits(params: Any, source: int) -> list[dict[str, int]]:
     """For each way to split the work, the dimension along which a kind of tensor is sharded."""
     transforms = params.ndim == 4 and source not in (Source.GRID, Source.FLOW)
-    batch = {"image": 0, "samples": 0, "coordinates": 0}
+    batch = {"image": 0, "fill": 0, "samples": 0, "coordinates": 0}
     if params.shape[0] > 1:
         batch["params"] = 0
-    channels = {"image": 1, "samples": 2 if transforms else 1}
+    channels = {"image": 1, "fill": 1, "samples": 2 if transforms else 1}
     return [batch, channels, {"samples": 1, "params": 1, "coordinates": 1}][: 3 if transforms else 2]
 
 

@@ -47,6 +47,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     operators = torch.ops.stn_triton
     return {
         operators.sample.default: sample,
+        operators.sample_as.default: sample_as,
         operators.grid.default: grid,
         torch.ops.aten.linalg_inv_ex.default: splines.invert_by_elimination,
     }
@@ -95,6 +96,28 @@ def sample(
 ) -> Tensor:
     modes = ops.named_modes(interpolation, padding, align_corners)
     output = reference.sample(input, params, control_points, Source(source), tuple(size), *modes)
+    return _as_images(output, input, params, source)
+
+
+def sample_as(
+    input: Tensor,
+    params: Tensor,
+    control_points: Tensor | None,
+    fill: Tensor | None,
+    source: int,
+    size: Any,
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    place = Source(source), tuple(size), *ops.named_modes(interpolation, padding, align_corners)
+    output = reference.sample_as(input, params, control_points, fill, *place, dtype)
+    return _as_images(output, input, params, source)
+
+
+def _as_images(output: Tensor, input: Tensor, params: Tensor, source: int) -> Tensor:
+    """(N, T, C, *size) as the operators return it."""
     if source != Source.GRID and ops.is_channels_last(input):
         last = output.dim() - 1  # TorchScript's ONNX takes no negative one
         output = output.movedim(2, last).contiguous().movedim(last, 2)

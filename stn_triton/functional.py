@@ -34,20 +34,26 @@ from .checks import (
     DTYPES,
     INTERPOLATIONS,
     PaddingMode,
+    affine_grid_fits,
     batch_of,
     check_device,
+    check_dtype,
+    check_fill,
+    check_grid_size,
+    check_image,
     check_modes,
+    check_out_size,
     check_padding,
-    check_size,
-    check_spatial_size,
+    check_parameter,
+    check_points,
     check_tensor,
-    nearest_parameter,
+    grid_sample_fits,
     refuse,
-    refuse_parameter,
     to_padding,
     to_size,
 )
-from .kernels.modes import Source
+from .kernels.host.dtypes import sample_dtype
+from .kernels.modes import Interpolation, Source
 from .transforms import splines
 
 __all__ = [
@@ -112,7 +118,7 @@ def grid_sample(
     if isinstance(input, Tensor) and isinstance(grid, Tensor):
         input, grid = _autocast(input, grid)
     padding = to_padding(padding_mode, input.dim() - 2) if isinstance(input, Tensor) else None
-    if padding is None or not _grid_sample_fits(input, grid, mode, align_corners):
+    if padding is None or not grid_sample_fits(input, grid, mode, align_corners):
         if mode == "bicubic" and isinstance(input, Tensor) and input.dim() == 5:
             arguments = (*arguments[:2], "bilinear", *arguments[3:])  # tricubic is not what is wrong
         if isinstance(padding_mode, tuple) and isinstance(input, Tensor) and input.dim() in (4, 5):
@@ -154,7 +160,7 @@ def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None =
     if (has_torch_function(theta) or tracing_state()) and is_taken():
         return elsewhere(affine_grid, theta, size, align_corners)
     ints = to_size(size)
-    if ints is None or not _affine_grid_fits(theta, ints, align_corners):
+    if ints is None or not affine_grid_fits(theta, ints, align_corners):
         return _ask_pytorch(torch.nn.functional.affine_grid, theta, size, align_corners)
     if align_corners is None:
         _warn(_DEFAULT_ALIGN_CORNERS)
@@ -215,40 +221,6 @@ def _autocast(input: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
     return input.to(dtype), grid.to(dtype)
 
 
-def _grid_sample_fits(input: Any, grid: Any, mode: Any, align_corners: Any) -> bool:
-    return (
-        isinstance(mode, str)
-        and mode in INTERPOLATIONS
-        and (align_corners is None or isinstance(align_corners, bool))
-        and isinstance(input, Tensor)
-        and isinstance(grid, Tensor)
-        and input.dim() in (4, 5)
-        and grid.dim() == input.dim()
-        and grid.shape[-1] == input.dim() - 2
-        and grid.shape[0] == input.shape[0]
-        and input.dtype in DTYPES
-        and grid.dtype == input.dtype
-        and grid.device == input.device
-        and input.layout == grid.layout == torch.strided
-        and 0 not in input.shape[2:]
-    )
-
-
-def _affine_grid_fits(theta: Any, size: tuple[int, ...], align_corners: Any) -> bool:
-    return (
-        isinstance(theta, Tensor)
-        and theta.dtype in DTYPES
-        and theta.layout == torch.strided
-        and len(size) in (4, 5)
-        and theta.dim() == 3
-        and theta.shape[1] == len(size) - 2
-        and theta.shape[2] == len(size) - 1
-        and theta.shape[0] == size[0]
-        and all(n > 0 for n in size)
-        and (align_corners is None or isinstance(align_corners, bool))
-    )
-
-
 # --------------------------------------------------------------------------------------------- fused
 def affine_grid_sample(
     input: Tensor,
@@ -257,6 +229,8 @@ def affine_grid_sample(
     mode: str = "bilinear",
     padding_mode: PaddingMode = "zeros",
     align_corners: bool = False,
+    fill: float | Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Warp images by affine maps: ``affine_grid`` and ``grid_sample`` in one kernel.
 
@@ -269,7 +243,8 @@ def affine_grid_sample(
     ``(x + 1) (W - 1) / 2``. y and z alike.
 
     Args:
-        input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, any strides.
+        input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, uint8 or int16, any
+            strides.
         theta: (N, 2, 3) or (N, 3, 4); or (N, T, 2, 3), (N, T, 3, 4) for T transforms of each image, which
             is not copied. A batch of 1 is broadcast over N. Any floating dtype: a half image can have
             float32 parameters.
@@ -278,14 +253,23 @@ def affine_grid_sample(
         padding_mode: as in :func:`grid_sample`, for all axes or a tuple of one for each, x first.
         align_corners: whether -1 and 1 are the centres (True) or the outer edges (False) of the
             outermost pixels, in the input and in the output.
+        fill: what is taken outside the image: a number, or a tensor (C,) or (N, C) of any floating dtype.
+            With "zeros" padding the taps outside read it (SciPy's "grid-constant", OpenCV's border value).
+            With "border" a sample takes it if its coordinate is NaN or lies outside the image (ITK's default
+            pixel value): beyond -1 or 1. With a tuple of the two it goes by taps, along the axes with
+            "zeros". Other paddings leave nothing to fill.
+        dtype: the dtype of samples. An image of integers has samples of its own dtype by default, rounded
+            half to even and saturated; float32, float16 and bfloat16 are taken too. Other images have
+            samples of their own dtype alone.
 
     Returns:
-        (N, C, *size), or (N, T, C, *size) for T transforms, in the input's dtype and memory format.
+        (N, C, *size), or (N, T, C, *size) for T transforms, in ``dtype`` and the input's memory format.
 
     The kernels hold no grid and no gradient of a grid in memory. Coordinates, weights and sums are float32
     (float64 where an argument is float64); bad coordinates are treated as in :func:`grid_sample`.
-    Differentiable in ``input`` and ``theta`` any number of times, in both modes (see the module); the
-    gradient of a broadcast ``theta`` is summed. Both gradients are the same to the bit each time. Under
+    Differentiable in ``input``, ``theta`` and ``fill`` any number of times, in both modes (see the module).
+    An image of integers has no gradient, though, and samples of integers give none. The gradient of a
+    broadcast ``theta`` is summed. Both gradients are the same to the bit each time. Under
     ``vmap`` over ``theta`` alone the samples are transforms of the images, which are not copied.
 
     Raises:
@@ -302,13 +286,14 @@ def affine_grid_sample(
         >>> stn.affine_grid_sample(image, four, size=(24, 32)).shape
         torch.Size([8, 4, 3, 24, 32])
     """
-    if (has_torch_function(input, theta) or tracing_state()) and is_taken():
-        return elsewhere(affine_grid_sample, input, theta, size, mode, padding_mode, align_corners)
-    dims = _check_image(input)
-    _check_parameter("theta", theta, (dims, dims + 1), input)
-    size = _check_size(size, input)
+    if (has_torch_function(input, theta, fill) or tracing_state()) and is_taken():
+        options = mode, padding_mode, align_corners, fill, dtype
+        return elsewhere(affine_grid_sample, input, theta, size, *options)
+    dims = check_image(input)
+    check_parameter("theta", theta, (dims, dims + 1), input)
+    size = check_out_size(size, input)
     modes = check_modes(mode, padding_mode, align_corners, dims)
-    return autograd.sample(input, theta, Source.AFFINE, size, *modes)
+    return _sample(input, theta, Source.AFFINE, size, modes, fill, dtype)
 
 
 def projective_grid_sample(
@@ -318,6 +303,8 @@ def projective_grid_sample(
     mode: str = "bilinear",
     padding_mode: PaddingMode = "zeros",
     align_corners: bool = False,
+    fill: float | Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Warp images by homographies.
 
@@ -326,14 +313,14 @@ def projective_grid_sample(
     pixels and normalised coordinates belong together is said in :func:`affine_grid_sample`.
 
     Args:
-        input: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
+        input: (N, C, H, W), of a dtype as in :func:`affine_grid_sample`, any strides.
         homography: (N, 3, 3); or (N, T, 3, 3) for T transforms of each image, not copied. A batch of 1
             is broadcast over N. Any floating dtype. Its scale, and its sign, mean nothing (as long as W stays
             above 1e-37, or 1e-300 in float64).
-        size, mode, padding_mode, align_corners: as in :func:`affine_grid_sample`.
+        size, mode, padding_mode, align_corners, fill, dtype: as in :func:`affine_grid_sample`.
 
     Returns:
-        (N, C, *size), or (N, T, C, *size), in the input's dtype and memory format.
+        (N, C, *size), or (N, T, C, *size), in ``dtype`` and the input's memory format.
 
     On the horizon, where W cannot be told from 0 (its terms cancel up to rounding), the coordinate is NaN:
     it reads nothing under zeros padding, and adds nothing to the gradient of ``homography``. So does a
@@ -350,13 +337,14 @@ def projective_grid_sample(
         >>> stn.projective_grid_sample(image, homography, size=(32, 32)).shape
         torch.Size([1, 3, 32, 32])
     """
-    if (has_torch_function(input, homography) or tracing_state()) and is_taken():
-        return elsewhere(projective_grid_sample, input, homography, size, mode, padding_mode, align_corners)
-    _check_image(input, dims=2)
-    _check_parameter("homography", homography, (3, 3), input)
-    size = _check_size(size, input)
+    if (has_torch_function(input, homography, fill) or tracing_state()) and is_taken():
+        options = mode, padding_mode, align_corners, fill, dtype
+        return elsewhere(projective_grid_sample, input, homography, size, *options)
+    check_image(input, dims=2)
+    check_parameter("homography", homography, (3, 3), input)
+    size = check_out_size(size, input)
     modes = check_modes(mode, padding_mode, align_corners, 2)
-    return autograd.sample(input, homography, Source.PROJECTIVE, size, *modes)
+    return _sample(input, homography, Source.PROJECTIVE, size, modes, fill, dtype)
 
 
 def tps_grid_sample(
@@ -368,6 +356,8 @@ def tps_grid_sample(
     align_corners: bool = False,
     control_points: Tensor | None = None,
     regularization: float = 0.0,
+    fill: float | Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Warp images by thin-plate splines.
 
@@ -378,16 +368,16 @@ def tps_grid_sample(
     coordinates belong together is said in :func:`affine_grid_sample`.
 
     Args:
-        input: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
+        input: (N, C, H, W), of a dtype as in :func:`affine_grid_sample`, any strides.
         points: (N, K, 2); or (N, T, K, 2) for T transforms of each image, not copied. A batch of 1 is
             broadcast over N. Any floating dtype; half points are computed with in float32.
-        size, mode, padding_mode, align_corners: as in :func:`affine_grid_sample`.
+        size, mode, padding_mode, align_corners, fill, dtype: as in :func:`affine_grid_sample`.
         control_points: (K, 2), not all on one line, no two equal. Default: the square lattice over [-1, 1]^2,
             :func:`stn_triton.transforms.control_lattice`; K is then a square number.
         regularization: at least 0; added to the diagonal of the spline's system.
 
     Returns:
-        (N, C, *size), or (N, T, C, *size), in the input's dtype and memory format.
+        (N, C, *size), or (N, T, C, *size), in ``dtype`` and the input's memory format.
 
     Neither a grid nor a (pixels, K) basis is held in memory by the kernels. The gradients of ``points`` and
     ``control_points`` are the same to the bit each time, and that by ``input`` under deterministic
@@ -406,17 +396,17 @@ def tps_grid_sample(
         >>> stn.tps_grid_sample(image, bent).shape
         torch.Size([1, 3, 48, 64])
     """
-    if (has_torch_function(input, points, control_points) or tracing_state()) and is_taken():
-        spline = control_points, regularization
+    if (has_torch_function(input, points, control_points, fill) or tracing_state()) and is_taken():
+        spline = control_points, regularization, fill, dtype
         return elsewhere(tps_grid_sample, input, points, size, mode, padding_mode, align_corners, *spline)
-    _check_image(input, dims=2)
-    _check_points(points, input)
-    size = _check_size(size, input)
+    check_image(input, dims=2)
+    check_points(points, input)
+    size = check_out_size(size, input)
     modes = check_modes(mode, padding_mode, align_corners, 2)
     if input.dtype == torch.float64:
         points = points.double()
     coefficients, control_points = _spline(points, control_points, regularization)
-    return autograd.sample(input, coefficients, Source.TPS, size, *modes, control_points)
+    return _sample(input, coefficients, Source.TPS, size, modes, fill, dtype, control_points)
 
 
 def flow_grid_sample(
@@ -425,6 +415,8 @@ def flow_grid_sample(
     mode: str = "bilinear",
     padding_mode: PaddingMode = "zeros",
     align_corners: bool = False,
+    fill: float | Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Warp images by displacement fields.
 
@@ -434,13 +426,13 @@ def flow_grid_sample(
     W / W_out - 1) / 2 + flow_x``, and with ``align_corners=True`` at ``j (W - 1) / (W_out - 1) + flow_x``.
 
     Args:
-        input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, any strides.
+        input: (N, C, H, W) or (N, C, D, H, W), of a dtype as in :func:`affine_grid_sample`, any strides.
         flow: (N, 2, H_out, W_out) or (N, 3, D_out, H_out, W_out): along x, y (and z). A batch of 1
             is broadcast over N. Any floating dtype.
-        mode, padding_mode, align_corners: as in :func:`affine_grid_sample`.
+        mode, padding_mode, align_corners, fill, dtype: as in :func:`affine_grid_sample`.
 
     Returns:
-        (N, C, *flow.shape[2:]), in the input's dtype and memory format.
+        (N, C, *flow.shape[2:]), in ``dtype`` and the input's memory format.
 
     Differentiable in ``input`` and ``flow`` any number of times, in both modes (see the module).
 
@@ -453,9 +445,10 @@ def flow_grid_sample(
         >>> torch.allclose(stn.flow_grid_sample(image, flow)[..., :-3], image[..., 3:], atol=1e-5)
         True
     """
-    if (has_torch_function(input, flow) or tracing_state()) and is_taken():
-        return elsewhere(flow_grid_sample, input, flow, mode, padding_mode, align_corners)
-    dims = _check_image(input)
+    if (has_torch_function(input, flow, fill) or tracing_state()) and is_taken():
+        options = mode, padding_mode, align_corners, fill, dtype
+        return elsewhere(flow_grid_sample, input, flow, *options)
+    dims = check_image(input)
     check_tensor("flow", flow)
     batch = input.shape[0]
     if flow.dim() != dims + 2 or flow.shape[1] != dims or (flow.shape[0] != batch and flow.shape[0] != 1):
@@ -466,7 +459,32 @@ def flow_grid_sample(
         refuse(ValueError, "flow", expected, f"shape {tuple(flow.shape)}", hint)
     check_device("flow", flow, "input", input)
     modes = check_modes(mode, padding_mode, align_corners, dims)
-    return autograd.sample(input, flow, Source.FLOW, flow.shape[2:], *modes)
+    return _sample(input, flow, Source.FLOW, flow.shape[2:], modes, fill, dtype)
+
+
+def _sample(
+    input: Tensor,
+    params: Tensor,
+    source: Source,
+    size: Sequence[int],
+    modes: tuple[Interpolation, int, bool],
+    fill: float | Tensor | None,
+    dtype: torch.dtype | None,
+    control_points: Tensor | None = None,
+) -> Tensor:
+    """The samples, of arguments that are checked but for the last two."""
+    if fill is None and dtype is None and input.dtype in DTYPES:
+        return autograd.sample(input, params, source, size, *modes, control_points)
+    dtype = check_dtype(dtype, input)
+    if fill is not None:
+        fill = check_fill(fill, input, modes[1])
+        if not isinstance(fill, Tensor):
+            made = torch.promote_types(input.dtype, torch.float32)
+            fill = distributed.replicated(torch.full((), fill, dtype=made, device=input.device), input)
+        fill = fill.expand(input.shape[:2])
+    elif dtype == sample_dtype(input):
+        return autograd.sample(input, params, source, size, *modes, control_points)
+    return autograd.sample_as(input, params, source, size, *modes, control_points, fill, dtype)
 
 
 # --------------------------------------------------------------------------------------------- grids
@@ -494,7 +512,7 @@ def projective_grid(homography: Tensor, size: Sequence[int], align_corners: bool
     if homography.dim() != 3 or tuple(homography.shape[1:]) != (3, 3):
         refuse(ValueError, "homography", "(N, 3, 3)", f"shape {tuple(homography.shape)}")
     return autograd.grid(
-        homography, Source.PROJECTIVE, _check_grid_size(size, homography, align_corners), align_corners
+        homography, Source.PROJECTIVE, check_grid_size(size, homography, align_corners), align_corners
     )
 
 
@@ -528,7 +546,7 @@ def tps_grid(
     check_tensor("points", points)
     if points.dim() != 3 or points.shape[2] != 2:
         refuse(ValueError, "points", "(N, K, 2)", f"shape {tuple(points.shape)}")
-    out_size = _check_grid_size(size, points, align_corners)
+    out_size = check_grid_size(size, points, align_corners)
     coefficients, control_points = _spline(points, control_points, regularization)
     return autograd.grid(coefficients, Source.TPS, out_size, align_corners, control_points).to(points.dtype)
 
@@ -540,61 +558,3 @@ def _spline(points: Tensor, control_points: Tensor | None, regularization: float
         side = splines.lattice_side("points", points.shape[-2])
         control_points = splines.kept_lattice(side, points.device, coefficients.dtype)
     return coefficients, distributed.replicated(control_points.to(coefficients.dtype), coefficients)
-
-
-# ----------------------------------------------------------------------------------------- validation
-def _check_image(input: Tensor, dims: int | None = None) -> int:
-    """The number of spatial dimensions, which may have to be ``dims``."""
-    check_tensor("input", input)
-    if dims == 2 and input.dim() != 4:
-        refuse(ValueError, "input", "(N, C, H, W)", f"shape {tuple(input.shape)}")
-    if input.dim() not in (4, 5):
-        hint = "a batch of one is input[None]" if input.dim() == 3 else ""
-        refuse(ValueError, "input", "(N, C, H, W) or (N, C, D, H, W)", f"shape {tuple(input.shape)}", hint)
-    if 0 in input.shape[2:]:
-        refuse(ValueError, "input", "of non-empty spatial size", f"shape {tuple(input.shape)}")
-    return input.dim() - 2
-
-
-def _check_parameter(name: str, value: Tensor, matrix: tuple[int, int], input: Tensor) -> None:
-    """(N, *matrix) or (N, T, *matrix), N that of the images or 1, on their device."""
-    check_tensor(name, value)
-    batch, (rows, columns) = input.shape[0], matrix
-    if (
-        value.dim() not in (3, 4)
-        or value.shape[-2] != rows
-        or value.shape[-1] != columns
-        or (value.shape[0] != batch and value.shape[0] != 1)
-    ):
-        refuse_parameter(
-            name, value, f"{rows}, {columns}", input, nearest_parameter(name, value, matrix, input)
-        )
-    check_device(name, value, "input", input)
-
-
-def _check_points(points: Tensor, input: Tensor) -> None:
-    """(N, K, 2) or (N, T, K, 2), N that of the images or 1, on their device. (K is the spline's to check.)"""
-    check_tensor("points", points)
-    batch = input.shape[0]
-    if (
-        points.dim() not in (3, 4)
-        or points.shape[-1] != 2
-        or (points.shape[0] != batch and points.shape[0] != 1)
-    ):
-        hint = "a batch of one is points[None]" if points.dim() == 2 else ""
-        refuse_parameter("points", points, "K, 2", input, hint)
-    check_device("points", points, "input", input)
-
-
-def _check_grid_size(size: Sequence[int], params: Tensor, align_corners: bool) -> tuple[int, ...]:
-    """(H, W) of the (N, C, H, W) that grids are asked for with."""
-    if not isinstance(align_corners, bool):
-        refuse(TypeError, "align_corners", "a bool", repr(align_corners))
-    size = check_size(size, "(N, C, H, W) with N as in the parameters", 4)
-    if size[0] != params.shape[0]:  # put into words only now: to a compiler that makes a constant of N
-        refuse(ValueError, "size", f"(N, C, H, W) with N = {params.shape[0]}", size)
-    return size[2:]
-
-
-def _check_size(size: Sequence[int] | None, input: Tensor) -> tuple[int, ...]:
-    return tuple(input.shape[2:]) if size is None else check_spatial_size(size, input.dim() - 2)

@@ -1,10 +1,11 @@
 """The registered operators: the only file that touches ``torch.library``.
 
-Six operators serve every transform; ``source`` (a ``kernels.modes.Source``) says what ``params`` is, so
+Seven operators serve every transform; ``source`` (a ``kernels.modes.Source``) says what ``params`` is, so
 that a new coordinate source adds no operator:
 
 * ``stn_triton::sample``, its transposed derivative ``stn_triton::sample_backward``, its derivative in a
   direction ``stn_triton::sample_jvp`` and its second derivative in a direction ``stn_triton::sample_hvp``,
+* ``stn_triton::sample_as``, samples with a fill, and in another dtype,
 * ``stn_triton::grid`` and its transposed derivative ``stn_triton::grid_backward``.
 
 ``params`` is a grid, theta, a homography, a spline's coefficients or a flow; ``control_points`` are the
@@ -30,7 +31,7 @@ from . import backend, kernels, reference
 from .calls import PLAIN, plain
 from .kernels.modes import Interpolation, Source
 
-__all__ = ["grid", "grid_backward", "sample", "sample_backward", "sample_hvp", "sample_jvp"]
+__all__ = ["grid", "grid_backward", "sample", "sample_as", "sample_backward", "sample_hvp", "sample_jvp"]
 
 _LIBRARY = torch.library.Library("stn_triton", "DEF")
 # The kernels honour strides, and a result's memory format follows them: they must not be changed on the way.
@@ -41,6 +42,7 @@ _SCHEMA = {
     int: "int",
     bool: "bool",
     Sequence[int]: "SymInt[]",
+    torch.dtype: "ScalarType",
 }
 
 
@@ -55,7 +57,7 @@ def _operator(allocate: Callable[[Any], Any]) -> Callable[[Callable[[Any], Any]]
         hints = typing.get_type_hints(implementation)
         arguments, result = hints["a"], hints["return"]
         fields = typing.get_type_hints(arguments)
-        tensors = sum(kind not in (int, bool, Sequence[int]) for kind in fields.values())
+        tensors = sum(kind in (Tensor, Tensor | None) for kind in fields.values())
         given = ", ".join(f"{_SCHEMA[kind]} {field}" for field, kind in fields.items())
         returned = ", ".join(_SCHEMA[kind] for kind in typing.get_args(result) or (result,))
         make = arguments._make
@@ -94,26 +96,36 @@ def is_channels_last(image: Tensor) -> bool:
     return channels > 1 and stride[1] == 1 and all(step >= channels for step in stride[2:])
 
 
-def _new_images(like: Tensor, shape: tuple[Any, ...], channels_last: bool) -> Tensor:
+def _new_images(
+    like: Tensor, shape: tuple[Any, ...], channels_last: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    dtype = dtype or like.dtype
     if not channels_last:
-        return like.new_empty(shape)
+        return like.new_empty(shape, dtype=dtype)
     memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format)
 
 
 def has_transforms(params: Tensor, source: int) -> bool:
     return params.dim() == 4 and source not in (Source.GRID, Source.FLOW)
 
 
-def _new_output(input: Tensor, params: Tensor, source: int, size: Any) -> Tensor:
-    """(N, C, *size), or (N, T, C, *size) where params has transforms; a grid makes contiguous images."""
+def _new_output(
+    input: Tensor, params: Tensor, source: int, size: Any, dtype: torch.dtype | None = None
+) -> Tensor:
+    """(N, C, *size), or (N, T, C, *size) where params has transforms; a grid makes contiguous images.
+
+    In ``dtype``, by default the input's, and float32 where that is an integer.
+    """
+    if dtype is None and not input.is_floating_point():
+        dtype = reference.sample_dtype(input)
     channels_last = source != Source.GRID and is_channels_last(input)
     batch, channels, *_ = input.shape
     if has_transforms(params, source):
         transforms = params.shape[1]
-        output = _new_images(input, (batch * transforms, channels, *size), channels_last)
+        output = _new_images(input, (batch * transforms, channels, *size), channels_last, dtype)
         return output.view(batch, transforms, *output.shape[1:])
-    return _new_images(input, (batch, channels, *size), channels_last)
+    return _new_images(input, (batch, channels, *size), channels_last, dtype)
 
 
 def _new_coordinates(grad_output: Tensor, params: Tensor, source: int, dims: int) -> Tensor:
@@ -180,18 +192,52 @@ def _new_samples(a: Sample) -> Tensor:
 @_operator(_new_samples)
 def sample(a: Sample) -> Tensor:
     output = _new_samples(a)
-    return output if output.numel() == 0 else _fill(output, a.input, a)
+    return output if output.numel() == 0 else _sample_into(output, a.input, a)
 
 
-def _fill(output: Tensor, input: Tensor, a: Sample | SampleJvp) -> Tensor:
+def _sample_into(
+    output: Tensor, image: Tensor, a: Sample | SampleAs | SampleJvp, fill: Tensor | None = None
+) -> Tensor:
     modes = a.interpolation, a.padding, a.align_corners
-    if backend.select(input.device.type).name == "torch":
-        place = Source(a.source), tuple(output.shape[2 - input.dim() :]), *named_modes(*modes)
-        with backend.without_autocast(input.device.type):
-            samples = reference.sample(input, a.params, a.control_points, *place)
+    if backend.select(image.device.type).name == "torch":
+        place = Source(a.source), tuple(a.size), *named_modes(*modes)
+        with backend.without_autocast(image.device.type):
+            samples = reference.sample_as(image, a.params, a.control_points, fill, *place, dtype=output.dtype)
         return output.copy_(samples.view(output.shape))
-    kernels.dispatch.sample_forward(input, a.params, a.control_points, output, a.source, *modes)
+    kernels.dispatch.sample_forward(image, a.params, a.control_points, output, a.source, *modes, fill)
     return output
+
+
+class SampleAs(NamedTuple):
+    """Samples with a fill, (N, C), in place of what lies outside the image, and in ``dtype``.
+
+    The fill goes by taps with zeros padding, of some axes or all, and by centres with border padding. For
+    derivatives see ``autograd.filling``.
+    """
+
+    input: Tensor
+    params: Tensor
+    control_points: Tensor | None
+    fill: Tensor | None
+    source: int
+    size: Sequence[int]
+    interpolation: int
+    padding: int
+    align_corners: bool
+    dtype: torch.dtype
+
+
+def _new_samples_as(a: SampleAs) -> Tensor:
+    return _new_output(a.input, a.params, a.source, a.size, a.dtype)
+
+
+@_operator(_new_samples_as)
+def sample_as(a: SampleAs) -> Tensor:
+    output = _new_samples_as(a)
+    if output.numel() == 0:
+        return output
+    fill = None if a.fill is None else a.fill.to(reference.compute_dtype(a.input, a.params))
+    return _sample_into(output, a.input, a, fill)
 
 
 class SampleBackward(NamedTuple):
@@ -292,7 +338,7 @@ def sample_jvp(a: SampleJvp) -> Tensor:
         return output.zero_()
     if coord_tangent is None:  # samples are linear in the image
         assert a.tangent is not None
-        return _fill(output, a.tangent, a)
+        return _sample_into(output, a.tangent, a)
     tensors = a.input, a.tangent, a.params, a.control_points, coord_tangent
     modes = a.interpolation, a.padding, a.align_corners
     if backend.select(output.device.type).name == "torch":

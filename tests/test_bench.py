@@ -45,6 +45,13 @@ def test_bandwidth_rows_are_larger_than_a_cache():
             assert cases.bytes_moved(case, 1.0) > 100e6, case.id
 
 
+def test_uint8_moves_a_quarter_of_the_bytes():
+    """Beside whoever samples a copy in float32, whatever share of the image is read."""
+    case = next(case for case in cases.CASES if case.dtype == torch.uint8)
+    for share in (0.2, 1.0):
+        assert 3.99 < cases.bytes_of_floats(case, share) / cases.bytes_moved(case, share) <= 4
+
+
 @pytest.mark.parametrize("case", EVERY)
 def test_every_case_is_right(case):
     """Ours, PyTorch's ways and libraries' against float64, on few pixels. The kernels are interpreted."""

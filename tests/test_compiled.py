@@ -20,7 +20,8 @@ class Case(NamedTuple):
     """One problem.
 
     ``task``: of the sampler, "first" derivatives, the same "sorted", or "second" ones and forward mode; or
-    the "grid" of coordinates alone. ``bad``: some coordinates are no numbers, or huge.
+    its samples alone, with a "fill"; or the "grid" of coordinates alone. ``bad``: some coordinates are no
+    numbers, or huge.
     """
 
     task: str
@@ -50,6 +51,9 @@ CASES = (
     Case("first", "grid", "nearest", "border", 3, 1, "contiguous", "bfloat16", "bfloat16"),
     Case("sorted", "grid", "bilinear", "reflection", 2, 8, "channels_last", "float64", "float64", bad=True),
     Case("second", "grid", "bilinear", "border", 2, 8, "channels_last"),
+    Case("fill", "flow", "bilinear", "zeros", 2, 16, "channels_last", "uint8", bad=True),
+    Case("fill", "affine", "bicubic", "border", 3, 3, "offset", "int16"),
+    Case("fill", "projective", "bilinear", "border", 2, 3, "sliced", "float16", bad=True),
     Case("grid", "affine", dims=3),
     Case("grid", "tps"),
 )
@@ -130,7 +134,11 @@ def problem(case):
     import stn_triton as stn
 
     dims, size = case.dims, SIZE[case.dims]
-    image = place(torch.randn(2, case.channels, *IN_SIZE[dims]).to(getattr(torch, case.dtype)), case.layout)
+    image, fill = torch.randn(2, case.channels, *IN_SIZE[dims]), None
+    if case.task == "fill":
+        image, fill = 60 * image.abs(), 300 * torch.rand(2, case.channels) - 50
+    image = image.to(getattr(torch, case.dtype))
+    image = place(image, case.layout, 77 if case.task == "fill" else float("nan"))
     dtype = getattr(torch, case.params_dtype)
     if case.source == "grid":
         params = random_grid(2, size, image.dtype, "cpu")
@@ -152,6 +160,8 @@ def problem(case):
         make = getattr(stn, f"{case.source}_grid")
         return (lambda _, params: make(params, (2, 1, *size), align_corners=False)), image, params
     options = {"mode": case.mode, "padding_mode": case.padding, "align_corners": False}
+    if fill is not None:
+        options["fill"] = fill
     name = "grid_sample" if case.source == "grid" else f"{case.source}_grid_sample"
     rest = () if case.source in ("grid", "flow") else (size,)
     function = getattr(stn, name)
@@ -162,6 +172,8 @@ def results(function, case, image, params, cotangent, directions):
     """The value, both gradients, and what else a case asks for."""
     import torch
 
+    if case.task == "fill":
+        return [function(image, params)]
     leaves = [tensor.detach().requires_grad_() for tensor in (image, params)]
     value = function(*leaves)
     wanted = leaves[1:] if case.task == "grid" else leaves[:1] if case.mode == "nearest" else leaves
@@ -205,6 +217,10 @@ def check(case):
             finite = one.isfinite() & other.isfinite()
             one, other = (torch.where(finite, each, 0) for each in (one, other))
         assert torch.equal(one.isnan(), other.isnan()), number
+        if not one.is_floating_point():
+            info = torch.iinfo(one.dtype)
+            assert (one - other.clamp(info.min, info.max)).abs().max() <= 0.5 + 3e-3
+            continue
         try:
             assert_close(one.nan_to_num(), other.nan_to_num(), scale=10.0 if case.task == "second" else None)
         except AssertionError as error:

@@ -392,6 +392,7 @@ def operands(source, transforms):
     }[source]()
     kinds = {
         "image": lambda: make("image", 4),
+        "fill": lambda: torch.randn(4, 6),
         "samples": lambda: torch.randn(4, *several, 6, *SIZE),
         "params": lambda: params,
         "control": lambda: make("control") if source == Source.TPS else None,
@@ -408,6 +409,9 @@ def arguments_of(name, source, transforms):
     shape = [4, 6, 8, 9]
     if name == "sample":
         return [(*tensors, int(source), SIZE, *modes)]
+    if name == "sample_as":
+        rest = int(source), SIZE, *modes, torch.float64
+        return [(*tensors, *rest), (*tensors[:3], None, *rest)]
     if name == "sample_backward":
         splined = source == Source.TPS
         place = int(source), shape, False, *modes

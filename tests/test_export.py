@@ -234,6 +234,20 @@ def test_onnx_modes(mode, padding, align_corners):
     assert_same_in_onnx(Model("affine", mode, padding, align_corners), images("affine"))
 
 
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+def test_onnx_of_integers_and_fills(padding):
+    """Labels that stay whole numbers, and samples of bytes in floats: ONNX needs no operator for either."""
+
+    class Bytes(nn.Module):
+        def forward(self, x):
+            theta = torch.tensor([[[1.2, 0.3, 0.1], [-0.3, 1.2, 0.2]]])
+            photos, options = (9 * x).to(torch.uint8), {"padding_mode": padding, "fill": 100.0}
+            labels = stn.affine_grid_sample(photos, theta, mode="nearest", **options)
+            return labels + stn.affine_grid_sample(photos, theta, dtype=torch.float32, **options)
+
+    assert_same_in_onnx(Bytes(), images("affine").abs())
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", ["affine", "tps", "volume"])
 def test_onnx_of_any_size(name):

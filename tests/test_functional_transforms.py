@@ -406,7 +406,7 @@ def test_compiled_transforms(anywhere, device, function, grad_mode):
 def test_sources_are_all_here():
     """A source that is added must be added to these tests."""
     assert {source for source, *_ in SOURCES.values()} == set(Source)
-    assert autograd.__all__ == ["grid", "sample"]
+    assert autograd.__all__ == ["grid", "sample", "sample_as"]  # the last is made of the others: test_fill.py
 
 
 @pytest.mark.parametrize("side", [2, 6])

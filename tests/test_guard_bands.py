@@ -40,6 +40,9 @@ OUT_SIZE = {2: (3, 6), 3: (2, 3, 5)}
 # Tiles that divide neither a row, nor the rows, nor the channels.
 RAGGED = {2: {"rows": 2, "columns": 8, "channels": 2}, 3: {"rows": 4, "columns": 8, "channels": 2}}
 
+# 2^31 and the largest float32 are whole pixels of no image, and cannot be turned into an int32.
+BAD = (NAN, float("inf"), -float("inf"), 1e30, -1e30, 2.0**31, -(2.0**31), torch.finfo(torch.float32).max)
+
 AXES = {
     "dims": (2, 3),
     "source": ("grid", "affine"),
@@ -259,6 +262,31 @@ def test_vectors_stay_inside(device, monkeypatch, channels, source, dtype, layou
         problem.check_backward()
 
 
+@pairwise
+@pytest.mark.parametrize("padding", [Padding.ZEROS, Padding.BORDER])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float16])
+@pytest.mark.parametrize("layout", ["channels_last", "offset"])
+def test_fill_and_integers_stay_inside(device, padding, dtype, layout):
+    """Every pixel is written, bad coordinates' with the fill, and each access is to an element."""
+    from stn_triton.kernels.sample import sample_forward
+
+    image = place(torch.full((2, 17, 4, 5), 100).to(dtype), layout, 77, device)
+    flow = torch.zeros(2, 2, 3, 6)
+    bad = torch.tensor(BAD).repeat(3)[:18]
+    flow[0, 0], flow[1, 1] = bad.view(3, 6), bad.view(3, 6)
+    flow = place(flow, "swapped", device=device)
+    fill = place(torch.full((2, 17), 200.0), "offset", device=device)
+    output = place(torch.zeros(2, 17, 3, 6).to(dtype), layout, 55, device)
+    with configs.override(rows=2, columns=8, channels=8):
+        sample_forward(image, flow, None, output, Source.FLOW, Interpolation.NEAREST, padding, False, fill)
+    assert (output == 200).all()
+    flow[flow != 0] = 0.25
+    sample_forward(image, flow, None, output, Source.FLOW, Interpolation.NEAREST, padding, False, fill)
+    assert (output == 100).all()
+    for tensor, around in ((image, 77), (output, 55), (flow, NAN), (fill, NAN)):
+        assert_band(tensor, around)
+
+
 @pytest.mark.parametrize("source", ["grid", "affine"])
 @pytest.mark.parametrize("input_grad, params_grad", [(True, False), (False, True)])
 def test_one_gradient_alone(device, source, input_grad, params_grad):
@@ -294,10 +322,6 @@ def test_pixels_that_do_not_exist_read_no_nan(device, source):
         assert result.isfinite().all()
     assert (output != CANARY).all()
     assert abs(by_input.sum().item() - output.numel()) < 1e-3
-
-
-# 2^31 and the largest float32 are whole pixels of no image, and cannot be turned into an int32.
-BAD = (NAN, float("inf"), -float("inf"), 1e30, -1e30, 2.0**31, -(2.0**31), torch.finfo(torch.float32).max)
 
 
 @pairwise

@@ -77,6 +77,13 @@ def derivatives(sample_arguments, grad_output):
         )
 
 
+def filled(sample_arguments):
+    """Arguments of ``sample_as``: with a fill in the image's type, and in another type."""
+    input, params, control_points, *rest = sample_arguments
+    for fill, dtype in ((input.new_ones(()).expand(input.shape[:2]), input.dtype), (None, torch.int16)):
+        yield NAMESPACE.sample_as.default, (input, params, control_points, fill, *rest, dtype)
+
+
 def opcheck(operator, its_arguments, thorough):
     """PyTorch's own checks: schema, fake, autograd; if thorough AOT autograd with and without gradients too.
 
@@ -104,7 +111,7 @@ def test_opcheck(either_backend, device, source, dims, layout):
     thorough = dims == 2 and either_backend == "torch"
     opcheck(NAMESPACE.sample.default, sample_arguments, thorough)
     grad_output = FORMATS[layout](torch.randn_like(NAMESPACE.sample(*sample_arguments)))
-    for operator, its_arguments in derivatives(sample_arguments, grad_output):
+    for operator, its_arguments in (*derivatives(sample_arguments, grad_output), *filled(sample_arguments)):
         opcheck(operator, its_arguments, thorough)
 
 
@@ -139,7 +146,7 @@ def test_fakes_tell_the_truth(either_backend, device, dims, source, transforms, 
     """Shape, strides, dtype and device of every result, from arguments of any layout."""
     real = arguments(source, dims, device, layout, transforms, dtype)
     outputs, promises = [], []
-    calls = [(NAMESPACE.sample.default, real), *derivatives(real, NAMESPACE.sample(*real))]
+    calls = [(NAMESPACE.sample.default, real), *derivatives(real, NAMESPACE.sample(*real)), *filled(real)]
     for operator, its_arguments in calls:
         results = operator(*its_arguments)
         outputs += [results] if isinstance(results, torch.Tensor) else results

@@ -174,6 +174,28 @@ def test_coordinates_that_are_no_numbers(device, source, mode, padding):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("mode, padding", [("bilinear", "zeros"), ("bicubic", "border")])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+@pytest.mark.parametrize("wide", [False, True])
+def test_fills_and_integers(device, mode, padding, dtype, wide):
+    """Rounded from float32 and from float64, around 0 and at both ends."""
+    info = torch.iinfo(dtype)
+    image = torch.randint(info.min, info.max + 1, (2, 3, 4, 5), device=device).to(dtype)
+    flow = 1.5 * torch.randn(2, 2, 3, 6, dtype=torch.float64 if wide else torch.float32, device=device)
+    flow[0, 0, 0] = NAN
+    fill = torch.tensor([2.0 * info.min - 9.5, 2.0 * info.max, NAN], device=device)
+
+    def run(image, flow, fill):
+        return (stn.flow_grid_sample(image, flow, mode, padding, fill=fill).double(),)
+
+    actual = run(image, flow, fill)[0]
+    with backend.use("torch"):
+        expected = run(image, flow, fill)[0]
+    assert (actual - expected).abs().max() <= 1  # of a half, that float32 coordinates make
+    assert (actual == expected).double().mean() > 0.95
+    assert actual[0, :, 0].tolist() == [[info.min] * 6, [info.max] * 6, [0] * 6]
+
+
 # --------------------------------------------------------------------------------- rules of device code
 def test_constants_are_no_constexprs_to_the_interpreter():
     """``constexpr op block`` is refused by some interpreters: there is no constexpr that could be in one."""

@@ -21,6 +21,10 @@ FLOW = constant(Source.FLOW.value)
 # The interpreter has no libdevice, and rounds the product of a multiply-add.
 COMPILED = constant(not triton.knobs.runtime.interpret)
 INFINITY = constant(float("inf"))
+# Added to a small float these leave no bits for a fraction: the sum is rounded, half to even, and its lowest
+# 16 bits are those of the whole number.
+TO_WHOLE_32 = constant(1.5 * 2**23)
+TO_WHOLE_64 = constant(1.5 * 2**52)
 
 
 # Of floats, device code takes these and never tl.maximum, tl.minimum and tl.clamp: of NaN and a number they
@@ -96,9 +100,26 @@ def in_bounds(i, size):
 
 
 @triton.jit
+def to_integer(value, DTYPE: tl.constexpr):
+    """``value`` as uint8 or int16: half to even, and saturated; NaN is 0."""
+    if DTYPE == tl.uint8:
+        value = clamp(value, 0.0, 255.0)
+    else:
+        value = clamp(tl.where(value == value, value, 0.0), -32768.0, 32767.0)
+    COMPUTE: tl.constexpr = value.dtype
+    if COMPUTE == tl.float64:
+        return (value + TO_WHOLE_64).to(tl.int64, bitcast=True).to(DTYPE)
+    else:
+        return (value + TO_WHOLE_32).to(tl.int32, bitcast=True).to(DTYPE)
+
+
+@triton.jit
 def rounded(value, pointer):
     """``value`` in the type that ``pointer`` points to."""
     DTYPE: tl.constexpr = pointer.dtype.element_ty
-    if DTYPE == tl.bfloat16:
-        value = value.to(tl.float32)  # the interpreter has no float64 -> bfloat16
-    return value.to(DTYPE)
+    if DTYPE == tl.uint8 or DTYPE == tl.int16:
+        return to_integer(value, DTYPE)
+    else:
+        if DTYPE == tl.bfloat16:
+            value = value.to(tl.float32)  # the interpreter has no float64 -> bfloat16
+        return value.to(DTYPE)

@@ -251,12 +251,12 @@ def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]
 
 
 def _patch_columns(element_size: int) -> int:
-    """The columns of a planar tile: as many as fill the 32 bytes of a sector that is stored.
+    """The columns of a planar tile: as many as fill the 32 bytes of a sector that is stored, of bytes half.
 
     A warp of pixels in a row touches a cache line for each of them once the map turns; a patch of 8 x 4 or 16
     x 2 touches few, whatever the angle.
     """
-    return max(32 // element_size, 8)
+    return min(max(32 // element_size, 8), 16)
 
 
 def prefers_sorted(device: torch.device, problem: Problem) -> bool:

@@ -12,6 +12,7 @@ and everything else of second order is made of these. Only sample_hvp is differe
 """
 
 from .coordinates import grid
+from .filling import sample_as
 from .samples import sample
 
-__all__ = ["grid", "sample"]
+__all__ = ["grid", "sample", "sample_as"]

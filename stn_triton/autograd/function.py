@@ -16,7 +16,7 @@ from ..calls import leaves_pytorch, plain
 Tensors = Sequence[Tensor | None]
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether a function transform or forward mode may ask for derivatives, which no tensor's flag tells."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
@@ -28,13 +28,15 @@ class Function(torch.autograd.Function):
     op: Any
     in_pytorch: Callable[..., Any] | None = None
     """The operator in PyTorch's own, where these are to be traced."""
+    in_parts: Callable[..., Any] | None = None
+    """Of an operator without derivatives: what is called instead where one may be asked for."""
     run: Callable[..., Any]
     """The operator. Eager code goes straight to the derivatives, and where none can be asked for does without
     them; compilers see the operator alone, as Dynamo traces no Function that has a ``jvp``."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        op, apply, in_pytorch = cls.op, cls.apply, cls.in_pytorch
+        op, apply, in_pytorch, in_parts = cls.op, cls.in_parts or cls.apply, cls.in_pytorch, cls.in_parts
         # looked up here, as they are asked in each call
         is_compiling, is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
         has_transforms, is_grad_enabled = torch._C._are_functorch_transforms_active, torch.is_grad_enabled
@@ -51,17 +53,19 @@ class Function(torch.autograd.Function):
         def run(*inputs: Any) -> Any:
             if is_compiling() or is_tracing():
                 return op(*inputs) if in_pytorch is None or not leaves_pytorch() else in_pytorch(*inputs)
-            if forward_ad._current_level >= 0 or has_transforms():  # ``_is_transformed``
+            if forward_ad._current_level >= 0 or has_transforms():  # ``is_transformed``
                 return apply(*inputs)
             if is_grad_enabled():
                 for tensor in inputs[:tensors]:
                     if tensor is not None and tensor.requires_grad:
+                        if in_parts is not None:
+                            return in_parts(*inputs)
                         return record(*map(_unwrapped, inputs[:tensors]), *inputs[tensors:])
             return compute(*inputs)
 
         def dispatched(*inputs: Any) -> Any:
             # in compiled code forward_ad does not know of duals
-            tracked = torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or _is_transformed()
+            tracked = torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or is_transformed()
             inputs = *map(plain, inputs[:tensors]), *inputs[tensors:]
             return apply(*inputs) if tracked else compute(*inputs)
 

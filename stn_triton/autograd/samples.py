@@ -306,7 +306,8 @@ def _twice_along(
         return tensor.expand(batch, *tensor.shape[1:]).unsqueeze(1).expand(shape).flatten(0, 1)
 
     several = (transforms,) if ops.has_transforms(params, place.source) else ()
-    ones = input.new_ones(()).expand(batch * channels, *several, 1, *place.size)
+    dtype = reference.sample_dtype(input)
+    ones = input.new_ones((), dtype=dtype).expand(batch * channels, *several, 1, *place.size)
     _, by_coordinates = _SampleHvp.run(
         ones,
         input.reshape(batch * channels, 1, *in_size),
@@ -322,7 +323,7 @@ def _twice_along(
         True,
     )
     by_coordinates = by_coordinates.unflatten(0, (batch, channels)).movedim(1, 2)
-    samples = (by_coordinates * other.unsqueeze(2)).sum(-1).to(input.dtype)
+    samples = (by_coordinates * other.unsqueeze(2)).sum(-1).to(dtype)
     return samples if several else samples.squeeze(1)
 
 

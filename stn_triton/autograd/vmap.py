@@ -11,7 +11,7 @@ from ..kernels.modes import Source
 from .function import Function
 
 # The axis of each kind of tensor into which a mapped dimension goes.
-_IMAGES = {"image": 0, "output": 0, "params": 0, "coordinates": 0, "grid": 0}
+_IMAGES = {"image": 0, "fill": 0, "output": 0, "params": 0, "coordinates": 0, "grid": 0}
 _TRANSFORMS = {"output": 1, "params": 1, "coordinates": 1}
 _TALL_GRID = {"output": 2, "params": 1, "coordinates": 2}
 
@@ -60,7 +60,8 @@ def fold_samples(
         if t is not None
     }
     matrices = source not in (Source.GRID, Source.FLOW)
-    if "image" in (*mapped, *results) or "grid" in (*arguments, *results) or source == Source.FLOW:
+    of_image = "fill" in mapped or "image" in (*mapped, *results)
+    if of_image or "grid" in (*arguments, *results) or source == Source.FLOW:
         axes = _IMAGES
     else:
         axes = _TRANSFORMS if matrices else _TALL_GRID

@@ -8,8 +8,9 @@ how third derivatives are made.
 Shapes: input (N, C, *in_size); grid (N, T, *size, dims), normalised, x first; size is ([D,] H, W).
 """
 
-from ..kernels.host.dtypes import compute_dtype
-from .operators import sample, sample_backward, sample_hvp, sample_jvp
+from ..kernels.host.dtypes import compute_dtype, sample_dtype
+from .filling import fill_centres, fill_taps, fills_centres, rounded
+from .operators import sample, sample_as, sample_backward, sample_hvp, sample_jvp
 from .sources import coordinates, coordinates_backward, projective_jvp, spline_control_jvp
 from .taps import sample_taps
 
@@ -17,8 +18,14 @@ __all__ = [
     "compute_dtype",
     "coordinates",
     "coordinates_backward",
+    "fill_centres",
+    "fill_taps",
+    "fills_centres",
     "projective_jvp",
+    "rounded",
     "sample",
+    "sample_as",
+    "sample_dtype",
     "sample_backward",
     "sample_hvp",
     "sample_jvp",

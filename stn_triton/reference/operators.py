@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import calls
-from ..kernels.host.dtypes import compute_dtype
+from ..kernels.host.dtypes import compute_dtype, sample_dtype
 from ..kernels.modes import Interpolation, Padding, Source
+from .filling import fill_centres, fill_taps, fills_centres, is_inside, rounded
 from .sources import coordinates, coordinates_backward, flow_grid, pixel_scales, unnormalise
 from .taps import Taps, image_gradient, pixel_gradient, read_tap, sample_pixels, tap_weight, weight_along
 
@@ -122,8 +123,9 @@ def sample(
     interpolation: Interpolation,
     padding: int,
     align_corners: bool,
+    sampled: torch.dtype | None = None,
 ) -> Tensor:
-    """(N, T, C, *size), in the input's dtype. Sizes must not be 0."""
+    """(N, T, C, *size) in the type ``sampled``, by default ``sample_dtype``. Sizes must not be 0."""
     dtype = compute_dtype(input, params)
     image, modes = input.to(dtype), (interpolation, padding, align_corners)
     place = source, params, control_points, size, input.shape[2:], align_corners, dtype
@@ -135,7 +137,34 @@ def sample(
     else:
         grid = places(*place, in_pixels=True)
         output = sample_pixels(image, _fold_transforms(grid, input.shape[0]), modes)
-    return output.unflatten(2, (grid.shape[1], size[0])).movedim(2, 1).to(input.dtype)
+    return output.unflatten(2, (grid.shape[1], size[0])).movedim(2, 1).to(sampled or sample_dtype(input))
+
+
+def sample_as(
+    input: Tensor,
+    params: Tensor,
+    control_points: Tensor | None,
+    fill: Tensor | None,
+    source: Source,
+    size: tuple[int, ...],
+    interpolation: Interpolation,
+    padding: int,
+    align_corners: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(N, T, C, *size) in ``dtype``, with the fill, (N, C), in place of what lies outside the image."""
+    compute, in_size, dims = compute_dtype(input, params), input.shape[2:], len(size)
+    place = source, size, interpolation, padding, align_corners
+    samples = sample(input, params, control_points, *place, compute)
+    if fill is not None and fills_centres(padding, dims):
+        at = source, params, control_points, size, in_size, align_corners, compute
+        inside = is_inside(places(*at, in_pixels=True), in_size, align_corners)
+        samples = fill_centres(samples, inside.unsqueeze(2), fill.to(compute), dims)
+    elif fill is not None:
+        ones = torch.ones((), dtype=compute, device=input.device).expand(input.shape[0], 1, *in_size)
+        inside = sample(ones, params, control_points, *place)
+        samples = fill_taps(samples, inside, fill.to(compute), dims)
+    return rounded(samples, dtype)
 
 
 def sample_backward(
@@ -226,7 +255,7 @@ def sample_jvp(
             output = output + read_tap(tangent, index, inside) * tap_weight(jets).unsqueeze(1)
         if input is not None and direction is not None:
             output = output + read_tap(input, index, inside) * weight_along(jets, direction).unsqueeze(1)
-    return output.unflatten(2, (grid.shape[1], *size)).movedim(2, 1).to(image.dtype)
+    return output.unflatten(2, (grid.shape[1], *size)).movedim(2, 1).to(sample_dtype(image))
 
 
 def sample_hvp(
