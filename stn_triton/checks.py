@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import calls
-from .kernels.modes import Interpolation, Padding, padding_code
+from .kernels.modes import MOST_SAMPLES, Interpolation, Padding, padding_code
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 INTERPOLATIONS = {
@@ -215,6 +215,20 @@ def check_modes(
     return INTERPOLATIONS[mode], code, align_corners
 
 
+def averaged(
+    antialias: bool, mode: str, size: tuple[int, ...], modes: tuple[Interpolation, int, bool]
+) -> tuple[Interpolation, int, bool]:
+    """The codes of ``check_modes`` with ``antialias``."""
+    if not check_bool("antialias", antialias):
+        return modes
+    if mode != "bilinear":
+        refuse(ValueError, "antialias", 'False unless mode="bilinear"', f"True with mode={mode!r}")
+    most = 2**30 // MOST_SAMPLES  # sub-samples are counted along each axis as pixels are
+    if max(size) > most:
+        refuse(ValueError, "size", f"{most} at most along each axis with antialias=True", size)
+    return Interpolation.AVERAGED, *modes[1:]
+
+
 def check_bool(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
         refuse(TypeError, name, "a bool", repr(value))
@@ -234,3 +248,39 @@ def check_regularization(regularization: float) -> float:
     if not 0 <= number < math.inf:
         refuse(ValueError, "regularization", "finite and not negative", number)
     return number
+
+
+def grid_sample_fits(input: Any, grid: Any, mode: Any, align_corners: Any) -> bool:
+    """Whether the kernels take what PyTorch's ``grid_sample`` was given."""
+    return (
+        isinstance(mode, str)
+        and mode in INTERPOLATIONS
+        and (align_corners is None or isinstance(align_corners, bool))
+        and isinstance(input, Tensor)
+        and isinstance(grid, Tensor)
+        and input.dim() in (4, 5)
+        and grid.dim() == input.dim()
+        and grid.shape[-1] == input.dim() - 2
+        and grid.shape[0] == input.shape[0]
+        and input.dtype in DTYPES
+        and grid.dtype == input.dtype
+        and grid.device == input.device
+        and input.layout == grid.layout == torch.strided
+        and 0 not in input.shape[2:]
+    )
+
+
+def affine_grid_fits(theta: Any, size: tuple[int, ...], align_corners: Any) -> bool:
+    """Whether the kernels take what PyTorch's ``affine_grid`` was given."""
+    return (
+        isinstance(theta, Tensor)
+        and theta.dtype in DTYPES
+        and theta.layout == torch.strided
+        and len(size) in (4, 5)
+        and theta.dim() == 3
+        and theta.shape[1] == len(size) - 2
+        and theta.shape[2] == len(size) - 1
+        and theta.shape[0] == size[0]
+        and all(n > 0 for n in size)
+        and (align_corners is None or isinstance(align_corners, bool))
+    )

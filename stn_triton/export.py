@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .kernels.modes import Source
+from .kernels.modes import Interpolation, Source
 from .transforms import splines
 
 __all__ = ["decompositions", "onnx_translations"]
@@ -93,6 +93,11 @@ def sample(
     padding: int,
     align_corners: bool,
 ) -> Tensor:
+    if interpolation == Interpolation.AVERAGED:
+        raise NotImplementedError(
+            "antialias=True cannot be exported to PyTorch's operators (torch.jit.trace, ONNX): how many samples "
+            "are averaged depends on the values of the map"
+        )
     modes = ops.named_modes(interpolation, padding, align_corners)
     output = reference.sample(input, params, control_points, Source(source), tuple(size), *modes)
     if source != Source.GRID and ops.is_channels_last(input):

@@ -34,6 +34,8 @@ from .checks import (
     DTYPES,
     INTERPOLATIONS,
     PaddingMode,
+    affine_grid_fits,
+    averaged,
     batch_of,
     check_device,
     check_modes,
@@ -41,6 +43,7 @@ from .checks import (
     check_size,
     check_spatial_size,
     check_tensor,
+    grid_sample_fits,
     nearest_parameter,
     refuse,
     refuse_parameter,
@@ -112,7 +115,7 @@ def grid_sample(
     if isinstance(input, Tensor) and isinstance(grid, Tensor):
         input, grid = _autocast(input, grid)
     padding = to_padding(padding_mode, input.dim() - 2) if isinstance(input, Tensor) else None
-    if padding is None or not _grid_sample_fits(input, grid, mode, align_corners):
+    if padding is None or not grid_sample_fits(input, grid, mode, align_corners):
         if mode == "bicubic" and isinstance(input, Tensor) and input.dim() == 5:
             arguments = (*arguments[:2], "bilinear", *arguments[3:])  # tricubic is not what is wrong
         if isinstance(padding_mode, tuple) and isinstance(input, Tensor) and input.dim() in (4, 5):
@@ -154,7 +157,7 @@ def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None =
     if (has_torch_function(theta) or tracing_state()) and is_taken():
         return elsewhere(affine_grid, theta, size, align_corners)
     ints = to_size(size)
-    if ints is None or not _affine_grid_fits(theta, ints, align_corners):
+    if ints is None or not affine_grid_fits(theta, ints, align_corners):
         return _ask_pytorch(torch.nn.functional.affine_grid, theta, size, align_corners)
     if align_corners is None:
         _warn(_DEFAULT_ALIGN_CORNERS)
@@ -215,40 +218,6 @@ def _autocast(input: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
     return input.to(dtype), grid.to(dtype)
 
 
-def _grid_sample_fits(input: Any, grid: Any, mode: Any, align_corners: Any) -> bool:
-    return (
-        isinstance(mode, str)
-        and mode in INTERPOLATIONS
-        and (align_corners is None or isinstance(align_corners, bool))
-        and isinstance(input, Tensor)
-        and isinstance(grid, Tensor)
-        and input.dim() in (4, 5)
-        and grid.dim() == input.dim()
-        and grid.shape[-1] == input.dim() - 2
-        and grid.shape[0] == input.shape[0]
-        and input.dtype in DTYPES
-        and grid.dtype == input.dtype
-        and grid.device == input.device
-        and input.layout == grid.layout == torch.strided
-        and 0 not in input.shape[2:]
-    )
-
-
-def _affine_grid_fits(theta: Any, size: tuple[int, ...], align_corners: Any) -> bool:
-    return (
-        isinstance(theta, Tensor)
-        and theta.dtype in DTYPES
-        and theta.layout == torch.strided
-        and len(size) in (4, 5)
-        and theta.dim() == 3
-        and theta.shape[1] == len(size) - 2
-        and theta.shape[2] == len(size) - 1
-        and theta.shape[0] == size[0]
-        and all(n > 0 for n in size)
-        and (align_corners is None or isinstance(align_corners, bool))
-    )
-
-
 # --------------------------------------------------------------------------------------------- fused
 def affine_grid_sample(
     input: Tensor,
@@ -257,6 +226,7 @@ def affine_grid_sample(
     mode: str = "bilinear",
     padding_mode: PaddingMode = "zeros",
     align_corners: bool = False,
+    antialias: bool = False,
 ) -> Tensor:
     """Warp images by affine maps: ``affine_grid`` and ``grid_sample`` in one kernel.
 
@@ -278,6 +248,12 @@ def affine_grid_sample(
         padding_mode: as in :func:`grid_sample`, for all axes or a tuple of one for each, x first.
         align_corners: whether -1 and 1 are the centres (True) or the outer edges (False) of the
             outermost pixels, in the input and in the output.
+        antialias: whether an output pixel is the average of samples over all the input that it stands for, so
+            that shrinking blurs and does not alias; with ``mode="bilinear"`` alone. Along each axis of the
+            output there are ``n = ceil(l - 1e-3)`` samples, 1 to 16, where l is how many input pixels a step of
+            one output pixel is, at ``(k + 1/2) / n - 1/2`` of that step from the pixel's middle. So the identity
+            to a size s times smaller is ``avg_pool2d(input, s)``, and a map that does not shrink gives what it
+            gives without. Samples outside the image follow the padding.
 
     Returns:
         (N, C, *size), or (N, T, C, *size) for T transforms, in the input's dtype and memory format.
@@ -303,11 +279,14 @@ def affine_grid_sample(
         torch.Size([8, 4, 3, 24, 32])
     """
     if (has_torch_function(input, theta) or tracing_state()) and is_taken():
-        return elsewhere(affine_grid_sample, input, theta, size, mode, padding_mode, align_corners)
+        options = size, mode, padding_mode, align_corners, antialias
+        return elsewhere(affine_grid_sample, input, theta, *options)
     dims = _check_image(input)
     _check_parameter("theta", theta, (dims, dims + 1), input)
     size = _check_size(size, input)
     modes = check_modes(mode, padding_mode, align_corners, dims)
+    if antialias is not False:
+        modes = averaged(antialias, mode, size, modes)
     return autograd.sample(input, theta, Source.AFFINE, size, *modes)
 
 
@@ -318,6 +297,7 @@ def projective_grid_sample(
     mode: str = "bilinear",
     padding_mode: PaddingMode = "zeros",
     align_corners: bool = False,
+    antialias: bool = False,
 ) -> Tensor:
     """Warp images by homographies.
 
@@ -331,6 +311,8 @@ def projective_grid_sample(
             is broadcast over N. Any floating dtype. Its scale, and its sign, mean nothing (as long as W stays
             above 1e-37, or 1e-300 in float64).
         size, mode, padding_mode, align_corners: as in :func:`affine_grid_sample`.
+        antialias: as there, with numbers of samples for each 16 x 16 output pixels: l is the longest step at
+            their corners, and where the horizon is near there are 16.
 
     Returns:
         (N, C, *size), or (N, T, C, *size), in the input's dtype and memory format.
@@ -351,11 +333,14 @@ def projective_grid_sample(
         torch.Size([1, 3, 32, 32])
     """
     if (has_torch_function(input, homography) or tracing_state()) and is_taken():
-        return elsewhere(projective_grid_sample, input, homography, size, mode, padding_mode, align_corners)
+        options = size, mode, padding_mode, align_corners, antialias
+        return elsewhere(projective_grid_sample, input, homography, *options)
     _check_image(input, dims=2)
     _check_parameter("homography", homography, (3, 3), input)
     size = _check_size(size, input)
     modes = check_modes(mode, padding_mode, align_corners, 2)
+    if antialias is not False:
+        modes = averaged(antialias, mode, size, modes)
     return autograd.sample(input, homography, Source.PROJECTIVE, size, *modes)
 
 

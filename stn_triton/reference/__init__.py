@@ -9,7 +9,7 @@ Shapes: input (N, C, *in_size); grid (N, T, *size, dims), normalised, x first; s
 """
 
 from ..kernels.host.dtypes import compute_dtype
-from .operators import sample, sample_backward, sample_hvp, sample_jvp
+from .operators import sample, sample_averages, sample_backward, sample_hvp, sample_jvp
 from .sources import coordinates, coordinates_backward, projective_jvp, spline_control_jvp
 from .taps import sample_taps
 
@@ -19,6 +19,7 @@ __all__ = [
     "coordinates_backward",
     "projective_jvp",
     "sample",
+    "sample_averages",
     "sample_backward",
     "sample_hvp",
     "sample_jvp",

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import calls
 from ..kernels.host.dtypes import compute_dtype
 from ..kernels.modes import Interpolation, Padding, Source
+from .footprints import sub_samples
 from .sources import coordinates, coordinates_backward, flow_grid, pixel_scales, unnormalise
 from .taps import Taps, image_gradient, pixel_gradient, read_tap, sample_pixels, tap_weight, weight_along
 
@@ -88,15 +89,19 @@ def places(
     in_size: Sequence[int],
     align_corners: bool,
     dtype: torch.dtype,
+    offset: Tensor | None = None,
     *,
     in_pixels: bool,
 ) -> Tensor:
-    """Where the input is read, (N or 1, T, *size, dims): normalised, or in pixels. A flow adds pixels."""
+    """Where the input is read, (N or 1, T, *size, dims): normalised, or in pixels. A flow adds pixels.
+
+    offset: as of ``coordinates``.
+    """
     displacement = None
     if source == Source.FLOW:
         grid, displacement = flow_grid(params, align_corners, dtype)
     else:
-        grid = coordinates(source, params, control_points, size, align_corners, dtype)
+        grid = coordinates(source, params, control_points, size, align_corners, dtype, offset)
     if in_pixels:
         grid = unnormalise(grid, in_size, align_corners)
     elif displacement is not None:
@@ -122,11 +127,16 @@ def sample(
     interpolation: Interpolation,
     padding: int,
     align_corners: bool,
+    offset: Tensor | None = None,
 ) -> Tensor:
-    """(N, T, C, *size), in the input's dtype. Sizes must not be 0."""
+    """(N, T, C, *size), in the input's dtype. Sizes must not be 0. offset: as of ``coordinates``."""
     dtype = compute_dtype(input, params)
     image, modes = input.to(dtype), (interpolation, padding, align_corners)
-    place = source, params, control_points, size, input.shape[2:], align_corners, dtype
+    if interpolation == Interpolation.AVERAGED:
+        linear = params, control_points, source, size, Interpolation.BILINEAR, padding, align_corners
+        footprint = sub_samples(source, params, size, input.shape[2:], align_corners, dtype)
+        return sum(s.weighted(sample(image, *linear, s.offset)) for s in footprint).to(input.dtype)
+    place = source, params, control_points, size, input.shape[2:], align_corners, dtype, offset
     if _aten_fits(input.shape[2:], input.dtype, interpolation, padding, align_corners):
         grid = places(*place, in_pixels=False)
         forward, _ = _sampler(len(size))
@@ -151,15 +161,20 @@ def sample_backward(
     input_grad: bool,
     params_grad: bool,
     control_grad: bool = False,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """d input, d params and d control points, as far as asked for, from d output, (N, T, C, *size).
 
-    The input may be None where d input alone is asked for.
+    The input may be None where d input alone is asked for. offset: as of ``coordinates``.
     """
     dtype = compute_dtype(grad_output, params)
+    if interpolation == Interpolation.AVERAGED:
+        return _averaged_backward(
+            grad_output.to(dtype), input, params, source, in_size, padding, align_corners, input_grad, params_grad
+        )
     (batch, _, channels), size = grad_output.shape[:3], tuple(grad_output.shape[3:])
     modes = interpolation, padding, align_corners
-    place = source, params, control_points, size, in_size, align_corners, dtype
+    place = source, params, control_points, size, in_size, align_corners, dtype, offset
     g = _folded_images(grad_output, dtype)
     # a stand-in that takes no memory, of which ATen reads no values that matter
     image = g.new_zeros(()).expand(batch, channels, *in_size) if input is None else input.to(dtype)
@@ -186,8 +201,52 @@ def sample_backward(
         return by_input, by_params, None
     by_coordinates = by_coordinates.view(batch, -1, *size, len(size))
     return by_input, *coordinates_backward(
-        source, by_coordinates, params, control_points, align_corners, control_grad
+        source, by_coordinates, params, control_points, align_corners, control_grad, offset
     )
+
+
+def _averaged_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    params: Tensor,
+    source: Source,
+    in_size: Sequence[int],
+    padding: int,
+    align_corners: bool,
+    input_grad: bool,
+    params_grad: bool,
+) -> tuple[Tensor | None, Tensor | None, None]:
+    """``sample_backward`` of averages: in the compute dtype, sub-sample by sub-sample."""
+    image, matrix = (None if t is None else t.to(grad_output.dtype) for t in (input, params))
+    place = source, in_size, Interpolation.BILINEAR, padding, align_corners, input_grad, params_grad
+    by_input: Tensor | None = None
+    by_params: Tensor | None = None
+    size = tuple(grad_output.shape[3:])
+    for s in sub_samples(source, params, size, in_size, align_corners, grad_output.dtype):
+        g = s.weighted(grad_output)
+        more_input, more_params, _ = sample_backward(g, image, matrix, None, *place, False, s.offset)
+        by_input = more_input if by_input is None else by_input.add_(more_input)
+        by_params = more_params if by_params is None else by_params.add_(more_params)
+    return by_input, None if by_params is None else by_params.to(params.dtype), None
+
+
+def sample_averages(
+    input: Tensor,
+    params: Tensor,
+    source: Source,
+    size: tuple[int, ...],
+    padding: int,
+    align_corners: bool,
+) -> Tensor:
+    """``sample`` of averages, tap by tap: what autograd can differentiate again."""
+    dtype, in_size = compute_dtype(input, params), input.shape[2:]
+    image, modes = input.to(dtype), (Interpolation.BILINEAR, padding, align_corners)
+    total = torch.zeros((), dtype=dtype, device=input.device)
+    for s in sub_samples(source, params, size, in_size, align_corners, dtype):
+        grid = places(source, params, None, size, in_size, align_corners, dtype, s.offset, in_pixels=True)
+        output = sample_pixels(image, _fold_transforms(grid, input.shape[0]), modes)
+        total = total + s.weighted(output.unflatten(2, (grid.shape[1], size[0])).movedim(2, 1))
+    return total.to(input.dtype)
 
 
 def sample_jvp(
