@@ -131,7 +131,9 @@ def add_visits(sums, found, visits, pixels, gradients, sizes, SPEC: tl.constexpr
         begin, end = footprints.cells_of(visits, sizes, SPEC)
         for cell_y in range(begin[1], end[1]):
             for cell_x in range(begin[0], end[0]):
-                grid, part = footprints.grid_of_cell(map, (cell_x + begin[0] * 0, cell_y + begin[1] * 0), sizes, SPEC)
+                grid, part = footprints.grid_of_cell(
+                    map, (cell_x + begin[0] * 0, cell_y + begin[1] * 0), sizes, SPEC
+                )
                 own = visits_of(map, found.bounds, pixels, part, grid, SPEC)
                 sums = add_by_pixel(sums, map, own, pixels, gradients, grid, SPEC)
         return sums

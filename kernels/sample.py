@@ -405,9 +405,10 @@ def cut(
     index = index_dtype(*tensors, params, rows=rows)
     if (dense or source in parameters.DENSE) and output.shape[-dims:].numel() * dims > INT32_MAX:
         index = tl.int64  # the gradient's buffer holds what an expanded grid does not
+    sizes = gathered.shape[2:], output.shape[-dims:]
     numbers = {
-        **dict(zip(("in_width", "in_height", "in_depth"), axes(gathered.shape[2:]))),
-        **dict(zip(("out_width", "out_height", "out_depth"), axes(output.shape[-dims:]))),
+        **dict(zip(("in_width", "in_height", "in_depth"), axes(sizes[0]))),
+        **dict(zip(("out_width", "out_height", "out_depth"), axes(sizes[1]))),
         "batch": batch,
         "transforms": batch // gathered.shape[0],
         "channels": channels,
@@ -425,7 +426,7 @@ def cut(
         "dims": dims,
         "compute": compute,
         "index": index,
-        "fixed_point": has_fixed_point(source, compute, gathered.shape[2:], output.shape[-dims:], interpolation),
+        "fixed_point": has_fixed_point(source, compute, *sizes, interpolation),
         "rows": tile.rows,
         "columns": tile.columns,
         "channels": tile.channels,

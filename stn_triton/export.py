@@ -95,8 +95,8 @@ def sample(
 ) -> Tensor:
     if interpolation == Interpolation.AVERAGED:
         raise NotImplementedError(
-            "antialias=True cannot be exported to PyTorch's operators (torch.jit.trace, ONNX): how many samples "
-            "are averaged depends on the values of the map"
+            "antialias=True cannot be exported to PyTorch's operators (torch.jit.trace, ONNX): how many "
+            "samples are averaged depends on the values of the map"
         )
     modes = ops.named_modes(interpolation, padding, align_corners)
     output = reference.sample(input, params, control_points, Source(source), tuple(size), *modes)

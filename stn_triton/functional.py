@@ -248,12 +248,12 @@ def affine_grid_sample(
         padding_mode: as in :func:`grid_sample`, for all axes or a tuple of one for each, x first.
         align_corners: whether -1 and 1 are the centres (True) or the outer edges (False) of the
             outermost pixels, in the input and in the output.
-        antialias: whether an output pixel is the average of samples over all the input that it stands for, so
-            that shrinking blurs and does not alias; with ``mode="bilinear"`` alone. Along each axis of the
-            output there are ``n = ceil(l - 1e-3)`` samples, 1 to 16, where l is how many input pixels a step of
-            one output pixel is, at ``(k + 1/2) / n - 1/2`` of that step from the pixel's middle. So the identity
-            to a size s times smaller is ``avg_pool2d(input, s)``, and a map that does not shrink gives what it
-            gives without. Samples outside the image follow the padding.
+        antialias: whether an output pixel is the average of samples over all the input that it stands for.
+            Then shrinking does not alias. It needs ``mode="bilinear"``. Along each axis of the output there
+            are ``n = ceil(l - 1e-3)`` samples, 1 to 16, where l is the length in input pixels of a step of
+            one output pixel. Sample k lies at ``(k + 1/2) / n - 1/2`` of that step from the pixel's middle.
+            So the identity to a size s times smaller is ``avg_pool2d(input, s)``, and a map that does not
+            shrink gives what it gives without. Samples outside the image follow the padding.
 
     Returns:
         (N, C, *size), or (N, T, C, *size) for T transforms, in the input's dtype and memory format.
@@ -312,7 +312,7 @@ def projective_grid_sample(
             above 1e-37, or 1e-300 in float64).
         size, mode, padding_mode, align_corners: as in :func:`affine_grid_sample`.
         antialias: as there, with numbers of samples for each 16 x 16 output pixels: l is the longest step at
-            their corners, and where the horizon is near there are 16.
+            their corners. Where the horizon is near there are 16.
 
     Returns:
         (N, C, *size), or (N, T, C, *size), in the input's dtype and memory format.

@@ -104,17 +104,18 @@ def visits_of(map, bounds, pixels, part, sizes, SPEC: tl.constexpr):
     first = ()
     most = ()
     for axis in tl.static_range(SPEC.dims):
-        near = ranges[axis]
+        begin, last = ranges[axis]
         if SPEC.antialias:
-            near = tl.maximum(near[0], part[0][axis]), tl.minimum(near[1], part[1][axis] - 1)
-        count = tl.where(pixels.exists, near[1] - near[0] + 1, 0)
+            begin = tl.maximum(begin, part[0][axis])
+            last = tl.minimum(last, part[1][axis] - 1)
+        count = tl.where(pixels.exists, last - begin + 1, 0)
         count = tl.maximum(tl.max(tl.max(count, 1), 0), 0)
         most += (count,)
         # all of them outputs: one too many has weight 0
-        first += (tl.maximum(tl.minimum(near[0], part[1][axis] - count), part[0][axis]),)
+        first += (tl.maximum(tl.minimum(begin, part[1][axis] - count), part[0][axis]),)
     cost = product(most, SPEC)
     if SPEC.antialias and SPEC.source == PROJECTIVE:  # the grid is finer than any output's sub-samples
-        cost = product((most[0] // footprints.MOST + 2, most[1] // footprints.MOST + 2), SPEC)
+        cost = footprints.outputs_within(most)
     if goes_by_steps(SPEC):
         cost = tl.where(map.fits, cost, INFINITY)
     distances = ()

@@ -1,10 +1,10 @@
 """Footprints: the part of the input that an output pixel stands for, and the sub-samples taken of it.
 
-An output pixel has n_k sub-samples along axis k. Sub-sample j of pixel o is the pixel o n_k + j of a grid n_k
-times finer over the same output, so that it lies at (j + 1/2) / n_k - 1/2 of a pixel from the middle of o. A
-map from outputs to the input is a map from the finer grid as well. Of an affine map, n is the same for all
-outputs, and ``map_of`` makes the map from the finer grid; in fixed point its coordinates are as exact as ever.
-Of a homography n is that of a cell of ``CELL`` x ``CELL`` outputs, by the map's derivative at its corners.
+An output pixel has n_k sub-samples along axis k. Sub-sample j of pixel o is pixel o n_k + j of a grid that is
+n_k times finer over the same output. It lies at (j + 1/2) / n_k - 1/2 of a pixel from the middle of o. A map
+from outputs to the input is a map from the finer grid as well. Of an affine map, n is the same for all outputs,
+and ``map_of`` makes the map from the finer grid: in fixed point its coordinates are as exact as ever. Of a
+homography, n is that of a cell of CELL x CELL outputs, by the map's derivative at its corners.
 
     n_k = ceil(length of a step along axis k, in input pixels, - 1e-3), from 1 to MOST_SAMPLES
 
@@ -92,6 +92,14 @@ def affine_samples(theta, sizes, SPEC: tl.constexpr):
 
 
 @triton.jit
+def squared_step(rows, place, inverse, sizes, k: tl.constexpr, SPEC: tl.constexpr):
+    """The squared length of a step along axis k by a homography's derivative where it reads ``place``."""
+    by_x = tl.fma(-place[0], rows[2][k], rows[0][k]) * (inverse * pixels_per_step(sizes, 0, k, SPEC))
+    by_y = tl.fma(-place[1], rows[2][k], rows[1][k]) * (inverse * pixels_per_step(sizes, 1, k, SPEC))
+    return tl.fma(by_y, by_y, by_x * by_x)
+
+
+@triton.jit
 def projective_samples(rows, out, sizes, SPEC: tl.constexpr):
     """n along each axis for the cells in which the outputs ``out`` lie.
 
@@ -114,13 +122,8 @@ def projective_samples(rows, out, sizes, SPEC: tl.constexpr):
         seen = seen & (tl.abs(x) < INFINITY) & (tl.abs(y) < INFINITY)
         placed += seen.to(tl.int32)
         ahead += (seen & (inverse > 0)).to(tl.int32)
-        squares = ()
-        for k in tl.static_range(2):
-            by_x = tl.fma(-x, rows[2][k], rows[0][k]) * (inverse * pixels_per_step(sizes, 0, k, SPEC))
-            by_y = tl.fma(-y, rows[2][k], rows[1][k]) * (inverse * pixels_per_step(sizes, 1, k, SPEC))
-            squares += (tl.fma(by_y, by_y, by_x * by_x),)
-        longest_x = larger(longest_x, squares[0])
-        longest_y = larger(longest_y, squares[1])
+        longest_x = larger(longest_x, squared_step(rows, (x, y), inverse, sizes, 0, SPEC))
+        longest_y = larger(longest_y, squared_step(rows, (x, y), inverse, sizes, 1, SPEC))
     whole = (placed == 4) & ((ahead == 0) | (ahead == 4))
     near = tl.where(placed == 0, 1, MOST)
     return tl.where(whole, samples_along(longest_x), near), tl.where(whole, samples_along(longest_y), near)
@@ -138,8 +141,8 @@ def product(samples, SPEC: tl.constexpr):
 @triton.jit
 def share_of(samples, SPEC: tl.constexpr):
     """The weight of a sub-sample."""
-    count = product(samples, SPEC).to(SPEC.compute)
-    return true_divide(count * 0.0 + 1.0, count, SPEC)
+    count = product(samples, SPEC)
+    return true_divide((count * 0 + 1).to(SPEC.compute), count.to(SPEC.compute), SPEC)
 
 
 @triton.jit
@@ -239,6 +242,12 @@ def outputs_of(first, further, grid, SPEC: tl.constexpr):
 
 
 @triton.jit
+def outputs_within(most):
+    """The most outputs that so many pixels of the finest grid in a row, along x and y, lie in; a float."""
+    return (most[0] // MOST + 2).to(tl.float32) * (most[1] // MOST + 2).to(tl.float32)
+
+
+@triton.jit
 def cells_of(visits, sizes, SPEC: tl.constexpr):
     """The cells of the pixels of ``grid_of`` that are visited: the first, and the one after the last."""
     begin = ()
@@ -267,7 +276,7 @@ def grid_of_cell(map, cell, sizes, SPEC: tl.constexpr):
 # ----------------------------------------------------------------------------- gradient of parameters
 @triton.jit
 def add_gradient(sums, map, gradient, sample, footprint, step, out, sizes, SPEC: tl.constexpr):
-    """``sums`` (``sources.zero_sums``) with a gradient by the sub-sample's coordinates added, 0 where none is.
+    """``sums`` (``sources.zero_sums``) with a gradient by the sub-sample's coordinates added, 0 if none is.
 
     A matrix is multiplied by the pixel's middle and by the sub-sample's distance from it: each has its sums.
     """

@@ -47,7 +47,9 @@ class _Place(NamedTuple):
 
     def sample(self, input: Tensor, params: Tensor) -> tuple[Tensor]:
         """The averages, in plain PyTorch."""
-        found = reference.sample_averages(input, params, Source(self.source), tuple(self.size), *self.modes[1:])
+        found = reference.sample_averages(
+            input, params, Source(self.source), tuple(self.size), *self.modes[1:]
+        )
         return (found if ops.has_transforms(params, self.source) else found.squeeze(1),)
 
     @property
@@ -142,9 +144,7 @@ def _second(
     )
 
 
-def _averages_along(
-    input: Tensor | None, params: Tensor, tangents: Tensors, place: _Place
-) -> Tensor | None:
+def _averages_along(input: Tensor | None, params: Tensor, tangents: Tensors, place: _Place) -> Tensor | None:
     """``_directional`` of averages, which are linear in the image."""
     of_input, of_params, _ = tangents
     found = None

@@ -18,7 +18,7 @@ _CELL = 16  # outputs along each axis that share their numbers, of homographies
 
 
 class SubSample(NamedTuple):
-    """One sub-sample of each output pixel; (N or 1, T, *size), of affine maps with 1 for each axis of ``size``.
+    """One sub-sample of each output pixel, (N or 1, T, *size); of affine maps (N or 1, T, 1, 1[, 1]).
 
     offset: its distance from the pixel's middle in normalised units, (..., dims). share: its weight. exists:
     whether the pixel has it.
@@ -97,6 +97,11 @@ def _projective_samples(
 
 def _largest(count: Tensor) -> int:
     """As a number: of tensors that function transforms have wrapped as well."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "forward mode and second derivatives of antialias=True cannot be compiled: how many samples are "
+            "averaged depends on the values of the map"
+        )
     while torch._C._functorch.is_functorch_wrapped_tensor(count):
         count = torch._C._functorch.get_unwrapped(count)
     return int(count.max())

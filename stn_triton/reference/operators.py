@@ -134,8 +134,10 @@ def sample(
     image, modes = input.to(dtype), (interpolation, padding, align_corners)
     if interpolation == Interpolation.AVERAGED:
         linear = params, control_points, source, size, Interpolation.BILINEAR, padding, align_corners
-        footprint = sub_samples(source, params, size, input.shape[2:], align_corners, dtype)
-        return sum(s.weighted(sample(image, *linear, s.offset)) for s in footprint).to(input.dtype)
+        total = torch.zeros((), dtype=dtype, device=input.device)
+        for s in sub_samples(source, params, size, input.shape[2:], align_corners, dtype):
+            total = total + s.weighted(sample(image, *linear, s.offset))
+        return total.to(input.dtype)
     place = source, params, control_points, size, input.shape[2:], align_corners, dtype, offset
     if _aten_fits(input.shape[2:], input.dtype, interpolation, padding, align_corners):
         grid = places(*place, in_pixels=False)
@@ -169,9 +171,9 @@ def sample_backward(
     """
     dtype = compute_dtype(grad_output, params)
     if interpolation == Interpolation.AVERAGED:
-        return _averaged_backward(
-            grad_output.to(dtype), input, params, source, in_size, padding, align_corners, input_grad, params_grad
-        )
+        wanted = input_grad, params_grad
+        modes = Interpolation.BILINEAR, padding, align_corners
+        return _averaged_backward(grad_output.to(dtype), input, params, source, in_size, modes, wanted)
     (batch, _, channels), size = grad_output.shape[:3], tuple(grad_output.shape[3:])
     modes = interpolation, padding, align_corners
     place = source, params, control_points, size, in_size, align_corners, dtype, offset
@@ -211,23 +213,21 @@ def _averaged_backward(
     params: Tensor,
     source: Source,
     in_size: Sequence[int],
-    padding: int,
-    align_corners: bool,
-    input_grad: bool,
-    params_grad: bool,
+    modes: tuple[Interpolation, int, bool],
+    wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, None]:
     """``sample_backward`` of averages: in the compute dtype, sub-sample by sub-sample."""
-    image, matrix = (None if t is None else t.to(grad_output.dtype) for t in (input, params))
-    place = source, in_size, Interpolation.BILINEAR, padding, align_corners, input_grad, params_grad
-    by_input: Tensor | None = None
-    by_params: Tensor | None = None
-    size = tuple(grad_output.shape[3:])
-    for s in sub_samples(source, params, size, in_size, align_corners, grad_output.dtype):
+    dtype, size = grad_output.dtype, tuple(grad_output.shape[3:])
+    image, matrix = None if input is None else input.to(dtype), params.to(dtype)
+    by_input = grad_output.new_zeros((grad_output.shape[0], grad_output.shape[2], *in_size))
+    by_params = torch.zeros_like(matrix)
+    for s in sub_samples(source, params, size, in_size, modes[2], dtype):
         g = s.weighted(grad_output)
-        more_input, more_params, _ = sample_backward(g, image, matrix, None, *place, False, s.offset)
-        by_input = more_input if by_input is None else by_input.add_(more_input)
-        by_params = more_params if by_params is None else by_params.add_(more_params)
-    return by_input, None if by_params is None else by_params.to(params.dtype), None
+        found = sample_backward(g, image, matrix, None, source, in_size, *modes, *wanted, False, s.offset)
+        for total, more in zip((by_input, by_params), found):
+            if more is not None:
+                total += more
+    return by_input if wanted[0] else None, by_params.to(params.dtype) if wanted[1] else None, None
 
 
 def sample_averages(

@@ -29,7 +29,10 @@ def _base_coordinates(size: tuple[int, ...], align_corners: bool, like: Tensor) 
 def base_points(
     size: tuple[int, ...], align_corners: bool, like: Tensor, offset: Tensor | None = None
 ) -> Tensor:
-    """(P, dims + 1): (x, y[, z], 1) of all output pixels; moved by (N, T, *size, dims) (N, T, P, dims + 1)."""
+    """(P, dims + 1): (x, y[, z], 1) of all output pixels.
+
+    offset: by how much they are moved, (N, T, *size, dims), or with 1s for sizes: (N, T, P, dims + 1) then.
+    """
     axes = [axis.expand(size) for axis in _base_coordinates(size, align_corners, like)]
     points = torch.stack([*axes, torch.ones_like(axes[0])], -1).flatten(0, -2)
     return points if offset is None else points + pad(offset, (0, 1)).flatten(2, -2)
