@@ -215,14 +215,18 @@ def check_modes(
     return INTERPOLATIONS[mode], code, align_corners
 
 
+def check_antialias(antialias: bool, mode: str) -> bool:
+    if check_bool("antialias", antialias) and mode != "bilinear":
+        refuse(ValueError, "antialias", 'False unless mode="bilinear"', f"True with mode={mode!r}")
+    return antialias
+
+
 def averaged(
     antialias: bool, mode: str, size: tuple[int, ...], modes: tuple[Interpolation, int, bool]
 ) -> tuple[Interpolation, int, bool]:
     """The codes of ``check_modes`` with ``antialias``."""
-    if not check_bool("antialias", antialias):
+    if not check_antialias(antialias, mode):
         return modes
-    if mode != "bilinear":
-        refuse(ValueError, "antialias", 'False unless mode="bilinear"', f"True with mode={mode!r}")
     most = 2**30 // MOST_SAMPLES  # sub-samples are counted along each axis as pixels are
     if max(size) > most:
         refuse(ValueError, "size", f"{most} at most along each axis with antialias=True", size)

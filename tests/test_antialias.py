@@ -248,6 +248,19 @@ def test_errors(options, kind, words):
         stn.projective_grid_sample(image, torch.eye(3)[None], **options)
 
 
+def test_spatial_transformer():
+    """At its start, the identity: what pooling gives."""
+    options = {"size": (2, 2), "features": 16, "antialias": True}
+    images = torch.randn(2, 1, 4, 4)
+    for transform in ("affine", "projective"):
+        net = stn.nn.SpatialTransformer(torch.nn.Flatten(), transform, **options)
+        assert "antialias=True" in repr(net)
+        with backend.use("torch"):
+            torch.testing.assert_close(net(images), F.avg_pool2d(images, 2))
+    with pytest.raises(ValueError, match="antialias must be False for transform='tps'"):
+        stn.nn.SpatialTransformer(torch.nn.Flatten(), "tps", **options)
+
+
 def test_tracing_says_what_is_wrong():
     image, theta = torch.randn(1, 1, 4, 6), torch.eye(2, 3)[None]
     with pytest.raises(NotImplementedError, match="antialias=True cannot be exported"):

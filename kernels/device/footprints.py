@@ -1,10 +1,10 @@
 """Footprints: the part of the input that an output pixel stands for, and the sub-samples taken of it.
 
-An output pixel has n_k sub-samples along axis k. Sub-sample j of pixel o is pixel o n_k + j of a grid that is
-n_k times finer over the same output. It lies at (j + 1/2) / n_k - 1/2 of a pixel from the middle of o. A map
-from outputs to the input is a map from the finer grid as well. Of an affine map, n is the same for all outputs,
-and ``map_of`` makes the map from the finer grid: in fixed point its coordinates are as exact as ever. Of a
-homography, n is that of a cell of CELL x CELL outputs, by the map's derivative at its corners.
+An output pixel has n_k sub-samples along axis k. Sub-sample j of pixel o is pixel o n_k + j of a grid that
+is n_k times finer over the same output. It lies at (j + 1/2) / n_k - 1/2 of a pixel from the middle of o. A
+map from outputs to the input is a map from the finer grid as well. Of an affine map, n is the same for all
+outputs, and ``map_of`` makes the map from the finer grid: in fixed point its coordinates are as exact as
+ever. Of a homography, n is that of a cell of CELL x CELL outputs, by the map's derivative at its corners.
 
     n_k = ceil(length of a step along axis k, in input pixels, - 1e-3), from 1 to MOST_SAMPLES
 
