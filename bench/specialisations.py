@@ -78,7 +78,7 @@ LAYOUTS = (
     Layout(72, True, True),
 )
 MODES: dict[str, tuple] = {
-    "interpolation": tuple(Interpolation),
+    "interpolation": tuple(code for code in Interpolation if code != Interpolation.AVERAGED),
     "padding": tuple(Padding),
     "align_corners": (False, True),
     "dims": (2, 3),
@@ -90,11 +90,13 @@ WIDTHS: dict[str, tuple] = {
     "wide": (False, True),  # offsets of 64 bits
     "aligned": (True, False),  # pointers at multiples of 16 bytes
 }
+AVERAGES: dict[str, tuple] = {"interpolation": tuple(Interpolation)}  # of the kernels that make them
 AXES: dict[str, dict[str, tuple]] = {
     "forward": {
         "source": tuple(Source),
         "dtypes": tuple(itertools.product((*DTYPES, *INTEGERS), DTYPES)),
         **MODES,
+        **AVERAGES,
         **WIDTHS,
         "fill": (False, True),
     },
@@ -103,12 +105,14 @@ AXES: dict[str, dict[str, tuple]] = {
         "source": tuple(Source),
         "dtypes": tuple(itertools.product(DTYPES, DTYPES)),
         **MODES,
+        **AVERAGES,
         **WIDTHS,
     },
     "gather": {
         "source": (Source.AFFINE, Source.PROJECTIVE),
         "dtypes": tuple(itertools.product(DTYPES, DTYPES)),
         **MODES,
+        **AVERAGES,
         **WIDTHS,
     },
     "derivatives": {
@@ -198,6 +202,11 @@ def possible(case: Case) -> bool:
         return False
     if case.get("fill") and case.get("padding", Padding.ZEROS) not in (Padding.ZEROS, Padding.BORDER):
         return False
+    if case.get("interpolation") == Interpolation.AVERAGED:  # of matrices, whose image has the gather
+        if source not in (None, Source.AFFINE, Source.PROJECTIVE):
+            return False
+        if case.get("gradients") not in (None, "params"):
+            return False
     dtypes = case.get("dtypes")
     if source == Source.GRID and dtypes is not None and dtypes[0] != dtypes[1]:
         return False

@@ -191,6 +191,21 @@ def interpolation() -> Any:
 
 
 @drawing
+def antialias() -> Any:
+    """A zone plate, whose rings get finer outwards, and a photograph: shrunk, without averaging and with."""
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, 288)] * 2, indexing="ij")
+    plate = (0.5 + 0.5 * torch.cos(math.pi / 2 * 144 * (x * x + y * y))).expand(3, -1, -1)
+    theta = stn.transforms.similarity(1.0, math.radians(8), torch.zeros(2))
+    figure, axes = panels(4, 6.9, 2.05)
+    for pair, image, size in ((axes[:2], plate, (72, 72)), (axes[2:], photograph(256), (48, 48))):
+        for ax, on in zip(pair, (False, True)):
+            output = stn.affine_grid_sample(image[None], theta[None], size, antialias=on)[0]
+            viz.draw_samples(output, ax=ax, labels=(), linewidth=1, color=faint)
+            ax.set_title(f"antialias={on}", fontsize=10, color=ink, family="monospace")
+    return figure
+
+
+@drawing
 def kinds() -> Any:
     """A matrix, a homography, a spline, a flow: grid above, output below."""
     torch.manual_seed(3)

@@ -93,7 +93,7 @@ def sample_jvp_kernel(
     input_ptr and coord_ptr are read only for ``coord_tangent``, tangent_ptr only for ``tangent``.
     """
     in_size = (in_width, in_height, in_depth)
-    sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels)
+    sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels, (1, 1, 1))
     tiling = Tiling(column_tiles, row_tiles, splits, split_blocks, steps)
     stride_input = (stride_input_x, stride_input_y, stride_input_z)
     input = Image(input_ptr, Strides(stride_input_n, 0, stride_input_c, stride_input))
@@ -196,7 +196,7 @@ def sample_hvp_kernel(
     ``coord_grad``.
     """
     in_size = (in_width, in_height, in_depth)
-    sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels)
+    sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels, (1, 1, 1))
     tiling = Tiling(column_tiles, row_tiles, splits, split_blocks, steps)
     stride_output = (stride_output_x, stride_output_y, stride_output_z)
     grad_output = Image(

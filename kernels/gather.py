@@ -21,8 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .device.arithmetic import rounded
-from .device.bounds import box_in_units, image_bounds
+from .device import footprints
+from .device.arithmetic import PROJECTIVE, rounded
 from .device.candidates import (
     NOWHERE,
     Pixels,
@@ -34,6 +34,7 @@ from .device.candidates import (
     shown_pixels,
     shows_tile,
     visits_of,
+    whole,
 )
 from .device.copies import (
     copy_at,
@@ -63,7 +64,7 @@ from .host.parameters import (
     output_strides,
     source_strides,
 )
-from .modes import paddings_of
+from .modes import modes_of, paddings_of
 from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling, constant, plain
 
 # Blocks of outputs whose bounds are computed at a time.
@@ -104,16 +105,41 @@ def add_by_pixel(sums, map, visits, pixels, gradients, sizes, SPEC: tl.constexpr
     depth = 1
     if SPEC.dims == 3:
         depth = visits.most[2]
+    if SPEC.antialias:  # what is visited are sub-samples
+        scale = footprints.share_of(sizes.samples, SPEC)
     for z in range(depth):
         for y in range(visits.most[1]):
             line = tl.cast(strides[2], SPEC.index) * z + tl.cast(strides[1], SPEC.index) * y
             for x in range(visits.most[0]):
                 weight = candidate_weight(map, visits, start, (x, y, z), pixels, sizes, SPEC)
                 at = offset + (line + tl.cast(strides[0], SPEC.index) * x)
+                if SPEC.antialias:
+                    weight *= scale
+                    out = footprints.outputs_of(visits.first, (x, y, z), sizes, SPEC)
+                    at = offset_of(out, strides, VECTOR, SPEC)
                 sums = add_weighted(
                     sums, weight, tl.multiple_of(at, (VECTOR, VECTOR)), gradients, sizes, SPEC
                 )
     return sums
+
+
+@triton.jit
+def add_visits(sums, found, visits, pixels, gradients, sizes, SPEC: tl.constexpr):
+    """``add_by_pixel``; of sub-samples of a homography cell by cell, as each has its own."""
+    map = found.map
+    if SPEC.antialias and SPEC.source == PROJECTIVE:
+        begin, end = footprints.cells_of(visits, sizes, SPEC)
+        for cell_y in range(begin[1], end[1]):
+            for cell_x in range(begin[0], end[0]):
+                grid, part = footprints.grid_of_cell(
+                    map, (cell_x + begin[0] * 0, cell_y + begin[1] * 0), sizes, SPEC
+                )
+                own = visits_of(map, found.bounds, pixels, part, grid, SPEC)
+                sums = add_by_pixel(sums, map, own, pixels, gradients, grid, SPEC)
+        return sums
+    else:
+        grid = footprints.grid_of(map, sizes, SPEC)
+        return add_by_pixel(sums, map, visits, pixels, gradients, grid, SPEC)
 
 
 # -------------------------------------------------------------------------------------------- by output
@@ -126,8 +152,7 @@ def may_touch(map, block, column_blocks, pixels, sizes, SPEC: tl.constexpr):
     first_yz, last_yz = row_range(row, SPEC.block_rows, sizes.output, SPEC)
     first = (x,) + first_yz
     last = (tl.minimum(x + SPEC.block_columns, sizes.output[0]) - 1,) + last_yz
-    low, high = box_in_units(first, last, sizes, SPEC)
-    bounds = image_bounds(map, low, high, sizes, SPEC)
+    bounds = footprints.bounds_of(map, first, last, sizes, SPEC)
     touches = block >= 0
     for axis in tl.static_range(SPEC.dims):
         size = sizes.input[axis]
@@ -177,7 +202,25 @@ def add_block(sums, map, block, column_blocks, pixels, gradients, sizes, SPEC: t
     column = (block % column_blocks) * SPEC.block_columns
     row = first_row(block // column_blocks, SPEC.block_rows, SPEC)
     out, mask = pixels_from(column, row, sizes.output, SPEC.block_rows, SPEC.block_columns, SPEC)
-    places = map_places(map, out, sizes, SPEC)
+    if SPEC.antialias:
+        footprint = footprints.footprint_of(map, out, mask, sizes, SPEC)
+        for number in range(footprint.most):
+            sample = footprints.sample_of(number, footprint, out, SPEC)
+            places = map_places(map, sample.out, footprint.grid, SPEC)
+            exists = mask & sample.exists
+            sums = add_places(sums, places, footprint.share, exists, out, pixels, gradients, sizes, SPEC)
+        return sums
+    else:
+        places = map_places(map, out, sizes, SPEC)
+        return add_places(sums, places, 1.0, mask, out, pixels, gradients, sizes, SPEC)
+
+
+@triton.jit
+def add_places(sums, places, scale, mask, out, pixels, gradients, sizes, SPEC: tl.constexpr):
+    """``sums`` plus what the outputs ``out``, where ``mask`` is set, add that are read at ``places``.
+
+    scale: what weights are multiplied by.
+    """
     x0, x1, hit_x = pixels_read(places[0], pixels, sizes, 0, SPEC)
     y0, y1, hit_y = pixels_read(places[1], pixels, sizes, 1, SPEC)
     hit = mask & hit_x & hit_y
@@ -204,6 +247,8 @@ def add_block(sums, map, block, column_blocks, pixels, gradients, sizes, SPEC: t
                     here = here & (pixels.q[2] == z)
                     q = (x, y, z)
                 weight = tl.where(hit, weight_of_pixel(places, q, sizes, SPEC), 0.0)
+                if SPEC.antialias:
+                    weight *= scale
                 new = ()
                 for k in tl.static_range(SPEC.unroll):
                     # a gradient that is not read adds nothing, not even a NaN
@@ -249,14 +294,15 @@ def add_transform(sums, found, pixels, gradients, sizes, SPEC: tl.constexpr):
     map = found.map
     if found.cost <= SPEC.most_candidates:
         if not has_copies(SPEC):
-            sums = add_by_pixel(sums, map, found.visits, pixels, gradients, sizes, SPEC)
+            sums = add_visits(sums, found, found.visits, pixels, gradients, sizes, SPEC)
         else:
             for i in range(found.copies.to(tl.int32)):
                 number = copy_number(i, found.ranges, SPEC)
                 if shows_tile(pixels, number, found.bounds, sizes, SPEC):
                     shown = shown_pixels(pixels, number, sizes, SPEC)
-                    visits = visits_of(map, found.bounds, shown, sizes, SPEC)
-                    sums = add_by_pixel(sums, map, visits, shown, gradients, sizes, SPEC)
+                    grid = footprints.grid_of(map, sizes, SPEC)
+                    visits = visits_of(map, found.bounds, shown, whole(grid), grid, SPEC)
+                    sums = add_visits(sums, found, visits, shown, gradients, sizes, SPEC)
     else:
         sums = add_by_output(sums, map, pixels, gradients, sizes, SPEC)
     return sums
@@ -286,7 +332,7 @@ def gather_backward_kernel(
     Tiles are of the input; batch is that of its images.
     """
     in_size = (in_width, in_height, in_depth)
-    sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels)
+    sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels, (1, 1, 1))
     stride_output = (stride_output_x, stride_output_y, stride_output_z)
     output = Strides(stride_output_n, stride_output_t, stride_output_c, stride_output)
     stride_grad = (stride_grad_x, stride_grad_y, stride_grad_z)
@@ -385,13 +431,13 @@ def _plan(
         steps=tile.steps,
         SPEC=Spec(
             source=int(source),
-            interpolation=int(interpolation),
+            **modes_of(interpolation),
             padding=paddings_of(padding, dims),
             align_corners=int(align_corners),
             dims=dims,
             compute=compute,
             index=index,
-            fixed_point=has_fixed_point(source, compute, *sizes),
+            fixed_point=has_fixed_point(source, compute, *sizes, interpolation),
             rows=tile.rows,
             columns=tile.columns,
             channels=tile.channels,

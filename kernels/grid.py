@@ -30,7 +30,7 @@ def grid_kernel(
     grid_ptr: (batch, [D,] H, W, dims), stride_grid_k by component. partial_ptr: as in
     ``sample_backward_kernel``.
     """
-    sizes = Sizes((1, 1, 1), (out_width, out_height, out_depth), batch, transforms, 1)
+    sizes = Sizes((1, 1, 1), (out_width, out_height, out_depth), batch, transforms, 1, (1, 1, 1))
     stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
     params = Params(source_ptr, stride_source, control_ptr, num_controls)
     column_tile, row_tile, split, b = place_of_program(Tiling(column_tiles, row_tiles, 1, 1, 1))

@@ -5,6 +5,7 @@ Pure Python: importing this module imports neither torch nor triton.
 
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any
 
 # Blocks of pixels, one below the other, over which coordinates may be carried on (``device/affine.py``).
 MOST_STEPS = 13
@@ -16,6 +17,17 @@ class Interpolation(IntEnum):
     BILINEAR = 0
     NEAREST = 1
     BICUBIC = 2
+    AVERAGED = 3  # bilinear samples, averaged over the footprint of an output pixel: of matrices alone
+
+
+# Sub-samples of an output pixel along an axis (``device/footprints.py``).
+MOST_SAMPLES = 16
+
+
+def modes_of(interpolation: int) -> dict[str, Any]:
+    """The fields of a ``Spec`` that say how samples are made."""
+    averaged = interpolation == Interpolation.AVERAGED
+    return {"interpolation": 0 if averaged else int(interpolation), "antialias": averaged}
 
 
 class Padding(IntEnum):

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .device import sources
+from .device import footprints, sources
 from .device.affine import starts_of
 from .device.arithmetic import TPS, rounded
 from .device.bounds import has_interior_path, is_interior
@@ -47,7 +47,7 @@ from .host.parameters import (
     output_strides,
     source_strides,
 )
-from .modes import MOST_STEPS, Source, paddings_of
+from .modes import MOST_STEPS, Source, modes_of, paddings_of
 from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling, Work, constant
 
 # ``is_interior`` costs about as much as it saves in two blocks of pixels and channels. (In the interpreter,
@@ -61,7 +61,7 @@ def work_of(params, sizes, tiling, SPEC: tl.constexpr):
     """What this program is to do."""
     column_tile, row_tile, split, group = place_of_program(tiling)
     outputs = sources.outputs_of(group * SPEC.group, sizes, SPEC)
-    map = sources.map_of(params, outputs[0][0], outputs[0][1], sizes, SPEC)
+    map = footprints.map_of(params, outputs[0][0], outputs[0][1], sizes, SPEC)
     steps = tiling.steps
     if SPEC.source == TPS:
         steps = 1  # known here, so that there is no loop out of which the group's addresses would be moved
@@ -147,6 +147,48 @@ def forward_block(
                 tl.store(target + c * output.strides.c, rounded(sample, output.pointer), kept & exists)
 
 
+@triton.jit
+def sub_samples_of(work, step, sizes, SPEC: tl.constexpr):
+    """Block ``step`` of a program: which pixels, whether they exist, and the ``Footprint`` of each."""
+    row = work.row + step * SPEC.rows
+    out, mask = pixels_from(work.column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
+    return out, mask, footprints.footprint_of(work.map, out, mask, sizes, SPEC)
+
+
+@triton.jit
+def averaged_block(input, output, fill, params, work, step, sizes, SPEC: tl.constexpr):
+    """The averages of one block of pixels over their sub-samples."""
+    out, mask, footprint = sub_samples_of(work, step, sizes, SPEC)
+    n, t = work.outputs[0]
+    image = image_of(input, n, SPEC.vector_input)
+    offset = offset_of(out, output.strides.pixel, SPEC.vector_output, SPEC)
+    target = output_of(output, n, t, offset, SPEC)
+    for block in range(work.blocks[0], work.blocks[1]):
+        values = ()
+        for _ in tl.static_range(SPEC.unroll):
+            values += (tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute),)
+        for number in range(footprint.most):
+            sample = footprints.sample_of(number, footprint, out, SPEC)
+            places = footprints.places_of_sample(params, work, sample, footprint, step, mask, SPEC)
+            taps = taps_of_axes(places, sizes, SPEC)
+            if SPEC.fill:
+                outside = outside_of(places, taps, sizes, SPEC)
+            new = ()
+            for k in tl.static_range(SPEC.unroll):
+                c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
+                plane = image + c * input.strides.c
+                read = exists & sample.exists
+                value = interpolate(plane, taps, input.strides, read, SPEC.vector_input, SPEC)
+                if SPEC.fill:
+                    value = tl.where(sample.exists, filled(value, outside, fill, n, c, exists, SPEC), 0.0)
+                new += (values[k] + value,)
+            values = new
+        for k in tl.static_range(SPEC.unroll):
+            c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
+            value = rounded(values[k] * footprint.share, output.pointer)
+            tl.store(target + c * output.strides.c, value, mask & exists)
+
+
 @triton.jit(**SPECIALIZATION)
 def sample_forward_kernel(
     input_ptr, output_ptr, source_ptr, control_ptr, fill_ptr,
@@ -164,7 +206,7 @@ def sample_forward_kernel(
     pointer and strides are None. ``spec`` says what the tuples hold.
     """
     in_size = (in_width, in_height, in_depth)
-    sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels)
+    sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels, (1, 1, 1))
     tiling = Tiling(column_tiles, row_tiles, splits, split_blocks, steps)
     stride_input = (stride_input_x, stride_input_y, stride_input_z)
     input = Image(input_ptr, Strides(stride_input_n, 0, stride_input_c, stride_input))
@@ -178,6 +220,9 @@ def sample_forward_kernel(
     if has_interior_path(SPEC) and work.interior:
         for step in range(work.steps):
             forward_block(input, output, fill, params, work, step, sizes, SPEC, True)
+    elif SPEC.antialias:
+        for step in range(work.steps):
+            averaged_block(input, output, fill, params, work, step, sizes, SPEC)
     else:
         for step in range(work.steps):
             forward_block(input, output, fill, params, work, step, sizes, SPEC, False)
@@ -232,6 +277,35 @@ def backward_block(
     return sums
 
 
+@triton.jit
+def averaged_backward_block(grad_output, input, sums, params, work, step, sizes, SPEC: tl.constexpr):
+    """``sums`` with what a block of pixels adds to d params, sub-sample by sub-sample."""
+    out, mask, footprint = sub_samples_of(work, step, sizes, SPEC)
+    n, t = work.outputs[0]
+    image = image_of(input, n, SPEC.vector_input)
+    offset = offset_of(out, grad_output.strides.pixel, SPEC.vector_output, SPEC)
+    target = output_of(grad_output, n, t, offset, SPEC)
+    zero = tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute)
+    for number in range(footprint.most):
+        sample = footprints.sample_of(number, footprint, out, SPEC)
+        places = footprints.places_of_sample(params, work, sample, footprint, step, mask, SPEC)
+        taps = taps_of_axes(places, sizes, SPEC)
+        slopes = slopes_of_axes(places, sizes, SPEC)
+        kept = mask & sample.exists
+        by_place = (zero, zero, zero)
+        for block in range(work.blocks[0], work.blocks[1]):
+            for k in tl.static_range(SPEC.unroll):
+                c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
+                g = tl.load(target + c * grad_output.strides.c, kept & exists, other=0.0).to(SPEC.compute)
+                plane = image + c * input.strides.c
+                by_place = add_coordinate_gradient(
+                    by_place, g * footprint.share, plane, taps, slopes, input.strides, exists, SPEC
+                )
+        gradient = gradient_of(by_place, taps, slopes, kept, SPEC)
+        sums = footprints.add_gradient(sums, work.map, gradient, sample, footprint, step, out, sizes, SPEC)
+    return sums
+
+
 @triton.jit(**SPECIALIZATION)
 def sample_backward_kernel(
     grad_output_ptr, input_ptr, grad_input_ptr, partial_ptr, source_ptr, control_ptr,
@@ -250,7 +324,7 @@ def sample_backward_kernel(
     room for the control points' gradient for ``control_grad``.
     """
     in_size = (in_width, in_height, in_depth)
-    sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels)
+    sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels, (1, 1, 1))
     tiling = Tiling(column_tiles, row_tiles, splits, split_blocks, steps)
     stride_output = (stride_output_x, stride_output_y, stride_output_z)
     grad_output = Image(
@@ -270,6 +344,9 @@ def sample_backward_kernel(
             sums = backward_block(
                 grad_output, input, grad_input, partial_ptr, sums, params, work, step, sizes, SPEC, True
             )
+    elif SPEC.antialias:
+        for step in range(work.steps):
+            sums = averaged_backward_block(grad_output, input, sums, params, work, step, sizes, SPEC)
     else:
         for step in range(work.steps):
             sums = backward_block(
@@ -344,9 +421,10 @@ def cut(
     index = index_dtype(*tensors, params, rows=rows)
     if (dense or source in parameters.DENSE) and output.shape[-dims:].numel() * dims > INT32_MAX:
         index = tl.int64  # the gradient's buffer holds what an expanded grid does not
+    sizes = gathered.shape[2:], output.shape[-dims:]
     numbers = {
-        **dict(zip(("in_width", "in_height", "in_depth"), axes(gathered.shape[2:]))),
-        **dict(zip(("out_width", "out_height", "out_depth"), axes(output.shape[-dims:]))),
+        **dict(zip(("in_width", "in_height", "in_depth"), axes(sizes[0]))),
+        **dict(zip(("out_width", "out_height", "out_depth"), axes(sizes[1]))),
         "batch": batch,
         "transforms": batch // gathered.shape[0],
         "channels": channels,
@@ -358,13 +436,13 @@ def cut(
     }
     spec = {
         "source": int(source),
-        "interpolation": int(interpolation),
+        **modes_of(interpolation),
         "padding": paddings_of(padding, dims),
         "align_corners": int(align_corners),
         "dims": dims,
         "compute": compute,
         "index": index,
-        "fixed_point": has_fixed_point(source, compute, gathered.shape[2:], output.shape[-dims:]),
+        "fixed_point": has_fixed_point(source, compute, *sizes, interpolation),
         "rows": tile.rows,
         "columns": tile.columns,
         "channels": tile.channels,

@@ -91,7 +91,8 @@ def sort_keys_kernel(
     """
     KEY: tl.constexpr = keys_ptr.dtype.element_ty
     FRACTIONS: tl.constexpr = 2 * SPEC.dims if SPEC.coord_tangent else SPEC.dims
-    sizes = Sizes((in_width, in_height, in_depth), (out_width, out_height, out_depth), batch, transforms, 1)
+    in_size = (in_width, in_height, in_depth)
+    sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, 1, (1, 1, 1))
     stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
     params = Params(source_ptr, stride_source, control_ptr, num_controls)
     stride_coord = (stride_coord_0, stride_coord_1, stride_coord_2, stride_coord_3, stride_coord_4)
@@ -275,7 +276,7 @@ def sort_sums_kernel(
     TAPS: tl.constexpr = tap_count(SPEC)
     CELL_ROWS: tl.constexpr = (TAPS * TAPS if SPEC.dims == 3 else TAPS) * row_parts(SPEC)
     in_size = (in_width, in_height, in_depth)
-    sizes = Sizes(in_size, in_size, images, 1, channels)
+    sizes = Sizes(in_size, in_size, images, 1, channels, (1, 1, 1))
     stride_input = (stride_input_x, stride_input_y, stride_input_z)
     grad_input = Image(grad_input_ptr, Strides(stride_input_n, 0, stride_input_c, stride_input))
     output_sizes = (output_size_0, output_size_1, output_size_2)

@@ -41,6 +41,7 @@ class Spec:
     dims: int
     compute: tl.dtype  # of weights and sums, and of coordinates that are not whole numbers
     index: tl.dtype  # of offsets within one image
+    antialias: bool = False  # samples are averages over the footprints of output pixels
     fixed_point: bool = False  # affine coordinates, and a flow's identity, are fixed-point numbers
     # the tile: rows x columns pixels, ``unroll`` blocks of ``channels`` at a time, the same of ``group``
     # outputs
@@ -109,13 +110,18 @@ class Params(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Pixels of the input and of the output along each axis; outputs in all and for each image; channels."""
+    """Pixels of the input and of the output along each axis; outputs in all and for each image; channels.
+
+    samples: where ``output`` is a grid of sub-samples, how many of them an output pixel has along each axis
+    (``device.footprints``); else 1.
+    """
 
     input: Any
     output: Any
     batch: Any
     transforms: Any
     channels: Any
+    samples: Any
 
 
 class Tiling(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import calls
 from .kernels.host.dtypes import INTEGERS
-from .kernels.modes import Interpolation, Padding, padding_code, paddings_of
+from .kernels.modes import MOST_SAMPLES, Interpolation, Padding, padding_code, paddings_of
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 WHOLE_NUMBERS = INTEGERS | {torch.int8, torch.int32, torch.int64}
@@ -254,6 +254,24 @@ def check_dtype(dtype: object, input: Tensor) -> torch.dtype:
         expected = " or ".join(map(str, taken))
         refuse(ValueError, "dtype", f"None or {expected} for this input of {input.dtype}", dtype)
     return dtype
+
+
+def check_antialias(antialias: bool, mode: str) -> bool:
+    if check_bool("antialias", antialias) and mode != "bilinear":
+        refuse(ValueError, "antialias", 'False unless mode="bilinear"', f"True with mode={mode!r}")
+    return antialias
+
+
+def averaged(
+    antialias: bool, mode: str, size: tuple[int, ...], modes: tuple[Interpolation, int, bool]
+) -> tuple[Interpolation, int, bool]:
+    """The codes of ``check_modes`` with ``antialias``."""
+    if not check_antialias(antialias, mode):
+        return modes
+    most = 2**30 // MOST_SAMPLES  # sub-samples are counted along each axis as pixels are
+    if max(size) > most:
+        refuse(ValueError, "size", f"{most} at most along each axis with antialias=True", size)
+    return Interpolation.AVERAGED, *modes[1:]
 
 
 def check_bool(name: str, value: bool) -> bool:

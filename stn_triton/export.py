@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .kernels.modes import Source
+from .kernels.modes import Interpolation, Source
 from .transforms import splines
 
 __all__ = ["decompositions", "onnx_translations"]
@@ -94,6 +94,7 @@ def sample(
     padding: int,
     align_corners: bool,
 ) -> Tensor:
+    _refuse_averages(interpolation)
     modes = ops.named_modes(interpolation, padding, align_corners)
     output = reference.sample(input, params, control_points, Source(source), tuple(size), *modes)
     return _as_images(output, input, params, source)
@@ -111,9 +112,18 @@ def sample_as(
     align_corners: bool,
     dtype: torch.dtype,
 ) -> Tensor:
+    _refuse_averages(interpolation)
     place = Source(source), tuple(size), *ops.named_modes(interpolation, padding, align_corners)
     output = reference.sample_as(input, params, control_points, fill, *place, dtype)
     return _as_images(output, input, params, source)
+
+
+def _refuse_averages(interpolation: int) -> None:
+    if interpolation == Interpolation.AVERAGED:
+        raise NotImplementedError(
+            "antialias=True cannot be exported to PyTorch's operators (torch.jit.trace, ONNX): how many "
+            "samples are averaged depends on the values of the map"
+        )
 
 
 def _as_images(output: Tensor, input: Tensor, params: Tensor, source: int) -> Tensor:

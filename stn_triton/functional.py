@@ -35,6 +35,7 @@ from .checks import (
     INTERPOLATIONS,
     PaddingMode,
     affine_grid_fits,
+    averaged,
     batch_of,
     check_device,
     check_dtype,
@@ -231,6 +232,7 @@ def affine_grid_sample(
     align_corners: bool = False,
     fill: float | Tensor | None = None,
     dtype: torch.dtype | None = None,
+    antialias: bool = False,
 ) -> Tensor:
     """Warp images by affine maps: ``affine_grid`` and ``grid_sample`` in one kernel.
 
@@ -261,6 +263,13 @@ def affine_grid_sample(
         dtype: the dtype of samples. An image of integers has samples of its own dtype by default, rounded
             half to even and saturated; float32, float16 and bfloat16 are taken too. Other images have
             samples of their own dtype alone.
+        antialias: whether an output pixel is the average of samples over all the input that it stands for.
+            Then shrinking does not alias. It needs ``mode="bilinear"``. Along each axis of the output there
+            are ``n = ceil(l - 1e-3)`` samples, 1 to 16, where l is the length in input pixels of a step of
+            one output pixel. Sample k lies at ``(k + 1/2) / n - 1/2`` of that step from the pixel's middle.
+            So the identity to a size s times smaller is ``avg_pool2d(input, s)``, and a map that does not
+            shrink gives what it gives without. Samples outside the image follow the padding
+            and ``fill``.
 
     Returns:
         (N, C, *size), or (N, T, C, *size) for T transforms, in ``dtype`` and the input's memory format.
@@ -287,12 +296,14 @@ def affine_grid_sample(
         torch.Size([8, 4, 3, 24, 32])
     """
     if (has_torch_function(input, theta, fill) or tracing_state()) and is_taken():
-        options = mode, padding_mode, align_corners, fill, dtype
+        options = mode, padding_mode, align_corners, fill, dtype, antialias
         return elsewhere(affine_grid_sample, input, theta, size, *options)
     dims = check_image(input)
     check_parameter("theta", theta, (dims, dims + 1), input)
     size = check_out_size(size, input)
     modes = check_modes(mode, padding_mode, align_corners, dims)
+    if antialias is not False:
+        modes = averaged(antialias, mode, size, modes)
     return _sample(input, theta, Source.AFFINE, size, modes, fill, dtype)
 
 
@@ -305,6 +316,7 @@ def projective_grid_sample(
     align_corners: bool = False,
     fill: float | Tensor | None = None,
     dtype: torch.dtype | None = None,
+    antialias: bool = False,
 ) -> Tensor:
     """Warp images by homographies.
 
@@ -318,6 +330,8 @@ def projective_grid_sample(
             is broadcast over N. Any floating dtype. Its scale, and its sign, mean nothing (as long as W stays
             above 1e-37, or 1e-300 in float64).
         size, mode, padding_mode, align_corners, fill, dtype: as in :func:`affine_grid_sample`.
+        antialias: as there, with numbers of samples for each 16 x 16 output pixels: l is the longest step at
+            their corners. Where the horizon is near there are 16.
 
     Returns:
         (N, C, *size), or (N, T, C, *size), in ``dtype`` and the input's memory format.
@@ -338,12 +352,14 @@ def projective_grid_sample(
         torch.Size([1, 3, 32, 32])
     """
     if (has_torch_function(input, homography, fill) or tracing_state()) and is_taken():
-        options = mode, padding_mode, align_corners, fill, dtype
+        options = mode, padding_mode, align_corners, fill, dtype, antialias
         return elsewhere(projective_grid_sample, input, homography, size, *options)
     check_image(input, dims=2)
     check_parameter("homography", homography, (3, 3), input)
     size = check_out_size(size, input)
     modes = check_modes(mode, padding_mode, align_corners, 2)
+    if antialias is not False:
+        modes = averaged(antialias, mode, size, modes)
     return _sample(input, homography, Source.PROJECTIVE, size, modes, fill, dtype)
 
 

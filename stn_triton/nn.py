@@ -19,6 +19,7 @@ from . import calls
 from .backend import without_autocast
 from .checks import (
     PaddingMode,
+    check_antialias,
     check_int,
     check_modes,
     check_number,
@@ -108,6 +109,7 @@ class SpatialTransformer(nn.Module):
         scale: float | None = None,
         lattice: int = 4,
         regularization: float = 0.0,
+        antialias: bool = False,
     ) -> None:
         """
         Args:
@@ -131,6 +133,8 @@ class SpatialTransformer(nn.Module):
             scale: of "attention": half the window's side, fixed (the paper's birds: 0.5). Default: regressed.
             lattice: of "tps": the control points along a side; K is its square.
             regularization: of "tps": see :func:`stn_triton.tps_grid_sample`.
+            antialias: of all but "tps": see :func:`stn_triton.affine_grid_sample`. The paper names aliasing
+                as what limits shrinking.
 
         Raises:
             TypeError: an argument is not of the type it must be.
@@ -167,12 +171,16 @@ class SpatialTransformer(nn.Module):
                 refuse(ValueError, "scale", "finite and positive", scale)
         lattice = check_int("lattice", lattice, 2)
         regularization = check_regularization(regularization)
+        check_antialias(antialias, mode)
+        if antialias and transform == "tps":
+            refuse(ValueError, "antialias", "False for transform='tps'", antialias)
 
         self.transform = transform
         self.size = None if size is None else check_spatial_size(size, dims)
         self.mode, self.padding_mode, self.align_corners = mode, padding_mode, align_corners
         self.transforms, self.dims = transforms, dims
         self.scale, self.lattice, self.regularization = scale, lattice, regularization
+        self.antialias = antialias
         self._regions = self._checked_regions(regions)
         self.register_buffer("initial", self._start())
         self.localisation = localisation
@@ -201,8 +209,8 @@ class SpatialTransformer(nn.Module):
         if self.transform == "tps":
             return tps_grid_sample(*arguments, regularization=self.regularization)
         if self.transform == "projective":
-            return projective_grid_sample(*arguments)
-        return affine_grid_sample(*arguments)
+            return projective_grid_sample(*arguments, antialias=self.antialias)
+        return affine_grid_sample(*arguments, antialias=self.antialias)
 
     def reset_parameters(self) -> None:
         """Starts anew, at ``regions``; the localisation net stays. For a module made on the meta device:
@@ -313,6 +321,7 @@ class SpatialTransformer(nn.Module):
             ("scale", None),
             ("lattice", 4),
             ("regularization", 0.0),
+            ("antialias", False),
         ):
             if getattr(self, name) != default:
                 options += f", {name}={getattr(self, name)}"

@@ -34,13 +34,15 @@ class Map(NamedTuple):
 
     A flow's rows are (A, C), along its own axis. rows: in the compute type. high, low: the same in fixed
     point, in units of 2^-32 (int64) and 2^-59 (int32, not negative); nothing without ``SPEC.fixed_point``.
-    fits: whether fixed point holds all coordinates.
+    fits: whether fixed point holds all coordinates. samples: of a map from a grid of sub-samples, how many
+    of them an output pixel has along each axis.
     """
 
     rows: Any
     high: Any
     low: Any
     fits: Any
+    samples: Any
 
 
 class Fixed(NamedTuple):
@@ -72,9 +74,10 @@ def doubled(o, size):
 
 
 @triton.jit
-def steps_per_unit(size, SPEC: tl.constexpr):
-    """Twice the pixels in a normalised unit; at least 1, as a denominator."""
-    return tl.maximum(size - SPEC.align_corners, 1)
+def steps_per_unit(sizes, axis: tl.constexpr, SPEC: tl.constexpr):
+    """Twice the output's pixels in a normalised unit; at least 1, as a denominator."""
+    samples = sizes.samples[axis]
+    return tl.maximum(sizes.output[axis] - samples * SPEC.align_corners, samples)
 
 
 @triton.jit
@@ -124,7 +127,7 @@ def float_rows(theta, sizes, SPEC: tl.constexpr):
         n = (sizes.input[r] - SPEC.align_corners).to(SPEC.compute)
         row = ()
         for k in tl.static_range(SPEC.dims):
-            e = steps_per_unit(sizes.output[k], SPEC).to(SPEC.compute)
+            e = steps_per_unit(sizes, k, SPEC).to(SPEC.compute)
             row += (theta[r][k] * (n / e) * 0.5,)
         center = (sizes.input[r] - 1).to(SPEC.compute) * 0.5
         rows += (row + (tl.fma(theta[r][SPEC.dims], 0.5 * n, center),),)
@@ -135,12 +138,12 @@ def float_rows(theta, sizes, SPEC: tl.constexpr):
 def affine_map(theta, sizes, SPEC: tl.constexpr):
     """The ``Map`` of a matrix given by rows, in normalised units."""
     if not SPEC.fixed_point:
-        return Map(float_rows(theta, sizes, SPEC), (), (), False)
+        return Map(float_rows(theta, sizes, SPEC), (), (), False, sizes.samples)
     else:
         steps = ()
         inverses = ()
         for k in tl.static_range(SPEC.dims):
-            steps += (steps_per_unit(sizes.output[k], SPEC).to(tl.float32),)
+            steps += (steps_per_unit(sizes, k, SPEC).to(tl.float32),)
             inverses += (reciprocal(steps[k]),)
         rows = ()
         entries = ()
@@ -175,7 +178,7 @@ def affine_map(theta, sizes, SPEC: tl.constexpr):
                 low_row += (low,)
             high_rows += (high_row,)
             low_rows += (low_row,)
-        return Map(rows, high_rows, low_rows, fits)
+        return Map(rows, high_rows, low_rows, fits, sizes.samples)
 
 
 @triton.jit
@@ -186,7 +189,7 @@ def identity_map(sizes, SPEC: tl.constexpr):
     low_rows = ()
     for r in tl.static_range(SPEC.dims):
         n = (sizes.input[r] - SPEC.align_corners).to(SPEC.compute)
-        e = steps_per_unit(sizes.output[r], SPEC).to(SPEC.compute)
+        e = steps_per_unit(sizes, r, SPEC).to(SPEC.compute)
         if SPEC.fixed_point:
             whole, rest = scaled(e * 0.0 + 1.0, n, e, reciprocal(e), True)
             high, low = fixed(whole, rest)
@@ -194,7 +197,7 @@ def identity_map(sizes, SPEC: tl.constexpr):
             low_rows += ((low, low * 0),)
         else:
             rows += ((n / e * 0.5, (sizes.input[r] - 1).to(SPEC.compute) * 0.5),)
-    return Map(rows, high_rows, low_rows, True)
+    return Map(rows, high_rows, low_rows, True, sizes.samples)
 
 
 # --------------------------------------------------------------------------------------- coordinates
@@ -306,16 +309,32 @@ def starts_of(map, column, row, sizes, SPEC: tl.constexpr):
     starts = ()
     if has_starts(SPEC):
         out, _ = pixels_from(column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
-        u = doubled_pixels(out, sizes, SPEC)
+        u = ()
+        for k in tl.static_range(2):  # of pixels' first sub-samples
+            u += (doubled(out[k] * map.samples[k], sizes.output[k] * map.samples[k]),)
         for r in tl.static_range(2):
             high = map.high[r]
             low = map.low[r]
             if SPEC.source == AFFINE:
-                starts += (start_and_growth(high, low, u, (high[1], low[1]), 2, SPEC),)
+                own = (high[1] * map.samples[1], low[1] * map.samples[1])
+                starts += (start_and_growth(high, low, u, own, 2, SPEC),)
             else:  # a flow's x does not depend on y
                 own = (high[0] * r, low[0] * r)
                 starts += (start_and_growth(high, low, (u[r],), own, 1, SPEC),)
     return starts
+
+
+@triton.jit
+def moved_starts(starts, map, by, SPEC: tl.constexpr):
+    """``starts`` moved by so many pixels of the map's grid, scalars: still rounded once."""
+    moved = ()
+    if has_starts(SPEC):
+        for r in tl.static_range(2):
+            start, growth = starts[r]
+            further = fixed_sum(map.high[r], map.low[r], (2 * by[0], 2 * by[1]), 2)
+            rest = start[1] + further.low
+            moved += ((Fixed(start[0] + further.high + (rest >> 27), rest & (2**27 - 1)), growth),)
+    return moved
 
 
 @triton.jit

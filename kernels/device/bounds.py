@@ -40,19 +40,19 @@ def rows_of(map, SPEC: tl.constexpr):
 
 
 @triton.jit
-def map_units(o, size, SPEC: tl.constexpr):
+def map_units(o, sizes, axis: tl.constexpr, SPEC: tl.constexpr):
     """Output pixel ``o`` in the units that the map takes."""
     if SPEC.source == PROJECTIVE:
-        return normalised(o, size, SPEC)
+        return normalised(o, sizes, axis, SPEC)
     else:
-        return doubled(o, size).to(SPEC.compute)
+        return doubled(o, sizes.output[axis]).to(SPEC.compute)
 
 
 @triton.jit
 def largest_unit(size, SPEC: tl.constexpr):
     """The largest size of ``map_units``."""
     if SPEC.source == PROJECTIVE:
-        return 1.0
+        return 2.0 if SPEC.antialias else 1.0  # half a pixel beyond the centres of two
     else:
         return (size - 1).to(SPEC.compute)
 
@@ -63,8 +63,8 @@ def box_in_units(first, last, sizes, SPEC: tl.constexpr):
     low = ()
     high = ()
     for axis in tl.static_range(SPEC.dims):
-        low += (map_units(first[axis], sizes.output[axis], SPEC),)
-        high += (map_units(last[axis], sizes.output[axis], SPEC),)
+        low += (map_units(first[axis], sizes, axis, SPEC),)
+        high += (map_units(last[axis], sizes, axis, SPEC),)
     return low, high
 
 
@@ -135,10 +135,10 @@ def image_bounds(map, low, high, sizes, SPEC: tl.constexpr):
 def has_interior_path(spec):
     """Whether a kernel has a second path for blocks that read nothing outside the image.
 
-    Of matrices that is known in advance. Of 64 taps two paths would be a large program, and float64 is bound
-    by its arithmetic.
+    Of matrices that is known in advance. Of 64 taps two paths would be a large program, as they would be of
+    sub-samples, and float64 is bound by its arithmetic.
     """
-    matrix = plain(spec.source) in (Source.AFFINE, Source.PROJECTIVE)
+    matrix = plain(spec.source) in (Source.AFFINE, Source.PROJECTIVE) and not plain(spec.antialias)
     return matrix and plain(tap_count(spec)) ** plain(spec.dims) <= 16 and plain(spec.compute) == tl.float32
 
 
@@ -324,7 +324,7 @@ def preimage(map, center, radius, sizes, SPEC: tl.constexpr):
         extent = (sizes.output[axis] - 1).to(SPEC.compute)
         half = 0.5
         if SPEC.source == PROJECTIVE:
-            half = steps_per_unit(sizes.output[axis], SPEC).to(SPEC.compute) * 0.5
+            half = steps_per_unit(sizes, axis, SPEC).to(SPEC.compute) * 0.5
         error = (extent + 1.0) * ROUNDING
         first = bounds[axis][0] * half + (0.5 * extent - error)
         last = bounds[axis][1] * half + (0.5 * extent + error)

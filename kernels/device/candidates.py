@@ -11,10 +11,10 @@ import triton.language as tl
 
 from ..modes import Interpolation
 from ..spec import Work, constant, plain
-from . import sources
+from . import footprints, sources
 from .affine import affine_places, doubled_pixels, fixed_coordinate, fixed_place, rounded_entry
-from .arithmetic import AFFINE, BILINEAR, INFINITY, clamp, larger, smaller
-from .bounds import box_in_units, image_bounds, preimage
+from .arithmetic import AFFINE, BILINEAR, INFINITY, PROJECTIVE, clamp, larger, smaller
+from .bounds import preimage
 from .copies import (
     MOST_COPIES,
     appearance,
@@ -80,8 +80,11 @@ def map_places(map, out, sizes, SPEC: tl.constexpr):
 
 # --------------------------------------------------------------------------------------------- by pixel
 @triton.jit
-def visits_of(map, bounds, pixels, sizes, SPEC: tl.constexpr):
-    """The ``Visits`` of the outputs that can read each pixel, or what padding shows at ``pixels``."""
+def visits_of(map, bounds, pixels, part, sizes, SPEC: tl.constexpr):
+    """The ``Visits`` of the outputs that can read each pixel, or what padding shows at ``pixels``.
+
+    part: the outputs that count, from the first of them along each axis to the one after the last.
+    """
     RADIUS: tl.constexpr = radius_of(SPEC)
     center = ()
     radius = ()
@@ -101,18 +104,30 @@ def visits_of(map, bounds, pixels, sizes, SPEC: tl.constexpr):
     first = ()
     most = ()
     for axis in tl.static_range(SPEC.dims):
-        count = tl.where(pixels.exists, ranges[axis][1] - ranges[axis][0] + 1, 0)
+        begin, last = ranges[axis]
+        if SPEC.antialias:
+            begin = tl.maximum(begin, part[0][axis])
+            last = tl.minimum(last, part[1][axis] - 1)
+        count = tl.where(pixels.exists, last - begin + 1, 0)
         count = tl.maximum(tl.max(tl.max(count, 1), 0), 0)
         most += (count,)
         # all of them outputs: one too many has weight 0
-        first += (tl.maximum(tl.minimum(ranges[axis][0], sizes.output[axis] - count), 0),)
+        first += (tl.maximum(tl.minimum(begin, part[1][axis] - count), part[0][axis]),)
     cost = product(most, SPEC)
+    if SPEC.antialias and SPEC.source == PROJECTIVE:  # the grid is finer than any output's sub-samples
+        cost = footprints.outputs_within(most)
     if goes_by_steps(SPEC):
         cost = tl.where(map.fits, cost, INFINITY)
     distances = ()
     if weighs_by_distance(SPEC):
         distances = distances_of(map, first, pixels, sizes, SPEC)
     return Visits(first, most, cost, distances)
+
+
+@triton.jit
+def whole(grid):
+    """All outputs of a grid."""
+    return (0, 0, 0), grid.output
 
 
 @triton.jit
@@ -154,19 +169,19 @@ def product(numbers, SPEC: tl.constexpr):
 @triton.jit
 def map_and_bounds(params, n, t, sizes, SPEC: tl.constexpr):
     """The map of transform t of image n, and where all its outputs are read."""
-    map = sources.map_of(params, n, t, sizes, SPEC)
+    map = footprints.map_of(params, n, t, sizes, SPEC)
     first = ()
     last = ()
     for axis in tl.static_range(SPEC.dims):
         first += (sizes.output[axis] * 0,)
         last += (sizes.output[axis] - 1,)
-    low, high = box_in_units(first, last, sizes, SPEC)
-    return map, image_bounds(map, low, high, sizes, SPEC)
+    return map, footprints.bounds_of(map, first, last, sizes, SPEC)
 
 
 @triton.jit
 def find_candidates(map, bounds, pixels, sizes, SPEC: tl.constexpr):
     """The ``Candidates`` of a block of pixels."""
+    grid = footprints.grid_of(map, sizes, SPEC)
     visits = ()
     ranges = ()
     copies = 1
@@ -179,9 +194,9 @@ def find_candidates(map, bounds, pixels, sizes, SPEC: tl.constexpr):
                 number = copy_number(i, ranges, SPEC)
                 if shows_tile(pixels, number, bounds, sizes, SPEC):
                     shown = shown_pixels(pixels, number, sizes, SPEC)
-                    cost += visits_of(map, bounds, shown, sizes, SPEC).cost
+                    cost += visits_of(map, bounds, shown, whole(grid), grid, SPEC).cost
     else:
-        visits = visits_of(map, bounds, pixels, sizes, SPEC)
+        visits = visits_of(map, bounds, pixels, whole(grid), grid, SPEC)
         cost = visits.cost
     return Candidates(map, bounds, ranges, copies, visits, cost)
 

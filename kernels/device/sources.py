@@ -70,10 +70,10 @@ def outputs_of(b, sizes, SPEC: tl.constexpr):
 
 # ------------------------------------------------------------------------------------ normalised units
 @triton.jit
-def normalised(o, size, SPEC: tl.constexpr):
+def normalised(o, sizes, axis: tl.constexpr, SPEC: tl.constexpr):
     """The normalised coordinate of output pixel ``o``, rounded once; 0 on an axis of one pixel."""
-    e = steps_per_unit(size, SPEC).to(SPEC.compute)
-    return whole_quotient(doubled(o, size).to(SPEC.compute), e, SPEC)
+    e = steps_per_unit(sizes, axis, SPEC).to(SPEC.compute)
+    return whole_quotient(doubled(o, sizes.output[axis]).to(SPEC.compute), e, SPEC)
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def normalised_pixels(out, sizes, SPEC: tl.constexpr):
     """(x, y[, z], 1) of the output pixels: what a matrix is multiplied by."""
     pixels = ()
     for axis in tl.static_range(SPEC.dims):
-        pixels += (normalised(out[axis], sizes.output[axis], SPEC),)
+        pixels += (normalised(out[axis], sizes, axis, SPEC),)
     return pixels + (tl.full(out[0].shape, 1.0, SPEC.compute),)
 
 
@@ -234,10 +234,13 @@ def projective_backward(rows, gradients, pixels, SPEC: tl.constexpr):
 
 @triton.jit
 def zero_sums(SPEC: tl.constexpr):
-    """What ``add_gradient`` adds a matrix's gradient to: ``dims`` sums for each row and pixel."""
+    """What ``add_gradient`` adds a matrix's gradient to: ``dims`` sums for each row and pixel.
+
+    With sub-samples as many follow, for their distances from the pixel's centre.
+    """
     sums = ()
     if SPEC.source_grad:
-        for _ in tl.static_range(matrix_rows(SPEC) * SPEC.dims):
+        for _ in tl.static_range(matrix_rows(SPEC) * SPEC.dims * (2 if SPEC.antialias else 1)):
             sums += (tl.zeros([SPEC.rows * SPEC.columns, 1], SPEC.compute),)
     return sums
 
@@ -294,9 +297,11 @@ def store_sums(partial, sums, work, scales, sizes, SPEC: tl.constexpr):
                     share = sums[SPEC.dims * r + k]
                 else:
                     share += sums[SPEC.dims * r + k] * (2.0 * SPEC.rows)
+            if SPEC.antialias and k < SPEC.dims:
+                share += sums[SPEC.dims * (ROWS + r) + k]
             found = tl.sum(tl.sum(share, 1), 0)
             if k < SPEC.dims:
-                found = true_divide(found, steps_per_unit(sizes.output[k], SPEC).to(SPEC.compute), SPEC)
+                found = true_divide(found, steps_per_unit(sizes, k, SPEC).to(SPEC.compute), SPEC)
             tl.store(base + programs * (r * (SPEC.dims + 1) + k), found * scale)
 
 

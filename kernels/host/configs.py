@@ -180,7 +180,7 @@ def choose(device: torch.device, problem: Problem) -> Tile:
         problem
     )
     taps = (
-        1 if interpolation == Interpolation.NEAREST else 2 if interpolation == Interpolation.BILINEAR else 4
+        1 if interpolation == Interpolation.NEAREST else 4 if interpolation == Interpolation.BICUBIC else 2
     ) ** dims
     if device.type == "cpu":
         tile = _interpreter_tile(channels, rows, columns)

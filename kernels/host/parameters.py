@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
-from ..modes import Source
+from ..modes import MOST_SAMPLES, Interpolation, Source
 
 DENSE = (Source.GRID, Source.FLOW)
 
@@ -52,12 +52,19 @@ def source_strides(source: int, params: torch.Tensor) -> tuple[int, ...]:
     return stride_n, strides[1] if params.dim() == 4 else 0, strides[-2], strides[-1], 0
 
 
-def has_fixed_point(source: int, compute: tl.dtype, *sizes: Sequence[int]) -> bool:
+def has_fixed_point(
+    source: int,
+    compute: tl.dtype,
+    in_size: Sequence[int],
+    size: Sequence[int],
+    interpolation: int = Interpolation.BILINEAR,
+) -> bool:
     """Whether coordinates can be fixed-point numbers: in float32, which counts pixels up to 2^24."""
+    samples = MOST_SAMPLES if interpolation == Interpolation.AVERAGED else 1
     return (
         source in (Source.AFFINE, Source.FLOW)
         and compute == tl.float32
-        and all(size <= 2**24 for spatial in sizes for size in spatial)
+        and max(*in_size, *(samples * n for n in size)) <= 2**24
     )
 
 

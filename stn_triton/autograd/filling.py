@@ -7,7 +7,8 @@ image,
     zeros:   sample(I) + (1 - w) fill,   w = sample(1)
     border:  sample(I) where the centre is inside, else fill
 
-and is converted at the end. Samples that are rounded to integers have no derivatives.
+and is converted at the end. Where border padding is averaged over footprints, each sub-sample has a centre:
+that is plain PyTorch. Samples that are rounded to integers have no derivatives.
 """
 
 from __future__ import annotations
@@ -46,13 +47,18 @@ def _in_parts(
         return (_SampleAs.apply if is_transformed() else _SampleAs.forward)(*constant, *rest)
     if not _is_tracked(tensors):
         return _SampleAs.forward(*tensors, *rest)
+    by_centres = fill is not None and reference.fills_centres(padding, input.dim() - 2)
+    if by_centres and interpolation == Interpolation.AVERAGED:
+        matrix = params, Source(source), tuple(size), padding, align_corners
+        samples = reference.sample_averages(input, *matrix, fill)
+        return (samples if ops.has_transforms(params, source) else samples.squeeze(1)).to(dtype)
     place = Source(source), size, Interpolation(interpolation), padding, align_corners, control_points
     samples = sample(input, params, *place)
     if fill is not None:
         dims, compute = input.dim() - 2, reference.compute_dtype(input, params)
         one = distributed.replicated(torch.ones((), dtype=compute, device=input.device), input)
         ones = one.expand(input.shape[0], 1, *input.shape[2:])
-        if reference.fills_centres(padding, dims):
+        if by_centres:
             zeros = (one - 1).expand(input.shape[0], 1)
             nearest = source, size, int(Interpolation.NEAREST), padding, align_corners, torch.uint8
             inside = _SampleAs.run(ones, params, control_points, zeros, *nearest)

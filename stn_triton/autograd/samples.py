@@ -40,6 +40,19 @@ class _Place(NamedTuple):
         return self.modes[0] == Interpolation.NEAREST
 
     @property
+    def averages(self) -> bool:
+        """Whether samples are averages. Those of a matrix are no function of the pixels' coordinates alone:
+        what is not a first derivative is taken in plain PyTorch."""
+        return self.modes[0] == Interpolation.AVERAGED
+
+    def sample(self, input: Tensor, params: Tensor) -> tuple[Tensor]:
+        """The averages, in plain PyTorch."""
+        found = reference.sample_averages(
+            input, params, Source(self.source), tuple(self.size), *self.modes[1:]
+        )
+        return (found if ops.has_transforms(params, self.source) else found.squeeze(1),)
+
+    @property
     def image(self) -> tuple[Any, ...]:
         return self.source, self.in_shape, self.channels_last, *self.modes
 
@@ -54,6 +67,8 @@ def _directional(
 ) -> Tensor | None:
     """The samples' derivative in the direction of (input, params, control_points)'s tangents; None for 0."""
     of_input, *of_source = tangents
+    if place.averages:
+        return _averages_along(input, params, tangents, place)
     coord_tangent = None
     if not place.steps:
         batch, align_corners = place.in_shape[0], place.modes[2]
@@ -88,6 +103,8 @@ def _second(
     input_grad, *source_grad = wanted
     if place.steps or grad_output is None:
         return None, None, None
+    if place.averages:
+        return _second_of_averages(grad_output, input, params, tangents, place, wanted)
     dtype, align_corners = reference.compute_dtype(grad_output, params), place.modes[2]
     batch = place.in_shape[0]
     coord_tangent = coord_tangent_of(
@@ -125,6 +142,41 @@ def _second(
         by_params if source_grad[0] else None,
         by_controls if source_grad[1] else None,
     )
+
+
+def _averages_along(input: Tensor | None, params: Tensor, tangents: Tensors, place: _Place) -> Tensor | None:
+    """``_directional`` of averages, which are linear in the image."""
+    of_input, of_params, _ = tangents
+    found = None
+    if of_input is not None:
+        found = _Sample.run(of_input, params, None, place.source, place.size, *place.modes)
+    if of_params is not None:
+        (more,) = jacobian_vector(place.sample, (input, params), (None, of_params), (True,))
+        found = added(found, more)
+    return found
+
+
+def _second_of_averages(
+    grad_output: Tensor,
+    input: Tensor | None,
+    params: Tensor,
+    tangents: Tensors,
+    place: _Place,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, None]:
+    """``_second`` of averages: the derivative of <grad_output, averages along the direction>."""
+    image = grad_output.new_zeros(()).expand(place.in_shape) if input is None else input
+    of_image, of_params, _ = tangents
+    if of_image is None and of_params is None:
+        return None, None, None
+    # linear in the image: that of the parameters alone makes d image, and none is made without
+    needed = wanted[0] and of_params is not None, wanted[1]
+
+    def along(image: Tensor, params: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(jacobian_vector(place.sample, (image, params), (of_image, of_params), (True,)))
+
+    by_image, by_params = vector_jacobian(along, (image, params), needed, (grad_output,))
+    return by_image, by_params, None
 
 
 class _SampleHvp(Function):
@@ -288,6 +340,8 @@ class _SampleJvp(Function):
 def _zero_samples(image: Tensor, params: Tensor, control_points: Tensor | None, place: _Place) -> Tensor:
     """What an image of zeros gives: mapped over where the image or the source is."""
     zeros = image.new_zeros(()).expand(image.shape)
+    if place.averages:
+        return _Sample.run(zeros, params, control_points, place.source, place.size, *place.modes)
     return _SampleJvp.run(None, zeros, params, control_points, None, place.source, place.size, *place.modes)
 
 

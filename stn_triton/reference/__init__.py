@@ -10,7 +10,7 @@ Shapes: input (N, C, *in_size); grid (N, T, *size, dims), normalised, x first; s
 
 from ..kernels.host.dtypes import compute_dtype, sample_dtype
 from .filling import fill_centres, fill_taps, fills_centres, rounded
-from .operators import sample, sample_as, sample_backward, sample_hvp, sample_jvp
+from .operators import sample, sample_as, sample_averages, sample_backward, sample_hvp, sample_jvp
 from .sources import coordinates, coordinates_backward, projective_jvp, spline_control_jvp
 from .taps import sample_taps
 
@@ -25,8 +25,9 @@ __all__ = [
     "rounded",
     "sample",
     "sample_as",
-    "sample_dtype",
+    "sample_averages",
     "sample_backward",
+    "sample_dtype",
     "sample_hvp",
     "sample_jvp",
     "sample_taps",

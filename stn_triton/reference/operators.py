@@ -11,6 +11,7 @@ from .. import calls
 from ..kernels.host.dtypes import compute_dtype, sample_dtype
 from ..kernels.modes import Interpolation, Padding, Source
 from .filling import fill_centres, fill_taps, fills_centres, is_inside, rounded
+from .footprints import sub_samples
 from .sources import coordinates, coordinates_backward, flow_grid, pixel_scales, unnormalise
 from .taps import Taps, image_gradient, pixel_gradient, read_tap, sample_pixels, tap_weight, weight_along
 
@@ -89,15 +90,19 @@ def places(
     in_size: Sequence[int],
     align_corners: bool,
     dtype: torch.dtype,
+    offset: Tensor | None = None,
     *,
     in_pixels: bool,
 ) -> Tensor:
-    """Where the input is read, (N or 1, T, *size, dims): normalised, or in pixels. A flow adds pixels."""
+    """Where the input is read, (N or 1, T, *size, dims): normalised, or in pixels. A flow adds pixels.
+
+    offset: as of ``coordinates``.
+    """
     displacement = None
     if source == Source.FLOW:
         grid, displacement = flow_grid(params, align_corners, dtype)
     else:
-        grid = coordinates(source, params, control_points, size, align_corners, dtype)
+        grid = coordinates(source, params, control_points, size, align_corners, dtype, offset)
     if in_pixels:
         grid = unnormalise(grid, in_size, align_corners)
     elif displacement is not None:
@@ -124,11 +129,21 @@ def sample(
     padding: int,
     align_corners: bool,
     sampled: torch.dtype | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
-    """(N, T, C, *size) in the type ``sampled``, by default ``sample_dtype``. Sizes must not be 0."""
+    """(N, T, C, *size) in the type ``sampled``, by default ``sample_dtype``. Sizes must not be 0.
+
+    offset: as of ``coordinates``.
+    """
     dtype = compute_dtype(input, params)
     image, modes = input.to(dtype), (interpolation, padding, align_corners)
-    place = source, params, control_points, size, input.shape[2:], align_corners, dtype
+    if interpolation == Interpolation.AVERAGED:
+        linear = params, control_points, source, size, Interpolation.BILINEAR, padding, align_corners
+        total = torch.zeros((), dtype=dtype, device=input.device)
+        for s in sub_samples(source, params, size, input.shape[2:], align_corners, dtype):
+            total = total + s.weighted(sample(image, *linear, dtype, s.offset))
+        return total.to(sampled or sample_dtype(input))
+    place = source, params, control_points, size, input.shape[2:], align_corners, dtype, offset
     if _aten_fits(input.shape[2:], input.dtype, interpolation, padding, align_corners):
         grid = places(*place, in_pixels=False)
         forward, _ = _sampler(len(size))
@@ -151,18 +166,29 @@ def sample_as(
     padding: int,
     align_corners: bool,
     dtype: torch.dtype,
+    offset: Tensor | None = None,
 ) -> Tensor:
-    """(N, T, C, *size) in ``dtype``, with the fill, (N, C), in place of what lies outside the image."""
+    """(N, T, C, *size) in ``dtype``, with the fill, (N, C), in place of what lies outside the image.
+
+    offset: as of ``coordinates``.
+    """
     compute, in_size, dims = compute_dtype(input, params), input.shape[2:], len(size)
+    if interpolation == Interpolation.AVERAGED:
+        linear = source, size, Interpolation.BILINEAR, padding, align_corners, compute
+        image, samples = input.to(compute), torch.zeros((), dtype=compute, device=input.device)
+        for s in sub_samples(source, params, size, in_size, align_corners, compute):
+            one = sample_as(image, params, control_points, fill, *linear, s.offset)
+            samples = samples + s.weighted(one)
+        return rounded(samples, dtype)
     place = source, size, interpolation, padding, align_corners
-    samples = sample(input, params, control_points, *place, compute)
+    samples = sample(input, params, control_points, *place, compute, offset)
     if fill is not None and fills_centres(padding, dims):
-        at = source, params, control_points, size, in_size, align_corners, compute
+        at = source, params, control_points, size, in_size, align_corners, compute, offset
         inside = is_inside(places(*at, in_pixels=True), in_size, align_corners)
         samples = fill_centres(samples, inside.unsqueeze(2), fill.to(compute), dims)
     elif fill is not None:
         ones = torch.ones((), dtype=compute, device=input.device).expand(input.shape[0], 1, *in_size)
-        inside = sample(ones, params, control_points, *place)
+        inside = sample(ones, params, control_points, *place, compute, offset)
         samples = fill_taps(samples, inside, fill.to(compute), dims)
     return rounded(samples, dtype)
 
@@ -180,15 +206,20 @@ def sample_backward(
     input_grad: bool,
     params_grad: bool,
     control_grad: bool = False,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """d input, d params and d control points, as far as asked for, from d output, (N, T, C, *size).
 
-    The input may be None where d input alone is asked for.
+    The input may be None where d input alone is asked for. offset: as of ``coordinates``.
     """
     dtype = compute_dtype(grad_output, params)
+    if interpolation == Interpolation.AVERAGED:
+        wanted = input_grad, params_grad
+        modes = Interpolation.BILINEAR, padding, align_corners
+        return _averaged_backward(grad_output.to(dtype), input, params, source, in_size, modes, wanted)
     (batch, _, channels), size = grad_output.shape[:3], tuple(grad_output.shape[3:])
     modes = interpolation, padding, align_corners
-    place = source, params, control_points, size, in_size, align_corners, dtype
+    place = source, params, control_points, size, in_size, align_corners, dtype, offset
     g = _folded_images(grad_output, dtype)
     # a stand-in that takes no memory, of which ATen reads no values that matter
     image = g.new_zeros(()).expand(batch, channels, *in_size) if input is None else input.to(dtype)
@@ -215,8 +246,58 @@ def sample_backward(
         return by_input, by_params, None
     by_coordinates = by_coordinates.view(batch, -1, *size, len(size))
     return by_input, *coordinates_backward(
-        source, by_coordinates, params, control_points, align_corners, control_grad
+        source, by_coordinates, params, control_points, align_corners, control_grad, offset
     )
+
+
+def _averaged_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    params: Tensor,
+    source: Source,
+    in_size: Sequence[int],
+    modes: tuple[Interpolation, int, bool],
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None, None]:
+    """``sample_backward`` of averages: in the compute dtype, sub-sample by sub-sample."""
+    dtype, size = grad_output.dtype, tuple(grad_output.shape[3:])
+    image, matrix = None if input is None else input.to(dtype), params.to(dtype)
+    by_input = grad_output.new_zeros((grad_output.shape[0], grad_output.shape[2], *in_size))
+    by_params = torch.zeros_like(matrix)
+    for s in sub_samples(source, params, size, in_size, modes[2], dtype):
+        g = s.weighted(grad_output)
+        found = sample_backward(g, image, matrix, None, source, in_size, *modes, *wanted, False, s.offset)
+        for total, more in zip((by_input, by_params), found):
+            if more is not None:
+                total += more
+    return by_input if wanted[0] else None, by_params.to(params.dtype) if wanted[1] else None, None
+
+
+def sample_averages(
+    input: Tensor,
+    params: Tensor,
+    source: Source,
+    size: tuple[int, ...],
+    padding: int,
+    align_corners: bool,
+    fill: Tensor | None = None,
+) -> Tensor:
+    """``sample`` of averages, tap by tap: what autograd can differentiate again.
+
+    fill: (N, C), in place of sub-samples whose centre lies outside the image.
+    """
+    dtype, in_size = compute_dtype(input, params), input.shape[2:]
+    image, modes = input.to(dtype), (Interpolation.BILINEAR, padding, align_corners)
+    total = torch.zeros((), dtype=dtype, device=input.device)
+    for s in sub_samples(source, params, size, in_size, align_corners, dtype):
+        grid = places(source, params, None, size, in_size, align_corners, dtype, s.offset, in_pixels=True)
+        output = sample_pixels(image, _fold_transforms(grid, input.shape[0]), modes)
+        output = output.unflatten(2, (grid.shape[1], size[0])).movedim(2, 1)
+        if fill is not None:
+            inside = is_inside(grid, in_size, align_corners).unsqueeze(2)
+            output = fill_centres(output, inside, fill.to(dtype), len(size))
+        total = total + s.weighted(output)
+    return total.to(sample_dtype(input))
 
 
 def sample_jvp(

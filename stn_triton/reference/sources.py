@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..kernels.modes import Source
 
@@ -25,13 +26,19 @@ def _base_coordinates(size: tuple[int, ...], align_corners: bool, like: Tensor) 
     return axes
 
 
-def _base_points(size: tuple[int, ...], align_corners: bool, like: Tensor) -> Tensor:
-    """(P, dims + 1): (x, y[, z], 1) of all output pixels."""
+def base_points(
+    size: tuple[int, ...], align_corners: bool, like: Tensor, offset: Tensor | None = None
+) -> Tensor:
+    """(P, dims + 1): (x, y[, z], 1) of all output pixels.
+
+    offset: by how much they are moved, (N, T, *size, dims), or with 1s for sizes: (N, T, P, dims + 1) then.
+    """
     axes = [axis.expand(size) for axis in _base_coordinates(size, align_corners, like)]
-    return torch.stack([*axes, torch.ones_like(axes[0])], -1).flatten(0, -2)
+    points = torch.stack([*axes, torch.ones_like(axes[0])], -1).flatten(0, -2)
+    return points if offset is None else points + pad(offset, (0, 1)).flatten(2, -2)
 
 
-def _horizon(matrix: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+def horizon(matrix: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
     """1 / w of every point, (N, T, P), and whether w can be told from 0; the kernels' rule and reason."""
     row = matrix[..., 2, :].unsqueeze(-2)
     w = (row * base).sum(-1)
@@ -59,8 +66,11 @@ def coordinates(
     size: tuple[int, ...],
     align_corners: bool,
     dtype: torch.dtype,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """The normalised grid (N or 1, T, *size, dims) of a source, in ``dtype``.
+
+    offset: of matrices, how far from the pixels' middles, normalised: (N or 1, T, *size, dims), or with 1s.
 
     GRID: params (N, *size, dims). AFFINE: (N, [T,] dims, dims + 1). PROJECTIVE: (N, [T,] 3, 3). TPS:
     coefficients (N, [T,] K + 3, 2), control points (K, 2). (A flow is in pixels: see ``operators.places``.)
@@ -69,7 +79,7 @@ def coordinates(
     if source == Source.GRID:
         return params.unsqueeze(1)
     matrix = params.unsqueeze(1) if params.dim() == 3 else params
-    base = _base_points(size, align_corners, params)
+    base = base_points(size, align_corners, params, offset)
     if source == Source.TPS:
         assert control_points is not None
         controls = control_points.shape[0]
@@ -79,7 +89,7 @@ def coordinates(
     else:
         grid = base @ matrix[..., : len(size), :].transpose(-1, -2)
         if source == Source.PROJECTIVE:
-            inverse, seen = _horizon(matrix, base)
+            inverse, seen = horizon(matrix, base)
             grid = torch.where(seen.unsqueeze(-1), grid * inverse.unsqueeze(-1), float("nan"))
     return grid.unflatten(2, size)
 
@@ -96,13 +106,14 @@ def coordinates_backward(
     control_points: Tensor | None,
     align_corners: bool,
     control_grad: bool = False,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The transpose of ``coordinates``: d params and d control points from d grid, (N, T, *size, dims)."""
     if source == Source.GRID:
         return grad_grid.squeeze(1).sum_to_size(params.shape).to(params.dtype), None
     size = tuple(grad_grid.shape[2:-1])
     g = grad_grid.flatten(2, -2)
-    base = _base_points(size, align_corners, g)
+    base = base_points(size, align_corners, g, offset)
     matrix = (params.unsqueeze(1) if params.dim() == 3 else params).to(g.dtype)
     by_controls = None
     if source == Source.TPS:
@@ -119,7 +130,7 @@ def coordinates_backward(
             by_controls = torch.cat(moves).to(control_points.dtype)
     else:
         if source == Source.PROJECTIVE:
-            inverse, seen = _horizon(matrix, base)
+            inverse, seen = horizon(matrix, base)
             grid = (base @ matrix[..., :2, :].mT) * inverse.unsqueeze(-1)
             placed = (seen & grid.isfinite().all(-1)).unsqueeze(-1)
             g = torch.where(placed, g * inverse.unsqueeze(-1), 0.0)
@@ -132,8 +143,8 @@ def coordinates_backward(
 
 def projective_jvp(homography: Tensor, tangent: Tensor, size: tuple[int, ...], align_corners: bool) -> Tensor:
     """How the coordinates of (N, T, 3, 3) move, (N, T, *size, 2): by 0 where nothing finite is seen."""
-    base = _base_points(size, align_corners, homography)
-    inverse, seen = _horizon(homography, base)
+    base = base_points(size, align_corners, homography)
+    inverse, seen = horizon(homography, base)
     grid = (base @ homography[..., :2, :].transpose(-1, -2)) * inverse.unsqueeze(-1)
     placed = (seen & grid.isfinite().all(-1)).unsqueeze(-1)
     terms = base @ tangent.transpose(-1, -2)
@@ -145,7 +156,7 @@ def spline_control_jvp(
     coefficients: Tensor, control_points: Tensor, tangent: Tensor, size: tuple[int, ...], align_corners: bool
 ) -> Tensor:
     """How the coordinates of (N, T, K + 3, 2) move with the control points, (N, T, *size, 2)."""
-    base = _base_points(size, align_corners, coefficients)
+    base = base_points(size, align_corners, coefficients)
     coord_tangent = torch.zeros_like(base[:, :2])
     for part, offset, log, _ in _spline_parts(control_points, base):
         slope = torch.where(offset.square().sum(-1) > 0, -2 * (log + 1), 0.0)
@@ -169,5 +180,5 @@ def flow_grid(flow: Tensor, align_corners: bool, dtype: torch.dtype) -> tuple[Te
     """The output's identity grid and the displacement, (1 and N, 1, *size, dims)."""
     size = tuple(flow.shape[2:])
     displacement = flow.to(dtype).movedim(1, -1).unsqueeze(1)
-    base = _base_points(size, align_corners, displacement)[:, :-1]
+    base = base_points(size, align_corners, displacement)[:, :-1]
     return base.view(1, 1, *size, len(size)), displacement
