@@ -52,6 +52,7 @@ ROWS = {
     "volume": Row("trilinear, forward", {"eager": 2, "compiled": 2}, 0.50),
     "volume-backward": Row("trilinear, backward", {"eager": 3, "compiled": 2}, 0.50),
     "small": Row("small, to 112 x 112, C 3", {"eager": 2, "compiled": 1, "grid_sample alone": 1}),
+    "antialias": Row("shrunk with antialias", {"eager": 1, "compiled": 1}),
     "other": Row("homographies, flows, libraries", {"eager": 1}),
 }
 
@@ -65,6 +66,7 @@ class Case:
     backward to both. ``shape`` is the image's, (N, C, *spatial); ``size`` the output's spatial size. The
     image has ``dtype``, a grid as well; other parameters are float32. ``shared``: one set of parameters for
     the batch. ``zoom``: about how much of the image's width is seen. ``fill``: what taps outside read.
+    ``antialias``: of affine maps.
     """
 
     row: str
@@ -81,6 +83,7 @@ class Case:
     shared: bool = False
     zoom: float = 0.9
     fill: float | None = None
+    antialias: bool = False
 
     @property
     def id(self) -> str:
@@ -90,12 +93,22 @@ class Case:
         words.append(dtype_name(self.dtype))
         words += [self.mode] * (self.mode != "bilinear") + [self.padding] * (self.padding != "zeros")
         words += ["fill"] * (self.fill is not None)
-        flags = ("channels_last", "align_corners", "deterministic", "shared")
+        flags = ("channels_last", "align_corners", "deterministic", "shared", "antialias")
         return "-".join(words + [flag for flag in flags if getattr(self, flag)])
 
     @property
     def dims(self) -> int:
         return len(self.size)
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """An output pixel's along each axis, in the order of ``size``: alike in all maps."""
+        if not self.antialias:
+            return (1,) * self.dims
+        in_size, size = (torch.tensor(n[::-1], dtype=torch.float64) for n in (self.shape[2:], self.size))
+        pixels = affine_matrices(1, self.dims, self.zoom)[0, :, :-1] * in_size[:, None] / size
+        lengths = pixels.norm(dim=0)
+        return tuple(min(max(math.ceil(length - 1e-3), 1), 16) for length in reversed(lengths.tolist()))
 
     @property
     def gradients(self) -> tuple[bool, bool]:
@@ -126,6 +139,7 @@ FRAMES = (8, 3, 1080, 1920)
 PHOTOGRAPHS = (8, 3, 1234, 1345)
 FILM = (32, 3, 1080, 1920)
 MAPS = (64, 256, 56, 56)
+SHRUNK = (64, 3, 448, 448)
 BF16 = torch.bfloat16
 
 
@@ -202,6 +216,9 @@ _LISTED = [
     case("small", "affine", "forward", 256, 1, 42, 42),
     case("small", "affine", "forward", 32, 3, 64, 64),
     case("small", "affine", "step", 32, 3, 112, 112),
+    case("antialias", "affine", "forward", *SHRUNK, size=(112, 112), antialias=True),
+    case("antialias", "affine", "step", *SHRUNK, size=(112, 112), antialias=True),
+    case("antialias", "affine", "image", *SHRUNK, size=(112, 112), antialias=True, channels_last=True),
     case("other", "projective", "forward", *FRAMES, align_corners=True),
     case("other", "flow", "forward", *FRAMES),
     case("other", "affine", "forward", *FRAMES, shared=True),

@@ -93,7 +93,8 @@ def grid_maker(case: Case, like: Tensor) -> Callable[[Tensor], Tensor]:
     if case.source == "grid":
         return lambda grid: grid
     if case.source == "affine":
-        shape = [1 if case.shared else case.shape[0], 1, *case.size]
+        finer = [n * samples for n, samples in zip(case.size, case.samples, strict=True)]
+        shape = [1 if case.shared else case.shape[0], 1, *finer]
         return functools.partial(F.affine_grid, size=shape, align_corners=case.align_corners)
     base = base_grid(case, like)
     if case.source == "flow":
@@ -127,6 +128,8 @@ def sample(case: Case, image: Tensor, grid: Tensor) -> Tensor:
     else:
         samples = F.grid_sample(torch.cat([wide, torch.ones_like(wide[:, :1])], 1), grid, **modes(case))
         samples = samples[:, :-1] + (1 - samples[:, -1:]) * case.fill
+    if case.antialias:  # the grid is the finer one that ``grid_maker`` has made: PyTorch has nothing of the kind
+        samples = (F.avg_pool2d if case.dims == 2 else F.avg_pool3d)(samples, case.samples)
     return samples if image.is_floating_point() else samples.round().to(image.dtype)
 
 
@@ -139,6 +142,8 @@ def ours(case: Case, inputs: Inputs) -> Sampler:
         options["fill"] = case.fill
     if case.source != "flow":
         options["size"] = case.size
+    if case.antialias:
+        options["antialias"] = True
     return functools.partial(getattr(stn, f"{case.source}_grid_sample"), **options)
 
 
@@ -244,6 +249,8 @@ def kornia(case: Case, inputs: Inputs) -> Sampler:
     that solves for the weights has the control points' places in the input as centres, which makes another
     spline than everybody's: its sampler gets the usual weights instead, by a product in place of the solving.
     """
+    if case.antialias:
+        raise Missing("kornia's warps do not average over footprints")
     if case.dims != 2 or case.source not in ("affine", "projective", "tps") or case.shared:
         raise Missing("kornia warps 2-D images by affine maps, homographies and splines, one for each image")
     if not case.align_corners:

@@ -40,7 +40,7 @@ def places_kernel(
     axis): the output pixel, and its places in the type of ``READING``: of the same ``SPEC`` or, for all bits
     of a fixed-point fraction, with float64.
     """
-    sizes = Sizes((in_width, in_height, in_depth), (out_width, out_height, out_depth), batch, 1, 1)
+    sizes = Sizes((in_width, in_height, in_depth), (out_width, out_height, out_depth), batch, 1, 1, (1, 1, 1))
     stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
     params = Params(source_ptr, stride_source, source_ptr, 0)
     program = tl.program_id(0)

@@ -104,7 +104,7 @@ def told_kernel(
 ):  # fmt: skip
     """Of each tile what ``is_interior`` tells, and whether all its pixels exist and read inside."""
     entries: tl.constexpr = 9 if SPEC.source == PROJECTIVE else 6
-    sizes = Sizes((in_width, in_height, 0), (out_width, out_height, 0), batch, 1, 1)
+    sizes = Sizes((in_width, in_height, 0), (out_width, out_height, 0), batch, 1, 1, (1, 1, 1))
     params = Params(source_ptr, (entries, 0, 3, 1, 0), source_ptr, 0)
     column_tile, row_tile, _, b = place_of_program(Tiling(column_tiles, row_tiles, 1, 1, STEPS))
     column = column_tile * SPEC.columns
@@ -249,7 +249,7 @@ def test_volumes(device, mode, steps):
 def ask_kernel(
     out_ptr, source_ptr, column, row, rows, in_width, in_height, out_width, out_height, SPEC: tl.constexpr
 ):
-    sizes = Sizes((in_width, in_height, 0), (out_width, out_height, 0), 1, 1, 1)
+    sizes = Sizes((in_width, in_height, 0), (out_width, out_height, 0), 1, 1, 1, (1, 1, 1))
     n = tl.program_id(0).to(tl.int64)
     map = sources.map_of(Params(source_ptr, (6, 0, 3, 1, 0), source_ptr, 0), n, n, sizes, SPEC)
     tl.store(out_ptr, is_interior(map, column, row, rows, sizes, SPEC).to(tl.int32))

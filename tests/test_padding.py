@@ -351,7 +351,7 @@ def test_copies(device, padding_mode, align_corners):
 @triton.jit
 def rows_kernel(starts_ptr, begin_ptr, end_ptr, SPEC: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """Of an image WIDTH wide and program_id + 1 high: the cells of each row around each pixel."""
-    sizes = Sizes((WIDTH, tl.program_id(0) + 1), (1, 1), 1, 1, 1)
+    sizes = Sizes((WIDTH, tl.program_id(0) + 1), (1, 1), 1, 1, 1, (1, 1, 1))
     lane = tl.arange(0, 64)[:, None]
     q = (lane % WIDTH, lane // WIDTH)
     for row in range(ROWS):
