@@ -128,7 +128,7 @@ def sample(case: Case, image: Tensor, grid: Tensor) -> Tensor:
     else:
         samples = F.grid_sample(torch.cat([wide, torch.ones_like(wide[:, :1])], 1), grid, **modes(case))
         samples = samples[:, :-1] + (1 - samples[:, -1:]) * case.fill
-    if case.antialias:  # the grid is the finer one that ``grid_maker`` has made: PyTorch has nothing of the kind
+    if case.antialias:  # PyTorch has nothing of the kind: the grid is the finer one of ``grid_maker``
         samples = (F.avg_pool2d if case.dims == 2 else F.avg_pool3d)(samples, case.samples)
     return samples if image.is_floating_point() else samples.round().to(image.dtype)
 

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from common import NAN, assert_close, checked_addresses, place, random_theta
+from common import NAN, assert_close, place, random_theta
 
 import stn_triton as stn
+from bench.interpreter import checked_addresses
 from stn_triton import backend
 from stn_triton.kernels.host import configs
 
@@ -266,3 +267,28 @@ def test_tracing_says_what_is_wrong():
     image, theta = torch.randn(1, 1, 4, 6), torch.eye(2, 3)[None]
     with pytest.raises(NotImplementedError, match="antialias=True cannot be exported"):
         torch.jit.trace(lambda image: stn.affine_grid_sample(image, theta, (2, 3), antialias=True), image)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+def test_each_sub_sample_takes_the_fill(device, either_backend, padding):
+    """Averages of samples that are filled, with gradients or without, and of bytes."""
+    image = torch.rand(1, 2, 13, 15, dtype=torch.float64, device=device)
+    theta = torch.tensor([[[1.43, 0.21, 0.3], [-0.13, 1.57, 0.1]]], dtype=torch.float64, device=device)
+    fill = torch.tensor([5.0, -6.0], dtype=torch.float64, device=device)
+    options = {"padding_mode": padding, "antialias": True}
+    filled = stn.affine_grid_sample(image, theta, (4, 5), fill=fill, **options)
+    steps = (theta[0, :, :2] * torch.tensor([[15.0], [13.0]], device=device)).norm(dim=0)
+    across, down = numbers(steps[0] / 5), numbers(steps[1] / 4)
+    fine = stn.affine_grid_sample(image, theta, (4 * down, 5 * across), fill=fill, padding_mode=padding)
+    torch.testing.assert_close(filled, torch.nn.functional.avg_pool2d(fine, (down, across)))
+    leaves = [tensor.clone().requires_grad_() for tensor in (image, theta, fill)]
+    tracked = stn.affine_grid_sample(*leaves[:2], (4, 5), fill=leaves[2], **options)
+    torch.testing.assert_close(tracked.detach(), filled)
+    fine = stn.affine_grid_sample(*leaves[:2], (4 * down, 5 * across), fill=leaves[2], padding_mode=padding)
+    pooled = torch.nn.functional.avg_pool2d(fine, (down, across))
+    weights = torch.randn_like(pooled)
+    for one, other in zip(*(torch.autograd.grad((y * weights).sum(), leaves) for y in (tracked, pooled))):
+        torch.testing.assert_close(one, other)
+    whole = stn.affine_grid_sample((255 * image).byte(), theta, (4, 5), fill=300, **options)
+    floats = stn.affine_grid_sample((255 * image).floor(), theta, (4, 5), fill=300, **options)
+    assert (whole - floats.clamp(max=255)).abs().max() <= 0.5 + 1e-4
