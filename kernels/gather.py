@@ -11,8 +11,10 @@ type: no atomics, no scratch, the same bits each time. There are two ways to vis
   clamped to, near-singular maps, horizons, NaN): blocks of outputs are bounded, those that may touch the tile
   are evaluated with a lane for each output, and summed for each pixel of the tile that they do touch.
 
-Which of them is decided for each tile and transform on the device. The result does not depend on it but for
-rounding. ``MATH.md`` has the proof of the bounds and the most work there can be.
+Which of them is decided for each tile and transform on the device. Of *mild* maps, as rotations are, nine
+outputs are known to hold all that read a pixel: they are visited without looking for them (``device/mild.py``).
+The result does not depend on the way but for rounding. ``MATH.md`` has the proof of the bounds and the most
+work there can be.
 """
 
 from typing import Any, NamedTuple
@@ -43,6 +45,7 @@ from .device.copies import (
     is_apart,
 )
 from .device.interpolation import axis_taps, radius_of, tap_count, weight_of_pixel
+from .device.mild import first_outputs, has_mild_way, mild_map, row_weights, tile_begins
 from .device.padding import extends_edges, is_periodic
 from .device.tiles import (
     blocks_of,
@@ -69,6 +72,15 @@ from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling, c
 
 # Blocks of outputs whose bounds are computed at a time.
 BLOCKS = constant(128)
+
+
+class Tile(NamedTuple):
+    """What a program does: blocks of pixels one below the other, and the first and last block of channels."""
+
+    column: Any
+    row: Any
+    steps: Any
+    blocks: Any
 
 
 class Gradients(NamedTuple):
@@ -317,10 +329,108 @@ def pixels_of_tile(column, row, sizes, SPEC: tl.constexpr):
     return Pixels(q, exists, (column,) + first_yz, (last_x,) + last_yz)
 
 
+@triton.jit
+def no_sums(UNROLL: tl.constexpr, SPEC: tl.constexpr):
+    """Of a block of pixels and UNROLL of channels: zeros."""
+    sums = ()
+    for _ in tl.static_range(UNROLL):
+        sums += (tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute),)
+    return sums
+
+
+@triton.jit
+def store(sums, target, block, pixels, sizes, UNROLL: tl.constexpr, SPEC: tl.constexpr):
+    """Writes UNROLL blocks of channels into the image ``target``."""
+    begin = target.pointer + offset_of(pixels.q, target.strides.pixel, SPEC.vector_grad, SPEC)
+    for k in tl.static_range(UNROLL):
+        c, exists = channel_block(block * UNROLL + k, sizes.channels, SPEC)
+        tl.store(begin + c * target.strides.c, rounded(sums[k], target.pointer), pixels.exists & exists)
+
+
+# -------------------------------------------------------------------------------------------- mild maps
+@triton.constexpr_function
+def goes_by_rows(spec):
+    """Whether a mild map's three rows of outputs are a loop: it needs half of the registers.
+
+    Where the nine weights are kept for other blocks of channels, and with channels last, it costs more.
+    """
+    return plain(spec.channels) == 1 and plain(spec.one_block)
+
+
+@triton.constexpr_function
+def mild_unroll(spec):
+    """Blocks of channels at a time: eight do not fit the registers beside nine weights that are kept."""
+    unroll = plain(spec.unroll)
+    return unroll if plain(spec.one_block) or unroll != 8 else 4
+
+
+@triton.jit
+def add_row(sums, weights, nothing, offset, gradients, block, sizes, SPEC: tl.constexpr):
+    """``sums`` plus what pixels get from three outputs side by side, of which the first is at ``offset``."""
+    UNROLL: tl.constexpr = mild_unroll(SPEC)
+    VECTOR: tl.constexpr = SPEC.vector_output
+    for i in tl.static_range(3):
+        along_x = tl.cast(gradients.strides.pixel[0], SPEC.index) * i
+        new = ()
+        for k in tl.static_range(UNROLL):
+            c, exists = channel_block(block * UNROLL + k, sizes.channels, SPEC)
+            plane = gradients.pointer + c * gradients.strides.c
+            # where x is innermost the distance is a constant, and part of the load instruction
+            if VECTOR == 1:
+                pointer = (plane + offset) + along_x
+            else:
+                pointer = plane + tl.multiple_of(offset + along_x, (VECTOR, VECTOR))
+            g = tl.load(pointer, (weights[i] > nothing) & exists, other=0.0).to(SPEC.compute)
+            new += (sums[k] + weights[i] * g,)
+        sums = new
+    return sums
+
+
+@triton.jit
+def add_nine(mild, at, pixels, gradients, block, sizes, SPEC: tl.constexpr):
+    """The sums that pixels get of a block of channels from the nine outputs of each."""
+    VECTOR: tl.constexpr = SPEC.vector_output
+    first, distances = first_outputs(mild, at, pixels, sizes, SPEC)
+    begin = offset_of(first, gradients.strides.pixel, VECTOR, SPEC)
+    along_y = tl.cast(gradients.strides.pixel[1], SPEC.index)
+    sums = no_sums(mild_unroll(SPEC), SPEC)
+    # 0, which the compiler cannot know: to compare anew for each block costs less than to keep flags
+    nothing = tl.where(block < 0, 1.0, 0.0)
+    if goes_by_rows(SPEC):
+        for _ in range(tl.minimum(sizes.output[1], 3)):  # 3, which the compiler would unroll
+            weights, distances = row_weights(mild, distances, SPEC)
+            sums = add_row(sums, weights, nothing, begin, gradients, block, sizes, SPEC)
+            begin += along_y
+    else:
+        for row in tl.static_range(3):
+            weights, distances = row_weights(mild, distances, SPEC)
+            offset = tl.multiple_of(begin + along_y * row, (VECTOR, VECTOR))
+            sums = add_row(sums, weights, nothing, offset, gradients, block, sizes, SPEC)
+    return sums
+
+
+@triton.jit
+def write_mild(mild, tile, gradients, target, sizes, SPEC: tl.constexpr):
+    """What a program writes, of a mild map."""
+    UNROLL: tl.constexpr = mild_unroll(SPEC)
+    first_block = tile.blocks[0] * (SPEC.unroll // UNROLL)
+    end = tile.blocks[1] * (SPEC.unroll // UNROLL)
+    for step in range(tile.steps):
+        pixels = pixels_of_tile(tile.column, tile.row + step * SPEC.rows, sizes, SPEC)
+        at, touches = tile_begins(mild, pixels, sizes, SPEC)
+        if touches:
+            for block in range(first_block, end):
+                sums = add_nine(mild, at, pixels, gradients, block, sizes, SPEC)
+                store(sums, target, block, pixels, sizes, UNROLL, SPEC)
+        else:
+            for block in range(first_block, end):
+                store(no_sums(UNROLL, SPEC), target, block, pixels, sizes, UNROLL, SPEC)
+
+
 @triton.jit(**SPECIALIZATION)
 def gather_backward_kernel(
     grad_output_ptr, grad_input_ptr, source_ptr,
-    stride_output_n, stride_output_t, stride_output_c, stride_output_x, stride_output_y, stride_output_z,
+    stride_output_n, stride_output_t, stride_output_c, stride_sampled_x, stride_output_y, stride_output_z,
     stride_grad_n, stride_grad_c, stride_grad_x, stride_grad_y, stride_grad_z,
     stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4,
     in_width, in_height, in_depth, out_width, out_height, out_depth, batch, transforms, channels,
@@ -333,44 +443,43 @@ def gather_backward_kernel(
     """
     in_size = (in_width, in_height, in_depth)
     sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels, (1, 1, 1))
-    stride_output = (stride_output_x, stride_output_y, stride_output_z)
+    stride_output = (stride_sampled_x, stride_output_y, stride_output_z)
     output = Strides(stride_output_n, stride_output_t, stride_output_c, stride_output)
-    stride_grad = (stride_grad_x, stride_grad_y, stride_grad_z)
-    grad_input = Image(grad_input_ptr, Strides(stride_grad_n, 0, stride_grad_c, stride_grad))
+    grad = Strides(stride_grad_n, 0, stride_grad_c, (stride_grad_x, stride_grad_y, stride_grad_z))
     stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
     params = Params(source_ptr, stride_source, source_ptr, 0)
 
     tiling = Tiling(column_tiles, row_tiles, splits, split_blocks, steps)
     column_tile, row_tile, split, image = place_of_program(tiling)
     n = image.to(tl.int64)
-    column = column_tile * SPEC.columns
     first = first_row(row_tile, steps * SPEC.rows, SPEC)
-    blocks = blocks_of(split, tiling, channels, SPEC)
+    steps = steps_from(first, steps, in_size, SPEC)
+    tile = Tile(column_tile * SPEC.columns, first, steps, blocks_of(split, tiling, channels, SPEC))
+    begin = grad_output_ptr + tl.multiple_of(n * stride_output_n, SPEC.vector_output)
+    target = Image(grad_input_ptr + tl.multiple_of(n * stride_grad_n, SPEC.vector_grad), grad)
     map, bounds = map_and_bounds(params, n, n * 0, sizes, SPEC)
-    for step in range(steps_from(first, steps, in_size, SPEC)):
-        pixels = pixels_of_tile(column, first + step * SPEC.rows, sizes, SPEC)
-        target = grad_input.pointer + tl.multiple_of(n * stride_grad_n, SPEC.vector_grad)
-        target += offset_of(pixels.q, stride_grad, SPEC.vector_grad, SPEC)
-        if finds_once(SPEC):
-            found = find_candidates(map, bounds, pixels, sizes, SPEC)
-        for block in range(blocks[0], blocks[1]):
-            sums = ()
-            for _ in tl.static_range(SPEC.unroll):
-                sums += (tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute),)
-            for t in range(transforms):
-                if not SPEC.one_transform:
-                    map, bounds = map_and_bounds(params, n, tl.cast(t, tl.int64), sizes, SPEC)
-                if not finds_once(SPEC):
-                    found = find_candidates(map, bounds, pixels, sizes, SPEC)
-                begin = n * stride_output_n + tl.cast(t, tl.int64) * stride_output_t
-                begin = tl.multiple_of(begin, SPEC.vector_output)
-                gradients = Gradients(grad_output_ptr + begin, output, block)
-                sums = add_transform(sums, found, pixels, gradients, sizes, SPEC)
-            for k in tl.static_range(SPEC.unroll):
-                c, real = channel_block(block * SPEC.unroll + k, channels, SPEC)
-                tl.store(
-                    target + c * stride_grad_c, rounded(sums[k], grad_input.pointer), pixels.exists & real
-                )
+    is_mild = tl.full([], 0, tl.int1)
+    if has_mild_way(SPEC):
+        mild = mild_map(map, bounds, sizes, SPEC)
+        is_mild = mild.holds
+        if is_mild:
+            write_mild(mild, tile, Image(begin, output), target, sizes, SPEC)
+    if not is_mild:
+        for step in range(steps):
+            pixels = pixels_of_tile(tile.column, first + step * SPEC.rows, sizes, SPEC)
+            if finds_once(SPEC):
+                found = find_candidates(map, bounds, pixels, sizes, SPEC)
+            for block in range(tile.blocks[0], tile.blocks[1]):
+                sums = no_sums(SPEC.unroll, SPEC)
+                for t in range(transforms):
+                    if not SPEC.one_transform:
+                        map, bounds = map_and_bounds(params, n, tl.cast(t, tl.int64), sizes, SPEC)
+                    if not finds_once(SPEC):
+                        found = find_candidates(map, bounds, pixels, sizes, SPEC)
+                    by_transform = tl.multiple_of(tl.cast(t, tl.int64) * stride_output_t, SPEC.vector_output)
+                    gradients = Gradients(begin + by_transform, output, block)
+                    sums = add_transform(sums, found, pixels, gradients, sizes, SPEC)
+                store(sums, target, block, pixels, sizes, SPEC.unroll, SPEC)
 
 
 @planned
@@ -443,6 +552,7 @@ def _plan(
             channels=tile.channels,
             unroll=tile.unroll,
             even_channels=channels % block == 0,
+            one_block=blocks == 1,
             one_transform=transforms == 1,
             vector_output=vector_width(grad_output, dims),
             vector_grad=vector_width(grad_input, dims),

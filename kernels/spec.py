@@ -191,7 +191,7 @@ class Taps(NamedTuple):
 # image is read or added to at sampled places: whether these are 1 decides which addresses are neighbours.
 _AXES = "xyz"
 CHANNEL_STRIDES = tuple(f"stride_{tensor}_c" for tensor in ("input", "output", "grad", "tangent"))
-ROW_STRIDES = ("stride_input_x", "stride_grad_x", "stride_tangent_x")
+ROW_STRIDES = ("stride_input_x", "stride_grad_x", "stride_tangent_x", "stride_sampled_x")
 UNSPECIALIZED = (
     *(f"{pointer}_ptr" for pointer in ("source", "control", "fill", "partial", "coord", "by_coord")),
     *(f"stride_source_{i}" for i in range(5)),

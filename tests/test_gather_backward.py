@@ -1,6 +1,8 @@
 """d image by gather: every way to find the outputs that read a pixel, against scatter in float64."""
 
 import itertools
+import math
+import sys
 import warnings
 
 import pytest
@@ -74,6 +76,58 @@ def test_planar(device, source, interpolation, padding, align_corners, way):
     grad_output = torch.randn(2, 2, 7, 6, dtype=torch.float64, device=device)
     result = gather(grad_output, params, (2, 2, 5, 7), modes, source, WAYS[way])
     assert_close(result, scatter(grad_output, params, (2, 2, 5, 7), modes, source))
+
+
+def _turned(degrees, zoom=1.0, x=0.0, y=0.0):
+    angle = math.radians(degrees)
+    cos, sin = zoom * math.cos(angle), zoom * math.sin(angle)
+    return [[cos, -sin, x], [sin, cos, y]]
+
+
+# theta -> whether three outputs along each axis hold all that read a pixel of an image of the same size
+MILD = {
+    "identity": (_turned(0), True),
+    "shifted": (_turned(0, x=0.13, y=-0.07), True),
+    "turned": (_turned(30, 1.1, 0.03), True),
+    "just_mild": (_turned(0, 0.6675), True),  # 2.996 outputs along each axis
+    "just_not": (_turned(0, 0.6665), False),  # 3.001
+    "zoomed_out": (_turned(20, 3.0), True),
+    "too_far_apart": (_turned(20, 9.0), False),  # distances would pass 2^31
+    "upside_down": (_turned(180, 0.9, 0.2), True),
+    "mirrored": ([[-1.0, 0.0, 0.3], [0.0, 1.0, 0.0]], True),
+    "sheared": ([[1.0, 0.3, 0.0], [0.0, 1.0, 0.0]], True),
+    "flat": ([[1.0, 1.0, 0.0], [1.0, 1.001, 0.0]], False),
+    "outside": (_turned(10, x=5.0, y=-40.0), True),
+}
+
+
+@pytest.mark.parametrize("channels, align_corners", [(2, False), (3, True)])
+def test_mild_maps(device, channels, align_corners):
+    """Nine outputs for each pixel, none looked for: tiles as on GPUs, on the image's rim and within it."""
+    theta = torch.tensor([theta for theta, _ in MILD.values()])
+    grad_output = torch.randn(len(MILD), channels, 18, 12)
+    shape, modes = tuple(grad_output.shape), (Interpolation.BILINEAR, Padding.ZEROS, align_corners)
+    with configs.override(rows=16, columns=8, channels=1, unroll=2):
+        result = gather(grad_output.to(device), theta.to(device), shape, modes).cpu()
+    for name, ours, exact in zip(MILD, result, scatter(grad_output, theta, shape, modes)):
+        assert (ours - exact).abs().max() < 3e-6, name
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="only the interpreter shows the way")
+def test_which_maps_are_mild(monkeypatch):
+    """Those of which three outputs along each axis are enough, and there are three."""
+    module, took = sys.modules[gather_backward.__module__], []
+    write_mild = module.write_mild
+    monkeypatch.setattr(module, "write_mild", lambda *args: (took.append(1), write_mild(*args))[1])
+    modes = Interpolation.BILINEAR, Padding.ZEROS, False
+    tries = [(name, 15, mild) for name, (_, mild) in MILD.items()]
+    for name, size, expected in (*tries, ("identity", 3, True), ("identity", 2, False), ("turned", 1, False)):
+        took.clear()
+        grad_output, theta = torch.randn(1, 1, size, size), torch.tensor([MILD[name][0]])
+        with configs.override(rows=16, columns=8):
+            result = gather(grad_output, theta, (1, 1, size, size), modes)
+        assert bool(took) == expected, f"{name}, {size}"
+        assert_close(result, scatter(grad_output, theta, (1, 1, size, size), modes))
 
 
 @pairwise

@@ -214,8 +214,12 @@ def is_regular(rows, determinant, size, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 @triton.jit
-def affine_preimage(rows, center, radius, sizes, SPEC: tl.constexpr):
-    """For each axis the lower and upper u of the outputs that can be read in a box."""
+def affine_inverse(rows, radius, sizes, SPEC: tl.constexpr):
+    """The inverse of an affine map: its entries, u by pixels, and how far in u a box of the input reaches.
+
+    ``radius``: the box's, in pixels. Outputs that can be read in it lie so far from its centre's; infinite
+    for a map that has no inverse.
+    """
     if SPEC.dims == 3:
         entries, determinant, size = adjugate(rows)
     else:
@@ -226,7 +230,7 @@ def affine_preimage(rows, center, radius, sizes, SPEC: tl.constexpr):
         determinant, size = minor(a, b, c, d)
         entries = (((d, tl.abs(d)), (-b, tl.abs(b))), ((-c, tl.abs(c)), (a, tl.abs(a))))
     regular = is_regular(rows, determinant, size, SPEC.dims, SPEC.dims)
-    inverse = 1.0 / tl.where(regular, determinant, 1.0)
+    scale = 1.0 / tl.where(regular, determinant, 1.0)
     slack = ()  # for the minors' roundings; the determinant's scales all bounds alike
     for j in tl.static_range(SPEC.dims):
         # no output reads farther from the last entry than the others and the radius reach
@@ -234,16 +238,30 @@ def affine_preimage(rows, center, radius, sizes, SPEC: tl.constexpr):
         for k in tl.static_range(SPEC.dims):
             distance += tl.abs(rows[j][k]) * largest_unit(sizes.output[k], SPEC)
         slack += (distance * ROUNDING,)
+    inverse = ()
+    reaches = ()
+    for i in tl.static_range(SPEC.dims):
+        row = ()
+        reach = 0.0
+        for j in tl.static_range(SPEC.dims):
+            entry = entries[i][j][0] * scale
+            row += (entry,)
+            reach += tl.abs(entry) * radius[j] + entries[i][j][1] * tl.abs(scale) * slack[j]
+        inverse += (row,)
+        reaches += (tl.where(regular, reach, INFINITY),)
+    return inverse, reaches
+
+
+@triton.jit
+def affine_preimage(rows, center, radius, sizes, SPEC: tl.constexpr):
+    """For each axis the lower and upper u of the outputs that can be read in a box."""
+    inverse, reaches = affine_inverse(rows, radius, sizes, SPEC)
     bounds = ()
     for i in tl.static_range(SPEC.dims):
         middle = 0.0
-        reach = 0.0
         for j in tl.static_range(SPEC.dims):
-            entry = entries[i][j][0] * inverse
-            middle += entry * (center[j] - rows[j][SPEC.dims])
-            reach += tl.abs(entry) * radius[j] + entries[i][j][1] * tl.abs(inverse) * slack[j]
-        reach = tl.where(regular, reach, INFINITY)
-        bounds += ((middle - reach, middle + reach),)
+            middle += inverse[i][j] * (center[j] - rows[j][SPEC.dims])
+        bounds += ((middle - reaches[i], middle + reaches[i]),)
     return bounds
 
 
