@@ -12,9 +12,9 @@ type: no atomics, no scratch, the same bits each time. There are two ways to vis
   are evaluated with a lane for each output, and summed for each pixel of the tile that they do touch.
 
 Which of them is decided for each tile and transform on the device. Of *mild* maps, as rotations are, nine
-outputs are known to hold all that read a pixel: they are visited without looking for them (``device/mild.py``).
-The result does not depend on the way but for rounding. ``MATH.md`` has the proof of the bounds and the most
-work there can be.
+outputs are known to hold all that read a pixel, and are visited without a search (``device/mild.py``). The
+result does not depend on the way but for rounding. ``MATH.md`` has the proof of the bounds and the most work
+there can be.
 """
 
 from typing import Any, NamedTuple
@@ -359,9 +359,10 @@ def goes_by_rows(spec):
 
 @triton.constexpr_function
 def mild_unroll(spec):
-    """Blocks of channels at a time: eight do not fit the registers beside nine weights that are kept."""
+    """Blocks of channels at a time: what fits the registers beside nine weights that are kept."""
+    most = 2 if plain(spec.channels) > 1 else 8 if plain(spec.one_block) else 4
     unroll = plain(spec.unroll)
-    return unroll if plain(spec.one_block) or unroll != 8 else 4
+    return unroll if unroll % most else min(unroll, most)
 
 
 @triton.jit
@@ -395,7 +396,7 @@ def add_nine(mild, at, pixels, gradients, block, sizes, SPEC: tl.constexpr):
     along_y = tl.cast(gradients.strides.pixel[1], SPEC.index)
     sums = no_sums(mild_unroll(SPEC), SPEC)
     # 0, which the compiler cannot know: to compare anew for each block costs less than to keep flags
-    nothing = tl.where(block < 0, 1.0, 0.0)
+    nothing = tl.where(sizes.channels + block < 0, 1.0, 0.0)
     if goes_by_rows(SPEC):
         for _ in range(tl.minimum(sizes.output[1], 3)):  # 3, which the compiler would unroll
             weights, distances = row_weights(mild, distances, SPEC)

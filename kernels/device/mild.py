@@ -22,6 +22,7 @@ from .interpolation import radius_of
 # Fractional bits of where outputs begin, and of distances in pixels; these are told modulo 2^32, 64 pixels.
 BEGIN_BITS = constant(22)
 DISTANCE_BITS = constant(26)
+DROPPED_BITS = constant(32 - 26)
 
 
 class Mild(NamedTuple):
@@ -81,7 +82,9 @@ def mild_map(map, bounds, sizes, SPEC: tl.constexpr):
         widths += (most - least + 7.0,)
         holds = holds & (widths[k] < 2.0**8)
     for r in tl.static_range(2):
-        farthest = 2.0 * (tl.abs(rows[r][0]) * widths[0] + tl.abs(rows[r][1]) * widths[1])
+        farthest = 0.0
+        for k in tl.static_range(2):
+            farthest += 2.0 * tl.abs(rows[r][k]) * widths[k]
         holds = holds & (farthest < 60.0)
     return Mild(map, holds, begins, slopes, spans)
 
@@ -108,6 +111,7 @@ def first_outputs(mild, at, pixels, sizes, SPEC: tl.constexpr):
     dy = pixels.q[1] - pixels.low[1]
     anchor = ()
     further = ()
+    first = ()
     for k in tl.static_range(2):
         whole = tl.floor(at[k])
         rest = ((at[k] - whole) * 2.0**BEGIN_BITS).to(tl.int32) + 2**BEGIN_BITS
@@ -117,18 +121,21 @@ def first_outputs(mild, at, pixels, sizes, SPEC: tl.constexpr):
         steps = (rest + (by_x * dx + by_y * dy)) >> BEGIN_BITS
         anchor += (index + 1,)
         further += (tl.minimum(tl.maximum(steps, -index), sizes.output[k] - 3 - index),)
+        first += (index + further[k],)
     u = doubled_pixels(anchor, sizes, SPEC)
     distances = ()
     for r in tl.static_range(2):
-        x = mild.map.high[r][2] + (2**5 - (pixels.low[r].to(tl.int64) << 32))
+        x = mild.map.high[r][2] + (2 ** (DROPPED_BITS - 1) - (pixels.low[r].to(tl.int64) << 32))
         for k in tl.static_range(2):
             x += rounded_entry(mild.map, r, k) * u[k]
-        distance = (x >> 6).to(tl.int32) - ((pixels.q[r] - pixels.low[r]) << DISTANCE_BITS)
+        distance = (x >> DROPPED_BITS).to(tl.int32) - ((pixels.q[r] - pixels.low[r]) << DISTANCE_BITS)
         for k in tl.static_range(2):
-            step = ((rounded_entry(mild.map, r, k) + 2**4) >> 5).to(tl.int32)
-            distance = distance + further[k] * step
-        distances += (distance.to(SPEC.compute) * 2.0**-26 - 2.0 * mild.map.rows[r][1],)
-    return (anchor[0] - 1 + further[0], anchor[1] - 1 + further[1]), distances
+            entry = rounded_entry(mild.map, r, k) + 2 ** (DROPPED_BITS - 2)
+            step = (entry >> (DROPPED_BITS - 1)).to(tl.int32)
+            # modulo 2^32, which is no mistake where Triton looks for overflows
+            distance = tl.add(distance, tl.mul(further[k], step, False), False)
+        distances += (distance.to(SPEC.compute) * 2.0**-DISTANCE_BITS - 2.0 * mild.map.rows[r][1],)
+    return first, distances
 
 
 @triton.jit
