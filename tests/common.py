@@ -7,8 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from stn_triton.kernels.modes import Interpolation
+
 MODES = ("bilinear", "nearest", "bicubic")
 PADDINGS = ("zeros", "border", "reflection")
+# Of one place; averages over footprints are made of bilinear samples, and have tests of their own.
+TAPPED = [code for code in Interpolation if code != Interpolation.AVERAGED]
 
 # How far a result may be from float64, relative to the largest entry: a few roundings of the result's
 # dtype, and for the sums (over up to about 10^4 products, in float32 or wider) their square root more.

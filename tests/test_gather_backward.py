@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from common import assert_close, number_of, pairwise, place, random_theta
+from common import TAPPED, assert_close, number_of, pairwise, place, random_theta
 
 from stn_triton import reference
 from stn_triton.kernels.device import affine, sources
@@ -22,9 +22,7 @@ from stn_triton.kernels.modes import Interpolation, Padding, Source
 from stn_triton.kernels.sample import sample_backward
 from stn_triton.kernels.spec import SPECIALIZATION, Sizes, Spec, Work
 
-# averages have tests of their own, in test_antialias.py
-TAPS = [code for code in Interpolation if code != Interpolation.AVERAGED]
-INTERPOLATIONS = pytest.mark.parametrize("interpolation", TAPS, ids=lambda i: i.name.lower())
+INTERPOLATIONS = pytest.mark.parametrize("interpolation", TAPPED, ids=lambda i: i.name.lower())
 PADDINGS = pytest.mark.parametrize("padding", list(Padding), ids=lambda p: p.name.lower())
 ALIGN = pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "centres"])
 # Outputs get the lanes beyond this many candidates: never, or always.

@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from common import MODES, affine_witness, assert_close, random_theta
+from common import MODES, TAPPED, affine_witness, assert_close, random_theta
 
 import stn_triton as stn
 from stn_triton.checks import INTERPOLATIONS, to_padding
@@ -258,7 +258,7 @@ def test_taps(device, padding_mode, align_corners):
 
 @EVERY
 @ALIGN
-@pytest.mark.parametrize("mode", list(Interpolation), ids=lambda m: m.name.lower())
+@pytest.mark.parametrize("mode", TAPPED, ids=lambda m: m.name.lower())
 def test_cells(device, padding_mode, align_corners, mode):
     """Of n taps, pixel q is read from cells q - n // 2 to q - n // 2 + n - 1, where the sorted sum looks.
 
@@ -339,7 +339,7 @@ def test_copies(device, padding_mode, align_corners):
 
     near = (index := random_places()[0]).abs() <= 4
     index, fraction = index[near], random_places()[1][near]
-    for mode in Interpolation:
+    for mode in TAPPED:
         weight, total = (torch.zeros(len(SIZES), len(index), 16, device=device) for _ in range(2))
         spec = spec_of(padding_mode, align_corners, mode)
         arguments = index.to(device), fraction.to(device), weight, total, len(index), spec
@@ -361,7 +361,7 @@ def rows_kernel(starts_ptr, begin_ptr, end_ptr, SPEC: tl.constexpr, WIDTH: tl.co
         tl.store(end_ptr + at, end)
 
 
-@pytest.mark.parametrize("mode", list(Interpolation), ids=lambda m: m.name.lower())
+@pytest.mark.parametrize("mode", TAPPED, ids=lambda m: m.name.lower())
 def test_wrapping_rows_of_cells(device, mode):
     """Each cell around a pixel is visited once, also where there are fewer than taps."""
     spec = spec_of(Padding.CIRCULAR, False, mode)
