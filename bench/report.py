@@ -165,9 +165,6 @@ def measure(launch: Launch) -> dict[str, Any]:
         "code": len(instructions),
         "by_function": dict(Counter(function_of(each.line) for each in instructions).most_common()),
     }
-    if "ptx" in compiled.asm:
-        kernel = executor.Kernel(compiled.asm["ptx"], compiled.metadata.shared)
-        result["machine_per_ptx"] = len(instructions) / sum(map(len, kernel.blocks))
     return result
 
 
@@ -180,6 +177,8 @@ def run(target: str, name: str, maps: tuple[str, ...] = ()) -> dict[str, Any]:
     row = measure(launch)
     if target == "sm_90" and name in HOT and maps:
         row["bytes"] = moved_bytes(launch) / case.pixels
+        kernel = executor.Kernel(launch.compiled.asm["ptx"], launch.compiled.metadata.shared)
+        row["machine_per_ptx"] = row["code"] / sum(map(len, kernel.blocks))
         works = counting.count(name, maps)
         row["work"] = {map: work._asdict() for map, work in works.items()}
         budgeted = {map: work for map, work in works.items() if map in counting.BUDGETED_MAPS}
