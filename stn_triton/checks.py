@@ -229,7 +229,14 @@ def check_fill(fill: object, input: Tensor, padding: int) -> Any:
     if not isinstance(fill, Tensor):
         number = to_number(fill)
         if number is None:
-            refuse(TypeError, "fill", "a number or a tensor", repr(fill))
+            many = isinstance(fill, Sequence) and not isinstance(fill, str)
+            hint = "a number for each channel is torch.tensor(fill)" if many else ""
+            refuse(TypeError, "fill", "a number or a tensor", repr(fill), hint)
+        if type(number) is int and not -(2**63) <= number < 2**63:
+            try:
+                return float(number)
+            except OverflowError:
+                refuse(ValueError, "fill", "a number that a float can hold", "one of more than 1024 bits")
         return number
     check_tensor("fill", fill, WHOLE_NUMBERS if input.dtype in INTEGERS else ())
     batch, channels = input.shape[:2]

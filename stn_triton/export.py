@@ -97,7 +97,7 @@ def sample(
     _refuse_averages(interpolation)
     modes = ops.named_modes(interpolation, padding, align_corners)
     output = reference.sample(input, params, control_points, Source(source), tuple(size), *modes)
-    return _as_images(output, input, params, source)
+    return as_images(output, input, params, source)
 
 
 def sample_as(
@@ -115,7 +115,7 @@ def sample_as(
     _refuse_averages(interpolation)
     place = Source(source), tuple(size), *ops.named_modes(interpolation, padding, align_corners)
     output = reference.sample_as(input, params, control_points, fill, *place, dtype)
-    return _as_images(output, input, params, source)
+    return as_images(output, input, params, source)
 
 
 def _refuse_averages(interpolation: int) -> None:
@@ -126,7 +126,7 @@ def _refuse_averages(interpolation: int) -> None:
         )
 
 
-def _as_images(output: Tensor, input: Tensor, params: Tensor, source: int) -> Tensor:
+def as_images(output: Tensor, input: Tensor, params: Tensor, source: int) -> Tensor:
     """(N, T, C, *size) as the operators return it."""
     if source != Source.GRID and ops.is_channels_last(input):
         last = output.dim() - 1  # TorchScript's ONNX takes no negative one

@@ -258,8 +258,8 @@ def affine_grid_sample(
         fill: what is taken outside the image: a number, or a tensor (C,) or (N, C) of any floating dtype.
             With "zeros" padding the taps outside read it (SciPy's "grid-constant", OpenCV's border value).
             With "border" a sample takes it if its coordinate is NaN or lies outside the image (ITK's default
-            pixel value): beyond -1 or 1. With a tuple of the two it goes by taps, along the axes with
-            "zeros". Other paddings leave nothing to fill.
+            pixel value): beyond -1 or 1. (With aligned corners an axis of one pixel has no outside.) With a
+            tuple of the two it goes by taps, along the axes with "zeros". Other paddings leave nothing.
         dtype: the dtype of samples. An image of integers has samples of its own dtype by default, rounded
             half to even and saturated; float32, float16 and bfloat16 are taken too. Other images have
             samples of their own dtype alone.
@@ -267,9 +267,9 @@ def affine_grid_sample(
             Then shrinking does not alias. It needs ``mode="bilinear"``. Along each axis of the output there
             are ``n = ceil(l - 1e-3)`` samples, 1 to 16, where l is the length in input pixels of a step of
             one output pixel. Sample k lies at ``(k + 1/2) / n - 1/2`` of that step from the pixel's middle.
-            So the identity to a size s times smaller is ``avg_pool2d(input, s)``, and a map that does not
-            shrink gives what it gives without. Samples outside the image follow the padding
-            and ``fill``.
+            So the identity to a size s times smaller is ``avg_pool2d(input, s)`` with
+            ``align_corners=False``, and a map that does not shrink gives what it gives without. Samples
+            outside the image follow the padding and ``fill``.
 
     Returns:
         (N, C, *size), or (N, T, C, *size) for T transforms, in ``dtype`` and the input's memory format.

@@ -284,6 +284,9 @@ def test_each_sub_sample_takes_the_fill(device, either_backend, padding):
     leaves = [tensor.clone().requires_grad_() for tensor in (image, theta, fill)]
     tracked = stn.affine_grid_sample(*leaves[:2], (4, 5), fill=leaves[2], **options)
     torch.testing.assert_close(tracked.detach(), filled)
+    last = leaves[0].contiguous(memory_format=torch.channels_last)
+    last = stn.affine_grid_sample(last, leaves[1], (4, 5), fill=leaves[2], **options)
+    assert last.is_contiguous(memory_format=torch.channels_last)
     fine = stn.affine_grid_sample(*leaves[:2], (4 * down, 5 * across), fill=leaves[2], padding_mode=padding)
     pooled = torch.nn.functional.avg_pool2d(fine, (down, across))
     weights = torch.randn_like(pooled)

@@ -236,7 +236,8 @@ def test_export(device):
         (ValueError, {"padding_mode": ("circular", "zeros"), "fill": 0}, "fill must be None unless padding_"),
         (TypeError, {"fill": "white"}, "fill must be a number or a tensor, got 'white'"),
         (TypeError, {"fill": True}, "fill must be a number or a tensor, got True"),
-        (TypeError, {"fill": [1, 2, 3]}, "fill must be a number or a tensor"),
+        (TypeError, {"fill": [1, 2, 3]}, "a number for each channel is torch.tensor(fill)"),
+        (ValueError, {"fill": 10**400}, "fill must be a number that a float can hold"),
         (TypeError, {"fill": torch.ones(3, dtype=torch.int64)}, "fill must be a floating-point tensor"),
         (ValueError, {"fill": torch.ones(2)}, "fill must be a number, (3,) or (2 or 1, 3) for this input"),
         (ValueError, {"fill": torch.ones(3, 3)}, "got shape (3, 3)"),
@@ -266,3 +267,19 @@ def test_nothing_comes_of_nothing(device):
                 samples = stn.affine_grid_sample(tracked, theta, size, padding_mode=padding, fill=1.0)
                 assert samples.shape == (*shape[:2], *size)
                 assert samples.dtype == tracked.dtype
+
+
+@pytest.mark.parametrize("fill", [-1e9, torch.finfo(torch.float32).min, -math.inf, math.nan])
+def test_what_no_tap_reads_changes_nothing(device, either_backend, fill):
+    """Inside the image neither samples nor gradients have a part of the fill, however large it is."""
+    assert (
+        stn.affine_grid_sample(torch.ones(1, 1, 2, 2), torch.full((1, 2, 3), 9.0), fill=10**30).max() > 1e29
+    )
+    image = torch.rand(1, 2, 9, 9, device=device)
+    results = []
+    for options in ({}, {"fill": fill}):
+        theta = torch.tensor([[[0.5, 0.1, 0.03], [-0.1, 0.5, 0.02]]], device=device).requires_grad_()
+        samples = stn.affine_grid_sample(image, theta, (6, 6), **options)
+        results.append((samples.detach(), *torch.autograd.grad(samples.square().sum(), theta)))
+    for with_fill, without in zip(*results):
+        assert torch.equal(with_fill, without)

@@ -51,7 +51,7 @@ def _in_parts(
     if by_centres and interpolation == Interpolation.AVERAGED:
         matrix = params, Source(source), tuple(size), padding, align_corners
         samples = reference.sample_averages(input, *matrix, fill)
-        return (samples if ops.has_transforms(params, source) else samples.squeeze(1)).to(dtype)
+        return export.as_images(samples, input, params, source).to(dtype)
     place = Source(source), size, Interpolation(interpolation), padding, align_corners, control_points
     samples = sample(input, params, *place)
     if fill is not None:

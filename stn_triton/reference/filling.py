@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..kernels.modes import Padding, paddings_of
 
-# Weights whose sum is 1, summed in float32, are off by less.
-_ROUNDING = 1e-5
+# Weights whose sum is 1 are off by less, in units of the dtype's rounding.
+_ROUNDINGS = 64
 
 
 def fills_centres(padding: int, dims: int) -> bool:
@@ -28,10 +28,12 @@ def is_inside(pixels: Tensor, in_size: Sequence[int], align_corners: bool) -> Te
 def fill_taps(samples: Tensor, inside: Tensor, fill: Tensor, dims: int) -> Tensor:
     """Samples with the fill, (N, C), in place of the taps outside, where ``inside`` is the others' weight.
 
-    inside: as the samples, with 1 channel. No part of a fill that is not finite is none.
+    inside: as the samples, with 1 channel. Of a fill that no tap reads nothing comes in, however large it is.
     """
     outside, fill = 1 - inside, _like_samples(fill, samples, dims)
-    return samples + torch.where(fill.isfinite() | (outside.abs() > _ROUNDING), outside * fill, 0.0)
+    some = outside.abs() > _ROUNDINGS * torch.finfo(outside.dtype).eps
+    # both are masked: the derivative of what is not taken would be 0 times what it is
+    return samples + torch.where(some, outside, 0.0) * torch.where(some, fill, 0.0)
 
 
 def fill_centres(samples: Tensor, inside: Tensor, fill: Tensor, dims: int) -> Tensor:
