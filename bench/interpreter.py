@@ -25,8 +25,8 @@ def quick_interpreter(overflow_checks=True):
     launch. It makes many objects, to no good of a frequent garbage collector. And where Python's stack
     happens to cross the end of a 16 KiB chunk in an inner loop, as it does under pytest and hypothesis,
     every call maps and unmaps a chunk: a launch here has a thread, and with it a stack, of its own. What it
-    asks of a type at each operation is asked once (``_remember_types``). Its checks of integer overflow can be
-    left out. Inside another one, this one's checks count.
+    asks of a type at each operation is asked once (``_remember_types``). Its checks of integer overflow can
+    be left out. Inside another one, this one's checks count.
     """
     if not backend.interpreting():
         yield
