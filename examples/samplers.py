@@ -55,9 +55,12 @@ def sampled_by_torch(
     mode: str = "bilinear",
     padding_mode: str = "zeros",
     align_corners: bool = False,
+    antialias: bool = False,
 ) -> Tensor:
     """``stn_triton.affine_grid_sample`` by PyTorch's two functions, on a grid. Several transforms of
     an image have a copy of it each: PyTorch's sampler has one grid for one image."""
+    if antialias:
+        raise ValueError("antialias must be False: PyTorch's sampler averages nothing")
     size = tuple(size or input.shape[2:])
     several = theta.dim() == 4
     if several:
