@@ -267,7 +267,8 @@ def test_two_interrupts(alarm):
                 alarm(chance.uniform(1e-6, longest / 4))
                 time.sleep(longest / 3)
         except Interrupt:
-            pass
+            with contextlib.suppress(Interrupt):  # on a busy machine the second one is late
+                time.sleep(longest / 3)
         alarm(0)
         assert not stn.patch._patch.blocks
         stn.patch_torch.disable()
