@@ -148,21 +148,22 @@ def forward_block(
 
 
 @triton.jit
-def sub_samples_of(work, step, sizes, SPEC: tl.constexpr):
-    """Block ``step`` of a program: which pixels, whether they exist, and the ``Footprint`` of each."""
+def sub_samples_of(input, output, work, step, sizes, SPEC: tl.constexpr):
+    """Block ``step`` of a program: its pixels, whether they exist, and the ``Footprint`` of each; where its
+    image begins, and where the pixels are in ``output``."""
     row = work.row + step * SPEC.rows
     out, mask = pixels_from(work.column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
-    return out, mask, footprints.footprint_of(work.map, out, mask, sizes, SPEC)
+    n, t = work.outputs[0]
+    offset = offset_of(out, output.strides.pixel, SPEC.vector_output, SPEC)
+    image = image_of(input, n, SPEC.vector_input)
+    footprint = footprints.footprint_of(work.map, out, mask, sizes, SPEC)
+    return out, mask, footprint, image, output_of(output, n, t, offset, SPEC)
 
 
 @triton.jit
 def averaged_block(input, output, fill, params, work, step, sizes, SPEC: tl.constexpr):
     """The averages of one block of pixels over their sub-samples."""
-    out, mask, footprint = sub_samples_of(work, step, sizes, SPEC)
-    n, t = work.outputs[0]
-    image = image_of(input, n, SPEC.vector_input)
-    offset = offset_of(out, output.strides.pixel, SPEC.vector_output, SPEC)
-    target = output_of(output, n, t, offset, SPEC)
+    out, mask, footprint, image, target = sub_samples_of(input, output, work, step, sizes, SPEC)
     for block in range(work.blocks[0], work.blocks[1]):
         values = ()
         for _ in tl.static_range(SPEC.unroll):
@@ -180,7 +181,8 @@ def averaged_block(input, output, fill, params, work, step, sizes, SPEC: tl.cons
                 read = exists & sample.exists
                 value = interpolate(plane, taps, input.strides, read, SPEC.vector_input, SPEC)
                 if SPEC.fill:
-                    value = tl.where(sample.exists, filled(value, outside, fill, n, c, exists, SPEC), 0.0)
+                    value = filled(value, outside, fill, work.outputs[0][0], c, exists, SPEC)
+                    value = tl.where(sample.exists, value, 0.0)
                 new += (values[k] + value,)
             values = new
         for k in tl.static_range(SPEC.unroll):
@@ -280,11 +282,7 @@ def backward_block(
 @triton.jit
 def averaged_backward_block(grad_output, input, sums, params, work, step, sizes, SPEC: tl.constexpr):
     """``sums`` with what a block of pixels adds to d params, sub-sample by sub-sample."""
-    out, mask, footprint = sub_samples_of(work, step, sizes, SPEC)
-    n, t = work.outputs[0]
-    image = image_of(input, n, SPEC.vector_input)
-    offset = offset_of(out, grad_output.strides.pixel, SPEC.vector_output, SPEC)
-    target = output_of(grad_output, n, t, offset, SPEC)
+    out, mask, footprint, image, target = sub_samples_of(input, grad_output, work, step, sizes, SPEC)
     zero = tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute)
     for number in range(footprint.most):
         sample = footprints.sample_of(number, footprint, out, SPEC)

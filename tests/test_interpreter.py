@@ -27,7 +27,7 @@ for dtype in (torch.float32, torch.bfloat16):
 """
 
 
-@pytest.mark.skipif(ON_GPU, reason="needs no GPU, or the interpreter is not used")
+@pytest.mark.skipif(ON_GPU, reason="tests run on the GPU that is there, not in the interpreter")
 def test_results_are_those_of_tritons_own():
     here = os.path.dirname(__file__)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])}

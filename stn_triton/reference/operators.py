@@ -135,14 +135,11 @@ def sample(
 
     offset: as of ``coordinates``.
     """
+    if interpolation == Interpolation.AVERAGED:
+        averages = source, size, interpolation, padding, align_corners, sampled or sample_dtype(input)
+        return sample_as(input, params, control_points, None, *averages)
     dtype = compute_dtype(input, params)
     image, modes = input.to(dtype), (interpolation, padding, align_corners)
-    if interpolation == Interpolation.AVERAGED:
-        linear = params, control_points, source, size, Interpolation.BILINEAR, padding, align_corners
-        total = torch.zeros((), dtype=dtype, device=input.device)
-        for s in sub_samples(source, params, size, input.shape[2:], align_corners, dtype):
-            total = total + s.weighted(sample(image, *linear, dtype, s.offset))
-        return total.to(sampled or sample_dtype(input))
     place = source, params, control_points, size, input.shape[2:], align_corners, dtype, offset
     if _aten_fits(input.shape[2:], input.dtype, interpolation, padding, align_corners):
         grid = places(*place, in_pixels=False)
