@@ -111,7 +111,9 @@ def test_mild_maps(device, channels, align_corners):
         assert (ours - exact).abs().max() < 3e-6, name
 
 
-@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="a device function is replaced: not in compiled code")
+@pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="a device function is replaced: not in compiled code"
+)
 def test_which_maps_are_mild(monkeypatch):
     """Those of which three outputs along each axis are enough, and there are three."""
     module, took = sys.modules[gather_backward.__module__], []
