@@ -12,18 +12,29 @@ import torch
 import stn_triton as stn
 from bench.interpreter import quick_interpreter
 
-def found(dtype):
+def samples(image, parameters, function, *options):
+    samples = function(image, parameters, *options)
+    return samples.detach(), *torch.autograd.grad(samples.float().square().sum(), (image, parameters))
+
+def found(function, parameters, dtype, *options):
     torch.manual_seed(0)
     image = torch.randn(1, 2, 5, 6, dtype=dtype, requires_grad=True)
-    theta = (torch.eye(2, 3)[None] + 0.3 * torch.randn(1, 2, 3)).requires_grad_()
-    samples = stn.affine_grid_sample(image, theta, (3, 4), "bilinear", "reflection")
-    return samples.detach(), *torch.autograd.grad(samples.float().square().sum(), (image, theta))
+    parameters = (parameters + 0.3 * torch.randn(parameters.shape)).to(torch.float32).requires_grad_()
+    return samples(image, parameters, function, *options)
 
-for dtype in (torch.float32, torch.bfloat16):
-    plain = found(dtype)
-    with quick_interpreter():
-        quick = found(dtype)
-    assert all(torch.equal(a, b) for a, b in zip(plain, quick)), dtype
+matrix, homography, flow = torch.eye(2, 3)[None], torch.eye(3)[None], torch.zeros(1, 2, 3, 4)
+cases = [
+    (stn.affine_grid_sample, matrix, torch.float32, (3, 4), "bicubic", "reflection"),
+    (stn.affine_grid_sample, matrix, torch.bfloat16, (3, 4), "bilinear", "zeros", True),
+    (stn.projective_grid_sample, homography, torch.float64, (3, 4), "bilinear", "circular"),
+    (stn.flow_grid_sample, flow, torch.float16, "bilinear", "border"),
+]
+for case in cases:
+    plain = found(*case)
+    for checks in (True, False) if case is cases[0] else (False,):
+        with quick_interpreter(checks):
+            quick = found(*case)
+        assert all(torch.equal(a, b) for a, b in zip(plain, quick)), (case, checks)
 """
 
 
