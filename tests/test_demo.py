@@ -11,6 +11,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 
+pytestmark = pytest.mark.xdist_group("demo")  # it runs once
+
 ROOT = Path(__file__).resolve().parent.parent
 CASES = (
     "affine, four crops",
