@@ -7,7 +7,7 @@ maps (``MAPS``). Counted for each pixel (of the output; of the gather: of the in
     lines, sectors = 128- and 32-byte pieces of memory that the warps' loads, stores and additions touch
 
 **Bounds**: what a pixel must take on an H200 by issue, by L1 and by DRAM; none has been timed here. The
-longest binds. DRAM's takes every tensor once.
+longest binds. DRAM's takes every tensor once. A training step is the sum of its launches'.
 
 **PyTorch**: ``pytorch_counts.json`` has the instructions of its kernels. Their time is taken as the longer of
 issue and bytes: its lines are not known, so that the predicted ratio is, if anything, too small.
@@ -152,6 +152,33 @@ def pytorch_time(name: str) -> float | None:
         return None
     issue = entry["instructions"] / 32 / SCHEDULERS * 1e12 / CLOCKS_PER_SECOND
     return max(issue, entry["bytes"] / BYTES_PER_SECOND * 1e12)
+
+
+class Step(NamedTuple):
+    """Picoseconds for each pixel of a training step's launches, one after the other."""
+
+    ours: float
+    kernels: float
+    """PyTorch's two sampling kernels alone."""
+    eager: float
+    """All that eager PyTorch launches."""
+
+
+def training_step(channels: int, ours: dict[str, float]) -> Step | None:
+    """Forward, d image and d theta of an affine map, planar float32; ``ours``: the least of each hot case.
+
+    None where a case was not counted.
+    """
+    cases = [
+        f"{direction}-affine-bilinear-nchw-c{channels}-f32" for direction in ("forward", "gather", "params")
+    ]
+    theirs = [pytorch_time(name) for name in cases[:2]]  # its backward kernel makes both gradients
+    if any(name not in ours for name in cases) or None in theirs:
+        return None
+    kernels = sum(time for time in theirs if time)
+    besides = [each for each in PYTORCH["besides"].values() if isinstance(each, list)]
+    moved = sum(fixed + each * channels for fixed, each in besides)
+    return Step(sum(ours[name] for name in cases), kernels, kernels + moved / BYTES_PER_SECOND * 1e12)
 
 
 def table(name: str, works: dict[str, Work], moved: float, ratio: float) -> list[str]:

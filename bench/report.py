@@ -228,11 +228,31 @@ def markdown(results: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
     for name, row in hot.items():
         works = {map: counting.Work(**work) for map, work in row["work"].items()}
         yield from counting.table(name, works, row["bytes"], row["machine_per_ptx"])
+    yield from _training_steps(hot)
     yield (
         "\nBounds and ratios are predictions for an H200 of "
         f"{counting.BYTES_PER_SECOND / 1e12:g} TB/s; nothing was timed. L1 binds by the friendlier of its "
         "two readings."
     )
+
+
+def _training_steps(hot: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Beside PyTorch's, for the map at which its kernels were counted."""
+    least = {}
+    for name, row in hot.items():
+        if work := row["work"].get(counting.BUDGETED_MAPS[0]):
+            least[name] = counting.bounds(counting.Work(**work), row["bytes"]).binding[1]
+    steps = {channels: counting.training_step(channels, least) for channels in (1, 3, 64)}
+    if not any(steps.values()):
+        return
+    yield "\n## A training step (forward, d image, d theta), least picoseconds for each pixel\n"
+    heads = ["channels", "ours", "PyTorch's two sampling kernels", "all of eager PyTorch"]
+    yield from _head([*heads, "predicted, kernels : ours", "predicted, eager : ours"])
+    for channels, step in steps.items():
+        if step:
+            cells = [f"{time:.1f}" for time in step]
+            cells += [f"{time / step.ours:.1f}" for time in (step.kernels, step.eager)]
+            yield "| " + " | ".join([str(channels), *cells]) + " |"
 
 
 def _head(names: Iterable[str]) -> Iterator[str]:

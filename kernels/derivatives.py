@@ -22,12 +22,13 @@ from .device import sources
 from .device.arithmetic import rounded
 from .device.direction import interpolate_grad_tangent, interpolate_tangent, scatter_tangent, weight_tangents
 from .device.interpolation import curvatures_of_axes, slopes_of_axes, taps_of_axes
+from .device.programs import image_of, kept_pixels, output_of, pixels_of, work_of
 from .device.sampling import interpolate, interpolate_grad
 from .device.tiles import channel_block, offset_of
 from .host import parameters
 from .host.launch import Plan, compute_dtypes, planned, vector_width
 from .host.parameters import coordinate_strides, image_strides, num_controls, output_strides, source_strides
-from .sample import cut, image_of, kept_pixels, output_of, pixels_of, work_of
+from .sample import cut
 from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling
 
 

@@ -59,6 +59,16 @@ def test_the_longest_bound_binds():
     assert bounds.binding == ("issue", bounds.issue)
 
 
+def test_a_training_step_is_its_launches():
+    """At C = 3 and 4.3 TB/s: PyTorch's kernels 328 and 507 instructions, and 76 bytes besides."""
+    names = [f"{each}-affine-bilinear-nchw-c3-f32" for each in ("forward", "gather", "params")]
+    step = counting.training_step(3, dict.fromkeys(names, 5.0))
+    assert step.ours == 15
+    assert step.kernels == pytest.approx((328 + 507) / 128 / 132 / 1.755e-3)
+    assert step.eager - step.kernels == pytest.approx(76 / 4.3)
+    assert counting.training_step(3, {names[0]: 5.0}) is None
+
+
 def test_lines_are_found_whichever_way_the_kernels_are_imported():
     """Line tables name files as they were imported: through the link, in place or installed."""
     source = report.KERNELS / "device" / "padding.py"

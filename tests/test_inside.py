@@ -23,7 +23,7 @@ from common import (
 
 from bench.interpreter import checked_addresses, quick_interpreter
 from stn_triton.kernels import sample
-from stn_triton.kernels.device import interpolation, sources
+from stn_triton.kernels.device import interpolation, programs, sources
 from stn_triton.kernels.device.affine import starts_of
 from stn_triton.kernels.device.arithmetic import PROJECTIVE
 from stn_triton.kernels.device.bounds import is_interior
@@ -118,7 +118,7 @@ def told_kernel(
     tl.store(told_ptr + at, tl.cast(told, tl.int32))
     inside = 1
     for step in tl.static_range(STEPS):
-        _, mask, places = sample.pixels_of(work, step, params, sizes, SPEC)
+        _, mask, places = programs.pixels_of(work, step, params, sizes, SPEC)
         x, y, _ = interpolation.taps_of_axes(places[0], sizes, SPEC)
         for k in tl.static_range(interpolation.tap_count(SPEC)):
             mask = mask & x.inside[k] & y.inside[k]

@@ -146,7 +146,9 @@ def row_weights(mild, distances, SPEC: tl.constexpr):
     for i in tl.static_range(3):
         weight = 1.0
         for r in tl.static_range(2):
-            distance = tl.abs(distances[r] + rows[r][0] * (2.0 * (i - 1)))
-            weight *= clamp(1.0 - distance, 0.0, 1.0)
+            distance = distances[r]
+            if i != 1:  # the compiler would add 0 times a number, as it may be infinite
+                distance += rows[r][0] * (2.0 * (i - 1))
+            weight *= clamp(1.0 - tl.abs(distance), 0.0, 1.0)
         weights += (weight,)
     return weights, (distances[0] + 2.0 * rows[0][1], distances[1] + 2.0 * rows[1][1])

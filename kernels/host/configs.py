@@ -193,8 +193,10 @@ def choose(device: torch.device, problem: Problem) -> Tile:
         columns_tile = min(power_of_2(columns), pixels)
         tile = Tile(pixels // columns_tile, columns_tile, width, 1, 4, 1, 1)
     else:
-        # Two pixels per lane share the set-up of a program, the loads of its parameters.
-        pixels = 256 if taps <= 8 and not backward else 128
+        # Two pixels per lane share the set-up of a program, the loads of its parameters. Backward they keep
+        # twice the sums: that pays where few channels share the set-up, and does not fit beside a spline's.
+        few_sums = not backward or (channels <= 4 and source != Source.TPS)
+        pixels = 256 if taps <= 8 and few_sums else 128
         columns_tile = min(power_of_2(columns), _patch_columns(element_size))
         unroll = channels if channels <= 4 else 4
         if taps > 8:

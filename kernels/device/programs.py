@@ -1,0 +1,72 @@
+"""What one program of a sampler does: which blocks of pixels and channels, and where they lie in memory."""
+
+import triton
+import triton.language as tl
+
+from ..spec import Work, constant
+from . import footprints, sources
+from .affine import starts_of
+from .arithmetic import TPS
+from .bounds import has_interior_path, is_interior
+from .tiles import blocks_of, existing, first_row, pixels_from, place_of_program, steps_from
+
+# ``is_interior`` costs about as much as it saves in two blocks of pixels and channels. (In the interpreter,
+# which has no costs that matter, both paths are taken.)
+INTERIOR_MIN_BLOCKS = constant(3 if not triton.knobs.runtime.interpret else 1)
+
+
+@triton.jit
+def work_of(params, sizes, tiling, SPEC: tl.constexpr):
+    """What this program is to do."""
+    column_tile, row_tile, split, group = place_of_program(tiling)
+    outputs = sources.outputs_of(group * SPEC.group, sizes, SPEC)
+    map = footprints.map_of(params, outputs[0][0], outputs[0][1], sizes, SPEC)
+    steps = tiling.steps
+    if SPEC.source == TPS:
+        steps = 1  # known here, so that there is no loop out of which the group's addresses would be moved
+    row = first_row(row_tile, steps * SPEC.rows, SPEC)
+    if SPEC.source != TPS:
+        steps = steps_from(row, steps, sizes.output, SPEC)
+    blocks = blocks_of(split, tiling, sizes.channels, SPEC)
+    column = column_tile * SPEC.columns
+    interior = False
+    if has_interior_path(SPEC):
+        interior = steps * (blocks[1] - blocks[0]) >= INTERIOR_MIN_BLOCKS
+        if interior:
+            interior = is_interior(map, column, row, steps * SPEC.rows, sizes, SPEC)
+    tiles = tiling.columns * tiling.rows
+    starts = starts_of(map, column, row, sizes, SPEC)
+    return Work(
+        group * SPEC.group, outputs, map, column, row, steps, starts, blocks, interior, split,
+        split * tiles + row_tile * tiling.columns + column_tile, tiling.splits * tiles,
+    )  # fmt: skip
+
+
+@triton.jit
+def pixels_of(work, step, params, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
+    """Block ``step`` of a program: which pixels, whether they exist, and where each output is read."""
+    row = work.row + step * SPEC.rows
+    out, mask = pixels_from(work.column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
+    return out, mask, sources.places_of(params, work, step, out, mask, sizes, SPEC, INTERIOR)
+
+
+@triton.jit
+def kept_pixels(mask, b, sizes, INTERIOR: tl.constexpr = False):
+    """The pixels of output ``b`` that exist."""
+    if INTERIOR:
+        return tl.full(mask.shape, True, tl.int1)
+    else:
+        return existing(mask, b, sizes.batch)
+
+
+@triton.jit
+def image_of(image, n, VECTOR: tl.constexpr):
+    """Where image n begins."""
+    return image.pointer + tl.multiple_of(n * image.strides.n, VECTOR)
+
+
+@triton.jit
+def output_of(output, n, t, offset, SPEC: tl.constexpr):
+    """Where the pixels at ``offset`` of transform t of image n are."""
+    begin = tl.multiple_of(n * output.strides.n + t * output.strides.t, SPEC.vector_output)
+    return output.pointer + begin + offset
