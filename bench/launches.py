@@ -180,6 +180,8 @@ def _cases() -> Iterator[Case]:
     yield _case("forward", layout="nhwc", channels=16, dtype=torch.uint8, params_dtype=F32)
     yield _case("forward", fill=True)
     yield _case("forward", padding="border", fill=True)
+    yield _case("forward", interpolation="averaged")
+    yield _case("forward", "projective", interpolation="averaged")
     for interpolation in ("nearest", "bicubic"):
         yield _case("forward", interpolation=interpolation)
         yield _case("forward", interpolation=interpolation, dtype=BF16, params_dtype=F32)
@@ -205,6 +207,7 @@ def _cases() -> Iterator[Case]:
     yield _case("gather", layout="nhwc", channels=64, dtype=BF16, params_dtype=F32)
     yield _case("gather", interpolation="nearest")
     yield _case("gather", interpolation="bicubic")
+    yield _case("gather", interpolation="averaged")
     yield _case("gather", padding="border")
     yield _case("gather", "projective")
     yield _case("gather", "projective", layout="nhwc", channels=64)
@@ -226,6 +229,7 @@ def _cases() -> Iterator[Case]:
     yield _case("params", dtype=BF16, params_dtype=F32)
     yield _case("params", layout="nhwc", channels=64)
     yield _case("params", interpolation="bicubic")
+    yield _case("params", interpolation="averaged")
     yield _case("params", channels=1, dims=3)
     for source in ("projective", "tps", "flow", "grid"):
         yield _case("params", source)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from stn_triton.kernels.modes import Interpolation
 
 MODES = ("bilinear", "nearest", "bicubic")
-PADDINGS = ("zeros", "border", "reflection")
+PADDINGS = ("zeros", "border", "reflection")  # PyTorch's
+ALL_PADDINGS = (*PADDINGS, "circular")
 # Of one place; averages over footprints are made of bilinear samples, and have tests of their own.
 TAPPED = [code for code in Interpolation if code != Interpolation.AVERAGED]
 

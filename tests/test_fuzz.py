@@ -18,20 +18,21 @@ from typing import NamedTuple
 import pytest
 import torch
 from common import (
+    ALL_PADDINGS,
     CANARY,
     DENSE_LAYOUTS,
     LAYOUTS,
     MODES,
     NAN,
-    PADDINGS,
     TOLERANCE,
     affine_witness,
     assert_band,
     number_of,
     pixel_coordinates,
     place,
-    witness,
 )
+from test_antialias import averages
+from test_padding import witness_of
 
 import stn_triton as stn
 from bench.interpreter import quick_interpreter
@@ -78,6 +79,7 @@ class Case:
     grad_layout: str
     result_layout: str  # of what the launchers are given to fill
     regime: str
+    antialias: bool
     input_grad: bool
     params_grad: bool
     public: bool  # through the public function, else through the launchers
@@ -134,13 +136,17 @@ def draw_case(pick, source, dims, modes):
     dtype = pick(("float32", "float32", "float64", "float16", "bfloat16"))
     input_grad, params_grad = pick(((True, True), (True, False), (False, True), (False, False)))
     outputs, tile = batch * max(transforms, 1), ()
+    regime = pick(REGIMES)
+    # of coordinates that are far or bad test_antialias has cases: up to 256 sub-samples are slow here
+    averaged = source == "affine" and dims == 2 and mode == "bilinear" and regime not in ("far", "bad")
+    antialias = averaged and pick((False, False, True))
     if not expensive and pick((True, True, False)):
         tile = draw_tile(pick, math.prod(out_size[:-1]), out_size[-1], channels, outputs)
     return Case(
         source=source,
         dims=dims,
         mode=mode,
-        padding=pick(PADDINGS),
+        padding=pick(ALL_PADDINGS),
         align_corners=pick((False, True)),
         batch=batch,
         channels=channels,
@@ -154,10 +160,11 @@ def draw_case(pick, source, dims, modes):
         params_layout=pick(LAYOUTS),
         grad_layout=pick(LAYOUTS),
         result_layout=pick(DENSE_LAYOUTS),
-        regime=pick(REGIMES),
+        regime=regime,
+        antialias=antialias,
         input_grad=input_grad,
         params_grad=params_grad,
-        public=pick((False, True)),
+        public=antialias or pick((False, True)),
         tile=tile,
         overflow_checks=pick((False,) * 9 + (True,)),
         seed=pick(range(2**16)),
@@ -274,17 +281,18 @@ def steady(case, grid, exact):
     pixel = pixel_coordinates(grid, case.in_size, case.align_corners)
     fixed = torch.tensor([e == 0 for e in extents(case.in_size, case.align_corners)])
     whole = (pixel - pixel.round()).abs()
-    if exact:
+    if exact and case.padding != "circular":  # whose witness takes neither side's slope at a kink
         whole = torch.full_like(whole, 0.25)
     # where float32 cannot tell, for a whole pixel is lost in it, nothing is inside the image
     lost = ~(pixel.abs() < REFLECTABLE)
-    known = ~lost if case.padding == "reflection" else torch.ones_like(lost)
-    if case.padding == "reflection":
+    periodic = case.padding in ("reflection", "circular")
+    known = ~lost if periodic else torch.ones_like(lost)
+    if periodic:
         known |= fixed | pixel.isnan()
     off_halves = ((0.5 - whole) > BAND) | lost | fixed
     off_wholes = (whole > BAND) | lost | fixed
     value = known & off_halves if case.mode == "nearest" else known
-    slope = value & off_wholes if case.mode == "bilinear" else value
+    slope = value & off_wholes if case.mode == "bilinear" and not case.antialias else value
     return Steady(value.all(-1), slope.all(-1))
 
 
@@ -311,8 +319,13 @@ def solve(case, input, params, grad_output):
     if case.regime == "bad":  # PyTorch's own crashes
         modes = Interpolation[case.mode.upper()], Padding[case.padding.upper()]
         output = sample_taps(images, grids, *modes, case.align_corners)
+    elif case.antialias:
+        theta = params if params.dim() == 4 else params.unsqueeze(1)
+        matrices = theta.expand(case.batch, *[-1] * 3).flatten(0, 1)
+        modes = case.out_size, case.padding, case.align_corners
+        output = torch.stack([averages(*each, *modes) for each in zip(images, matrices)])
     else:
-        output = witness(images, grids, case.mode, case.padding, case.align_corners)
+        output = witness_of(case.padding)(images, grids, case.mode, case.padding, case.align_corners)
     output = output.unflatten(0, (case.batch, transforms))
     gradients = torch.autograd.grad(output, (input, params), grad_output, allow_unused=True)
     return output.detach(), *gradients
@@ -355,7 +368,7 @@ def run_public(case, tensors):
         output = stn.grid_sample(input, params, *modes)
         assert output.is_contiguous(), f"output: {output.stride()}"
     else:
-        output = stn.affine_grid_sample(input, params, case.out_size, *modes)
+        output = stn.affine_grid_sample(input, params, case.out_size, *modes, antialias=case.antialias)
         assert_format("output", output, input, case)
     wanted = [tensor for tensor in (input, params) if tensor.requires_grad]
     assert output.requires_grad == bool(wanted)
@@ -443,7 +456,10 @@ def check(case, device, counts=Counts):
     if results[1] is not None:
         summed = dtype if case.public else computed_in(case)
         compare("grad_input", results[1], by_input, summed, max(1.0, by_input.abs().max().item()))
-    if case.params_grad:
+    if case.params_grad and case.antialias:  # sub-samples lie at kinks of their own
+        assert results[2].isfinite().all()
+        assert (results[2].shape, results[2].dtype) == (params.shape, params_dtype)
+    elif case.params_grad:
         # a sum of terms that may cancel: its rounding errors are those of its terms
         pixels_per_unit = max([1.0, *(extent / 2 for extent in extents(case.in_size, case.align_corners))])
         terms = g.norm().item() * largest * pixels_per_unit

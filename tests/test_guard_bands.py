@@ -10,12 +10,12 @@ import contextlib
 import pytest
 import torch
 from common import (
+    ALL_PADDINGS,
     CANARY,
     DENSE_LAYOUTS,
     LAYOUTS,
     MODES,
     NAN,
-    PADDINGS,
     affine_witness,
     assert_band,
     assert_close,
@@ -24,8 +24,8 @@ from common import (
     place,
     random_grid,
     random_theta,
-    witness,
 )
+from test_padding import witness_of
 
 import stn_triton as stn
 from bench.interpreter import checked_addresses, quick_interpreter
@@ -33,7 +33,7 @@ from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
 INTERPOLATION = dict(zip(MODES, Interpolation))
-PADDING = dict(zip(PADDINGS, Padding))
+PADDING = {padding: Padding[padding.upper()] for padding in ALL_PADDINGS}
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 IN_SIZE = {2: (4, 5), 3: (3, 4, 3)}
 OUT_SIZE = {2: (3, 6), 3: (2, 3, 5)}
@@ -47,7 +47,7 @@ AXES = {
     "dims": (2, 3),
     "source": ("grid", "affine"),
     "mode": MODES,
-    "padding": PADDINGS,
+    "padding": ALL_PADDINGS,
     "align_corners": (False, True),
 }
 
@@ -149,7 +149,7 @@ class Problem:
         if not grad_out_layout.startswith("expanded"):
             self.grad_output *= self.steady.unsqueeze(1)
         self.grad_output = place(self.grad_output, grad_out_layout, device=device)
-        self.value = witness(input, grid, mode, padding, self.align_corners)
+        self.value = witness_of(padding)(input, grid, mode, padding, self.align_corners)
         self.by_input, self.by_params = torch.autograd.grad(
             self.value, (input, params), own(self.grad_output), allow_unused=True
         )

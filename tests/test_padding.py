@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from common import MODES, TAPPED, affine_witness, assert_close, random_theta
+from common import MODES, PADDINGS, TAPPED, affine_witness, assert_close, random_theta, witness
 
 import stn_triton as stn
 from stn_triton.checks import INTERPOLATIONS, to_padding
@@ -77,6 +77,11 @@ def expected(input, grid, mode, padding_mode, align_corners):
     terms = ",".join(f"np{letter}" for letter in letters)
     found = torch.einsum(f"nc{letters[::-1]},{terms}->ncp", input, *weights)
     return found.view(batch, -1, *grid.shape[1:-1])
+
+
+def witness_of(padding_mode):
+    """PyTorch's samples, or ``expected`` of a padding that PyTorch has not; both of float64 on the CPU."""
+    return witness if padding_mode in PADDINGS else expected
 
 
 def derivatives(sample, input, source, cotangent, more):

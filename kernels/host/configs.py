@@ -195,8 +195,8 @@ def choose(device: torch.device, problem: Problem) -> Tile:
     else:
         # Two pixels per lane share the set-up of a program, the loads of its parameters. Backward they keep
         # twice the sums: that pays where few channels share the set-up, and does not fit beside a spline's.
-        few_sums = not backward or (channels <= 4 and source != Source.TPS)
-        pixels = 256 if taps <= 8 and few_sums else 128
+        few_sums = problem.kernel.startswith("backward") and channels <= 4 and source != Source.TPS
+        pixels = 256 if taps <= 8 and (few_sums or not backward) else 128
         columns_tile = min(power_of_2(columns), _patch_columns(element_size))
         unroll = channels if channels <= 4 else 4
         if taps > 8:
