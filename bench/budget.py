@@ -123,7 +123,7 @@ HELP = (
 def update(budget: Budget, results: dict[tuple[str, str], dict[str, Any]]) -> Budget:
     """The budget with the results in the place of what it said.
 
-    It forgets cases that are gone, and exceptions for cases among the results that break no rule any more.
+    It forgets cases that are gone, and exceptions whose cases are all among the results and break no rule.
     """
     new = {name: budgeted(row) for (target, name), row in results.items() if target == "sm_90"}
     cases = {**budget.cases, **new}
@@ -136,6 +136,8 @@ def update(budget: Budget, results: dict[tuple[str, str], dict[str, Any]]) -> Bu
             return not any(alone.excused(rule, name, target) for target, name in results)
         met = [key for key in results if alone.excused(rule, key[1], key[0])]
         broken = (rule in dict(broken_rules(CASES[key[1]], key[0], results[key])) for key in met)
-        return not met or any(broken)
+        seen = {name for _, name in results}
+        unseen = any(name not in seen and fnmatch.fnmatch(name, exception["case"]) for name in CASES)
+        return not met or unseen or any(broken)
 
     return Budget(triton.__version__, list(filter(needed, budget.exceptions)), ordered)

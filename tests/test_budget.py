@@ -258,15 +258,18 @@ def test_a_case_that_is_not_in_the_budget_is_a_complaint():
 
 
 def test_update_keeps_what_was_not_run_and_drops_what_is_idle():
-    spills = {"case": "forward-*", "target": "*", "rule": "spills", "why": "a test"}
+    spills = {"case": NAME, "target": "*", "rule": "spills", "why": "a test"}
+    wider = {"case": "forward-*", "target": "*", "rule": "spills", "why": "of cases that were not run too"}
     kept = {"case": "gather-*", "target": "*", "rule": "spills", "why": "a test"}
     other = "gather-affine-bilinear-nchw-c3-f32"
     grown = {"case": "forward-*", "target": "*", "rule": "lines", "why": "a test"}  # the budget says it now
     cases = {other: {"code": 7}, "gone": {"code": 7}}
-    new = budgets.update(budgets.Budget("0.1.0", [spills, kept, grown], cases), {("sm_90", NAME): GOOD})
+    new = budgets.update(
+        budgets.Budget("0.1.0", [spills, wider, kept, grown], cases), {("sm_90", NAME): GOOD}
+    )
     assert new.triton == triton.__version__
     assert new.cases == {other: {"code": 7}, NAME: budgets.budgeted(GOOD)}
-    assert new.exceptions == [kept]
+    assert new.exceptions == [wider, kept]
     broken = {("sm_90", NAME): {**GOOD, "spills": 1}}
     assert budgets.update(budgets.Budget("0.1.0", [spills, kept], cases), broken).exceptions == [spills, kept]
 

@@ -45,6 +45,8 @@ CASES = (
     *OLDEST,
     Case("first", "affine", "bilinear", "zeros", 3, 1, "contiguous", "float64", "float64"),
     Case("first", "affine", "bilinear", "reflection", 2, 1, "contiguous"),
+    Case("first", "affine", "bilinear", "circular", 2, 3, "offset"),
+    Case("sorted", "flow", "bicubic", "circular", 2, 1, "contiguous"),
     Case("first", "projective", "bilinear", "zeros", 2, 3, "offset", bad=True),
     Case("first", "tps", "bicubic", "border", 2, 5, "contiguous"),
     Case("first", "flow", "bilinear", "reflection", 3, 8, "channels_last", bad=True),

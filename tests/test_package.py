@@ -320,6 +320,15 @@ def test_imports_run_one_way(layer, package, path):
             assert known, f"{package}.{path.stem} imports {name}, and may import only torch"
 
 
+def test_files_stay_short():
+    """600 lines at most: a longer one does more than one thing."""
+    files = [path for _, _, path in sources()]
+    assert {ROOT / "kernels" / "sample.py", ROOT / "stn_triton" / "ops.py"} <= {
+        path.resolve() for path in files
+    }
+    assert not [path.name for path in files if len(path.read_text(encoding="utf-8").splitlines()) > 600]
+
+
 DEVICE = ROOT / "kernels" / "device"
 
 
