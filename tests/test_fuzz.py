@@ -137,6 +137,8 @@ def draw_case(pick, source, dims, modes):
     input_grad, params_grad = pick(((True, True), (True, False), (False, True), (False, False)))
     outputs, tile = batch * max(transforms, 1), ()
     regime = pick(REGIMES)
+    # huge entries that are all alike cancel, to what their rounding leaves
+    layouts = [name for name in LAYOUTS if regime != "bad" or name != "expanded_all"]
     # of coordinates that are far or bad test_antialias has cases: up to 256 sub-samples are slow here
     averaged = source == "affine" and dims == 2 and mode == "bilinear" and regime not in ("far", "bad")
     antialias = averaged and pick((False, False, True))
@@ -157,7 +159,7 @@ def draw_case(pick, source, dims, modes):
         dtype=dtype,
         params_dtype=dtype if source == "grid" else pick((dtype, *DTYPES)),
         input_layout=pick(LAYOUTS),
-        params_layout=pick(LAYOUTS),
+        params_layout=pick(layouts),
         grad_layout=pick(LAYOUTS),
         result_layout=pick(DENSE_LAYOUTS),
         regime=regime,
@@ -293,6 +295,8 @@ def steady(case, grid, exact):
     off_wholes = (whole > BAND) | lost | fixed
     value = known & off_halves if case.mode == "nearest" else known
     slope = value & off_wholes if case.mode == "bilinear" and not case.antialias else value
+    if case.padding == "circular":  # a NaN is read at a place that its slope does not tell
+        slope = slope & ~pixel.isnan()
     return Steady(value.all(-1), slope.all(-1))
 
 
