@@ -121,7 +121,8 @@ def _axis_taps(x: Tensor, size: int, padding: Padding, modes: _Modes, order: int
             jets = [[1 - t, -slope, flat], [t, slope, flat]]
         if padding == Padding.CIRCULAR:
             pixels = [i % size for i in pixels]
-        elif padding in (Padding.BORDER, Padding.REFLECTION):  # float32 may have rounded the last pixel's number up, from 2^24 on
+        elif padding in (Padding.BORDER, Padding.REFLECTION):
+            # float32 may have rounded the last pixel's number up, from 2^24 on
             pixels[0] = pixels[0].clamp(max=size - 1)
             pixels[1:] = [pixels[0] + 1 for _ in pixels[1:]]
         taps = [(i, (i >= 0) & (i < size), jet) for i, jet in zip(pixels, jets, strict=True)]
