@@ -81,8 +81,10 @@ def grid_sample(
     """:func:`torch.nn.functional.grid_sample` on Triton kernels, with tricubic sampling as well.
 
     Convention: ``grid[n, (z,) y, x]`` is the place in ``input``, normalised and x first, that output
-    pixel (z, y, x) is read from. In pixels, x lies in column ``((x + 1) W - 1) / 2`` with
-    ``align_corners=False`` and in column ``(x + 1) (W - 1) / 2`` with ``align_corners=True``; y and z alike.
+    pixel (z, y, x) is read from. In pixels, x lies in column i, and y and z alike ::
+
+        i = ((x + 1) W - 1) / 2     align_corners=False
+        i = (x + 1) (W - 1) / 2     align_corners=True
 
     Args:
         input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, any strides.
@@ -137,9 +139,11 @@ def grid_sample(
 def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None = None) -> Tensor:
     """:func:`torch.nn.functional.affine_grid` on Triton kernels.
 
-    Convention: ``theta`` maps output coordinates to input coordinates, both normalised and x first. Column j
-    of W is at ``x = (2 j + 1) / W - 1`` with ``align_corners=False`` and at ``x = 2 j / (W - 1) - 1`` with
-    ``align_corners=True``; the grid's entry there is ``theta @ (x, y, 1)``.
+    Convention: ``theta`` maps output coordinates to input coordinates, both normalised and x first. The entry
+    at (x, y) is ``theta @ (x, y, 1)``, and column j of W is at ::
+
+        x = (2 j + 1) / W - 1       align_corners=False
+        x = 2 j / (W - 1) - 1       align_corners=True
 
     Args:
         theta: (N, 2, 3) or (N, 3, 4), floating point.
@@ -250,9 +254,10 @@ def affine_grid_sample(
     the pixel at p in the output is read at ``theta @ (*p, 1)`` in the input (Jaderberg et al., Spatial
     Transformer Networks, 2015, equation 1).
 
-    In pixels: output column j is at ``x_out = (2 j + 1) / W_out - 1``, and x is read at column
-    ``((x + 1) W - 1) / 2``. With ``align_corners=True`` they are ``2 j / (W_out - 1) - 1`` and
-    ``(x + 1) (W - 1) / 2``. y and z alike.
+    In pixels, output column j is at x_out, and x is read at column i of the input; y and z alike ::
+
+        x_out = (2 j + 1) / W_out - 1,  i = ((x + 1) W - 1) / 2     align_corners=False
+        x_out = 2 j / (W_out - 1) - 1,  i = (x + 1) (W - 1) / 2     align_corners=True
 
     Args:
         input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, uint8 or int16, any
@@ -449,8 +454,10 @@ def flow_grid_sample(
 
     Convention: output pixel o is read at the place of o in the input plus ``flow[:, :, o]``, which is in
     **input pixels**, x first. Where output and input have the same size that is pixel o + flow; else the
-    output's identity grid, whose corners are the input's, is displaced: column j reads at column ``((2 j + 1)
-    W / W_out - 1) / 2 + flow_x``, and with ``align_corners=True`` at ``j (W - 1) / (W_out - 1) + flow_x``.
+    output's identity grid, whose corners are the input's, is displaced: column j reads at column i ::
+
+        i = ((2 j + 1) W / W_out - 1) / 2 + flow_x    align_corners=False
+        i = j (W - 1) / (W_out - 1) + flow_x          align_corners=True
 
     Args:
         input: (N, C, H, W) or (N, C, D, H, W), of a dtype as in :func:`affine_grid_sample`, any strides.

@@ -88,7 +88,7 @@ def attention(scale: float | Tensor, translation: Tensor | Sequence[float]) -> T
         TypeError, ValueError: naming the argument that does not fit.
 
     Example:
-        >>> stn.transforms.attention(0.5, torch.tensor([-0.5, 0.25]))  # half as wide, left of the middle
+        >>> stn.transforms.attention(0.5, (-0.5, 0.25))  # half as wide, left of the middle
         tensor([[ 0.5000,  0.0000, -0.5000],
                 [ 0.0000,  0.5000,  0.2500]])
     """
@@ -128,6 +128,8 @@ def similarity(
     Example:
         >>> stn.transforms.similarity(torch.rand(8), torch.rand(8), torch.zeros(8, 2)).shape
         torch.Size([8, 2, 3])
+        >>> stn.transforms.similarity(0.5, 0.3).shape  # about the middle
+        torch.Size([2, 3])
     """
     offset = to_vector("translation", translation, (2,), scale, angle)
     scale = check_factor("scale", scale, "translation", offset)
@@ -163,7 +165,8 @@ def compose(outer: Tensor, inner: Tensor) -> Tensor:
         >>> image = torch.rand(1, 3, 48, 64)
         >>> crop = stn.transforms.attention(0.5, torch.zeros(1, 2))
         >>> turn = stn.transforms.similarity(1.0, 0.3, torch.zeros(1, 2))
-        >>> turned = stn.affine_grid_sample(image, stn.transforms.compose(crop, turn))  # interpolated once
+        >>> both = stn.transforms.compose(crop, turn)
+        >>> turned = stn.affine_grid_sample(image, both)  # interpolated once
     """
     check_theta("outer", outer)
     check_theta("inner", inner)

@@ -52,7 +52,10 @@ def from_pixels(
     Convention: x first, pixel centres at whole numbers. ``matrix`` takes pixels of the output to pixels of
     the input; with ``inverse=True`` it takes pixels of the input to pixels of the output. The result is
     S_input^-1 M S_output: M is the matrix from output to input, and S takes normalised u to pixels p, along
-    an axis of W by p = ((u + 1) W - 1) / 2, with ``align_corners=True`` by p = (u + 1) (W - 1) / 2.
+    an axis of W by ::
+
+        p = ((u + 1) W - 1) / 2     align_corners=False
+        p = (u + 1) (W - 1) / 2     align_corners=True
 
     Args:
         matrix: affine maps (..., 2, 3), or (..., 3, 4) in 3-D, or homographies (..., 3, 3).
@@ -82,7 +85,7 @@ def from_pixels(
         TypeError, ValueError: naming the argument that does not fit.
 
     Example:
-        >>> turn = torch.tensor([[[0.0, -1.0, 47.0], [1.0, 0.0, 0.0]]])  # a quarter turn of 48 x 48 pixels
+        >>> turn = torch.tensor([[[0.0, -1.0, 47.0], [1.0, 0.0, 0.0]]])  # by 90 degrees
         >>> stn.transforms.from_pixels(turn, (48, 48))
         tensor([[[ 0., -1.,  0.],
                  [ 1.,  0.,  0.]]])
@@ -222,7 +225,8 @@ def rotation(
     Example:
         >>> image = torch.rand(1, 3, 48, 64)
         >>> turn = stn.transforms.rotation(0.3, (31.5, 23.5))  # about the middle, in pixels
-        >>> turned = stn.affine_grid_sample(image, stn.transforms.from_pixels(turn[None], (48, 64)))
+        >>> theta = stn.transforms.from_pixels(turn[None], (48, 64))
+        >>> turned = stn.affine_grid_sample(image, theta)
     """
     x: float | Tensor
     y: float | Tensor
@@ -296,7 +300,8 @@ def crop(boxes: Tensor, input_size: Sequence[int]) -> Tensor:
 
     Example:
         >>> image, boxes = torch.rand(1, 3, 48, 64), torch.tensor([[[8.0, 4.0, 24.0, 20.0]]])
-        >>> crops = stn.affine_grid_sample(image, stn.transforms.crop(boxes, (48, 64)), (16, 16))
+        >>> theta = stn.transforms.crop(boxes, (48, 64))
+        >>> crops = stn.affine_grid_sample(image, theta, (16, 16))
         >>> torch.allclose(crops[:, 0], image[:, :, 4:20, 8:24], atol=1e-5)
         True
     """
