@@ -81,10 +81,10 @@ def grid_sample(
     """:func:`torch.nn.functional.grid_sample` on Triton kernels, with tricubic sampling as well.
 
     Convention: ``grid[n, (z,) y, x]`` is the place in ``input``, normalised and x first, that output
-    pixel (z, y, x) is read from. In pixels, x lies in column i, and y and z alike ::
+    pixel (z, y, x) is read from. In pixels, x lies in column i, by ``align_corners``, and y and z alike ::
 
-        i = ((x + 1) W - 1) / 2     align_corners=False
-        i = (x + 1) (W - 1) / 2     align_corners=True
+        False:  i = ((x + 1) W - 1) / 2
+        True:   i = (x + 1) (W - 1) / 2
 
     Args:
         input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, any strides.
@@ -140,10 +140,10 @@ def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None =
     """:func:`torch.nn.functional.affine_grid` on Triton kernels.
 
     Convention: ``theta`` maps output coordinates to input coordinates, both normalised and x first. The entry
-    at (x, y) is ``theta @ (x, y, 1)``, and column j of W is at ::
+    at (x, y) is ``theta @ (x, y, 1)``, and column j of W is at, by ``align_corners`` ::
 
-        x = (2 j + 1) / W - 1       align_corners=False
-        x = 2 j / (W - 1) - 1       align_corners=True
+        False:  x = (2 j + 1) / W - 1
+        True:   x = 2 j / (W - 1) - 1
 
     Args:
         theta: (N, 2, 3) or (N, 3, 4), floating point.
@@ -254,10 +254,13 @@ def affine_grid_sample(
     the pixel at p in the output is read at ``theta @ (*p, 1)`` in the input (Jaderberg et al., Spatial
     Transformer Networks, 2015, equation 1).
 
-    In pixels, output column j is at x_out, and x is read at column i of the input; y and z alike ::
+    In pixels, output column j is at x_out, and x is read at column i of the input; y and z alike. By
+    ``align_corners`` ::
 
-        x_out = (2 j + 1) / W_out - 1,  i = ((x + 1) W - 1) / 2     align_corners=False
-        x_out = 2 j / (W_out - 1) - 1,  i = (x + 1) (W - 1) / 2     align_corners=True
+        False:  x_out = (2 j + 1) / W_out - 1
+                i = ((x + 1) W - 1) / 2
+        True:   x_out = 2 j / (W_out - 1) - 1
+                i = (x + 1) (W - 1) / 2
 
     Args:
         input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, uint8 or int16, any
@@ -454,10 +457,11 @@ def flow_grid_sample(
 
     Convention: output pixel o is read at the place of o in the input plus ``flow[:, :, o]``, which is in
     **input pixels**, x first. Where output and input have the same size that is pixel o + flow; else the
-    output's identity grid, whose corners are the input's, is displaced: column j reads at column i ::
+    output's identity grid, whose corners are the input's, is displaced: column j reads at column i, by
+    ``align_corners`` ::
 
-        i = ((2 j + 1) W / W_out - 1) / 2 + flow_x    align_corners=False
-        i = j (W - 1) / (W_out - 1) + flow_x          align_corners=True
+        False:  i = ((2 j + 1) W / W_out - 1) / 2 + flow_x
+        True:   i = j (W - 1) / (W_out - 1) + flow_x
 
     Args:
         input: (N, C, H, W) or (N, C, D, H, W), of a dtype as in :func:`affine_grid_sample`, any strides.

@@ -52,10 +52,10 @@ def from_pixels(
     Convention: x first, pixel centres at whole numbers. ``matrix`` takes pixels of the output to pixels of
     the input; with ``inverse=True`` it takes pixels of the input to pixels of the output. The result is
     S_input^-1 M S_output: M is the matrix from output to input, and S takes normalised u to pixels p, along
-    an axis of W by ::
+    an axis of W by, according to ``align_corners`` ::
 
-        p = ((u + 1) W - 1) / 2     align_corners=False
-        p = (u + 1) (W - 1) / 2     align_corners=True
+        False:  p = ((u + 1) W - 1) / 2
+        True:   p = (u + 1) (W - 1) / 2
 
     Args:
         matrix: affine maps (..., 2, 3), or (..., 3, 4) in 3-D, or homographies (..., 3, 3).
