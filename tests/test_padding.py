@@ -2,9 +2,9 @@
 
 A padding is arithmetic on whole numbers: which pixel of an axis is read in place of pixel i. ``PADDED`` says
 so once more, in plain PyTorch, and all else follows from it. ``test_every_kernel`` compares every kernel with
-what float64 and autograd make of it, on images of one tile; ``test_tiles_of_the_gather`` has several. Further
-tests look closer, at what the kernels count on; of these a lane does a place, and a program an axis of so many
-pixels.
+what float64 and autograd make of it, on images of one tile; ``test_tiles_of_the_gather`` has several.
+Further tests look closer, at what the kernels count on; of these a lane does a place, and a program an axis
+of so many pixels.
 """
 
 import itertools
