@@ -43,6 +43,10 @@ _OTHER_NAMES = {
     "wrap": "circular",
     "grid-wrap": "circular",
     "periodic": "circular",
+    "homography": "projective",
+    "perspective": "projective",
+    "spline": "tps",
+    "thin_plate_spline": "tps",
 }
 
 
@@ -51,14 +55,32 @@ def refuse(kind: type[Exception], name: str, expected: str, got: object, hint: s
     raise kind(f"{name} must be {expected.rstrip(',')}, got {got}{hint and f'; {hint}'}")
 
 
+def refuse_choice(name: str, value: object, known: Collection[str], more: str = "") -> NoReturn:
+    """For an option that is none of those ``known``. ``more``: what else it may be."""
+    hint = _nearest(value, known) if isinstance(value, str) else ""
+    refuse(ValueError, name, f"one of {', '.join(map(repr, known))}{more}", repr(value), hint)
+
+
+def refuse_type(name: str, value: object, expected: str = "a tensor") -> NoReturn:
+    """For what is no tensor; of arrays and lists the message says how to make one."""
+    is_array, hint = type(value).__module__ == "numpy", ""
+    if is_array and name == "input" and getattr(value, "ndim", 0) == 3:
+        hint = "one image (H, W, C) is torch.from_numpy(input).permute(2, 0, 1)[None]"
+    elif is_array or isinstance(value, (tuple, list)):
+        hint = f"torch.as_tensor({name})"
+    refuse(TypeError, name, expected, type(value).__name__, hint)
+
+
 def check_tensor(name: str, value: object, integers: Collection[torch.dtype] = ()) -> None:
     """A dense tensor, floating-point or of one of the ``integers``."""
     if not isinstance(value, Tensor):
-        refuse(TypeError, name, "a tensor", type(value).__name__)
+        refuse_type(name, value)
     if value.dtype not in DTYPES and value.dtype not in integers:
         expected = "a floating-point tensor (float16, bfloat16, float32 or float64)"
         others = " or ".join(sorted(_name(dtype) for dtype in integers))
-        refuse(TypeError, name, expected + (f", or one of {others}," if others else ""), value.dtype)
+        expected += f", or one of {others}," if others else ""
+        hint = f"{name}.float()" if value.dtype in WHOLE_NUMBERS or value.dtype == torch.bool else ""
+        refuse(TypeError, name, expected, value.dtype, hint)
     if value.layout != torch.strided:
         refuse(ValueError, name, "a dense (strided) tensor", value.layout)
 
@@ -126,13 +148,25 @@ def check_size(size: object, expected: str, length: int, name: str = "size") -> 
     """``size`` as a tuple of ``length`` ints, none of them negative."""
     found = to_size(size)
     if found is None:
-        side = to_int(size)
-        square = f"for equal sides {name}=({', '.join([str(side)] * length)})" if side and length < 4 else ""
-        refuse(TypeError, name, f"{expected}, a tuple of ints", _brief(size), square)
+        refuse(
+            TypeError, name, f"{expected}, a tuple of ints", _brief(size), _nearest_size(size, length, name)
+        )
     if len(found) != length or any(n < 0 for n in found):
         spatial = len(found) == length + 2 and f"without batch and channels {name}={found[2:]}"
         refuse(ValueError, name, f"{expected}, none of them negative", found, spatial or "")
     return found
+
+
+def _nearest_size(size: object, length: int, name: str) -> str:
+    """What to write for a size that is no tuple of ints; "" if nobody knows."""
+    if isinstance(size, str):
+        if size in INTERPOLATIONS:
+            return f"mode={size!r}"
+        return f"padding_mode={size!r}" if size in PADDINGS else ""
+    if isinstance(size, Tensor) and size.dim() == 1 and size.dtype in WHOLE_NUMBERS:
+        return f"{name}.tolist()"
+    side = to_int(size)
+    return f"for equal sides {name}=({', '.join([str(side)] * length)})" if side and length < 4 else ""
 
 
 def _brief(value: object) -> str:
@@ -180,8 +214,24 @@ def nearest_parameter(name: str, value: Tensor, matrix: tuple[int, int], input: 
         images = "images, (N, C, H, W)" if shape[-1] == 3 else "volumes, (N, C, D, H, W)"
         return f"that is a map for {images}"
     if len(shape) in (3, 4) and shape[-2:] == matrix:
-        return f"{name} has a batch of {shape[0]}, input of {input.shape[0]}"
+        return _other_batch(name, value, input)
+    if len(shape) in (4, 5) and input.shape[-2:] == matrix:
+        return swapped(name)
+    if len(shape) == 2 and shape[1] == matrix[0] * matrix[1]:
+        return f"{name}.view(-1, {matrix[0]}, {matrix[1]})"
     return ""
+
+
+def swapped(name: str) -> str:
+    return f"arguments are (input, {name}): are they swapped?"
+
+
+def _other_batch(name: str, value: Tensor, input: Tensor) -> str:
+    """For parameters that are right but for their batch."""
+    given, batch = value.shape[0], input.shape[0]
+    hint = f"{name} has a batch of {given}, input of {batch}"
+    crops = batch == 1 and value.dim() == 3
+    return hint + (f"; {name}[None] takes {given} crops of the one image" if crops else "")
 
 
 def to_padding(padding_mode: object, dims: int) -> int | None:
@@ -197,11 +247,11 @@ def to_padding(padding_mode: object, dims: int) -> int | None:
 def check_padding(padding_mode: object, dims: int) -> int:
     padding = to_padding(padding_mode, dims)
     if padding is None:
-        expected = f"one of {', '.join(map(repr, PADDINGS))}, or a tuple of {dims} of them, x first"
+        more = f", or a tuple of {dims} of them, x first"
         if not isinstance(padding_mode, (str, tuple)):
+            expected = f"one of {', '.join(map(repr, PADDINGS))}{more}"
             refuse(TypeError, "padding_mode", expected, type(padding_mode).__name__)
-        hint = _nearest(padding_mode, PADDINGS) if isinstance(padding_mode, str) else ""
-        refuse(ValueError, "padding_mode", expected, repr(padding_mode), hint)
+        refuse_choice("padding_mode", padding_mode, PADDINGS, more)
     return padding
 
 
@@ -212,8 +262,7 @@ def check_modes(
     if not isinstance(mode, str):
         refuse(TypeError, "mode", "a string", type(mode).__name__)
     if mode not in INTERPOLATIONS:
-        expected = "one of " + ", ".join(map(repr, INTERPOLATIONS))
-        refuse(ValueError, "mode", expected, repr(mode), _nearest(mode, INTERPOLATIONS))
+        refuse_choice("mode", mode, INTERPOLATIONS)
     # usual values are known without another call: calls are what takes the host time
     padding = PADDINGS.get(padding_mode) if isinstance(padding_mode, str) else None
     code = check_padding(padding_mode, dims) if padding is None else int(padding)
@@ -223,29 +272,62 @@ def check_modes(
 
 
 def check_fill(fill: object, input: Tensor, padding: int) -> Any:
-    """The number that it is, or the tensor: (), (C,), (1, C) or (N, C)."""
-    if not {*paddings_of(padding, input.dim() - 2)} <= {Padding.ZEROS, Padding.BORDER}:
-        refuse(ValueError, "fill", "None unless padding_mode is 'zeros' or 'border'", _brief(fill))
+    """The number that it is, the numbers of a tuple, or the tensor: (), (C,), (1, C) or (N, C)."""
     if not isinstance(fill, Tensor):
-        number = to_number(fill)
-        if number is None:
-            many = isinstance(fill, Sequence) and not isinstance(fill, str)
-            hint = "a number for each channel is torch.tensor(fill)" if many else ""
-            refuse(TypeError, "fill", "a number or a tensor", repr(fill), hint)
-        if type(number) is int and not -(2**63) <= number < 2**63:
-            try:
-                return float(number)
-            except OverflowError:
-                refuse(ValueError, "fill", "a number that a float can hold", "one of more than 1024 bits")
-        return number
+        taken = "a number, a tuple of one for each channel, or a tensor"
+        numbers = _to_fill(fill, padding, input.dim() - 2, taken)
+        if isinstance(numbers, tuple) and len(numbers) != input.shape[1]:
+            expected = f"a number, or {input.shape[1]} numbers for this input"
+            refuse(ValueError, "fill", expected, f"{len(numbers)} of them", _channels(input, len(numbers)))
+        return 0.0 if numbers == () else numbers  # of no channels
+    _check_fill_padding(fill, padding, input.dim() - 2)
     check_tensor("fill", fill, WHOLE_NUMBERS if input.dtype in INTEGERS else ())
     batch, channels = input.shape[:2]
     fits = fill.dim() == 0 or (fill.dim() <= 2 and fill.shape[-1] == channels)
     if not fits or (fill.dim() == 2 and fill.shape[0] != batch and fill.shape[0] != 1):
         expected = f"a number, ({channels},) or ({batch_of(batch)}, {channels}) for this input"
-        refuse(ValueError, "fill", expected, f"shape {tuple(fill.shape)}")
+        hint = _channels(input, fill.shape[0]) if fill.dim() == 1 else ""
+        refuse(ValueError, "fill", expected, f"shape {tuple(fill.shape)}", hint)
     check_device("fill", fill, "input", input)
     return fill
+
+
+def check_fill_numbers(fill: object, padding_mode: PaddingMode, dims: int) -> Any:
+    """A number, or a tuple of them, whose number the first image shows; or None."""
+    taken = "a number, or a tuple of one for each channel,"
+    return None if fill is None else _to_fill(fill, check_padding(padding_mode, dims), dims, taken)
+
+
+def _channels(input: Tensor, count: int) -> str:
+    """For ``count`` channels, which are last in the input."""
+    channels = input.shape[1]
+    hint = f"the input has {channels} channels: channels first is input.movedim(-1, 1)"
+    return hint if input.shape[-1] == count != channels else ""
+
+
+def _check_fill_padding(fill: object, padding: int, dims: int) -> None:
+    if not {*paddings_of(padding, dims)} <= {Padding.ZEROS, Padding.BORDER}:
+        refuse(ValueError, "fill", "None unless padding_mode is 'zeros' or 'border'", _brief(fill))
+
+
+def _to_fill(fill: object, padding: int, dims: int, taken: str) -> Any:
+    """The number that it is, or the numbers of a tuple or list."""
+    _check_fill_padding(fill, padding, dims)
+    numbers = [_to_float(each) for each in (fill if isinstance(fill, (tuple, list)) else [fill])]
+    if None in numbers:
+        refuse(TypeError, "fill", taken, _brief(fill))
+    return tuple(numbers) if isinstance(fill, (tuple, list)) else numbers[0]
+
+
+def _to_float(value: object) -> Any:
+    """``to_number``, of which a float can hold each."""
+    number = to_number(value)
+    if type(number) is int and not -(2**63) <= number < 2**63:
+        try:
+            return float(number)
+        except OverflowError:
+            refuse(ValueError, "fill", "a number that a float can hold", "one of more than 1024 bits")
+    return number
 
 
 def check_dtype(dtype: object, input: Tensor) -> torch.dtype:
@@ -323,6 +405,18 @@ def grid_sample_fits(input: Any, grid: Any, mode: Any, align_corners: Any) -> bo
     )
 
 
+def note_on_grid_sample(input: Any, grid: Any, mode: Any, padding_mode: Any, align_corners: Any) -> str:
+    """What PyTorch's message on such arguments leaves out; "" if nothing."""
+    if isinstance(input, Tensor) and input.dtype in WHOLE_NUMBERS:
+        others = "affine_grid_sample and flow_grid_sample take uint8 and int16 images too"
+        return f"grid_sample takes floats: input.float(). ({others}.)"
+    options = isinstance(mode, str) and isinstance(padding_mode, str)
+    if options and mode in INTERPOLATIONS and padding_mode not in PADDINGS:
+        hint = _nearest(padding_mode, PADDINGS)
+        return f"stn_triton has padding_mode='circular' too{hint and f'; {hint}'}"
+    return ""
+
+
 def affine_grid_fits(theta: Any, size: tuple[int, ...], align_corners: Any) -> bool:
     """Whether ``affine_grid`` takes them."""
     return (
@@ -339,14 +433,18 @@ def affine_grid_fits(theta: Any, size: tuple[int, ...], align_corners: Any) -> b
     )
 
 
-def check_image(input: Tensor, dims: int | None = None) -> int:
-    """The number of spatial dimensions, which may have to be ``dims``."""
+def check_image(input: Tensor, name: str, params: object, dims: int | None = None) -> int:
+    """The number of spatial dimensions, which may have to be ``dims``.
+
+    name, params: of the argument after it, for which ``input`` may have been taken.
+    """
     check_tensor("input", input, INTEGERS)
-    if dims == 2 and input.dim() != 4:
-        refuse(ValueError, "input", "(N, C, H, W)", f"shape {tuple(input.shape)}")
-    if input.dim() not in (4, 5):
+    if input.dim() not in (4, 5) or (dims == 2 and input.dim() != 4):
+        expected = "(N, C, H, W)" if dims == 2 else "(N, C, H, W) or (N, C, D, H, W)"
         hint = "a batch of one is input[None]" if input.dim() == 3 else ""
-        refuse(ValueError, "input", "(N, C, H, W) or (N, C, D, H, W)", f"shape {tuple(input.shape)}", hint)
+        if input.dim() in (2, 3) and input.shape[-1] <= 4:  # as parameters have
+            hint = swapped(name) if isinstance(params, Tensor) and params.dim() in (4, 5) else hint
+        refuse(ValueError, "input", expected, f"shape {tuple(input.shape)}", hint)
     if 0 in input.shape[2:]:
         refuse(ValueError, "input", "of non-empty spatial size", f"shape {tuple(input.shape)}")
     return input.dim() - 2
@@ -368,6 +466,22 @@ def check_parameter(name: str, value: Tensor, matrix: tuple[int, int], input: Te
     check_device(name, value, "input", input)
 
 
+def check_flow(flow: Tensor, input: Tensor) -> None:
+    """(N, dims, ...), N that of the images or 1, on their device."""
+    check_tensor("flow", flow)
+    batch, dims = input.shape[0], input.dim() - 2
+    if flow.dim() != dims + 2 or flow.shape[1] != dims or (flow.shape[0] != batch and flow.shape[0] != 1):
+        sizes, hint = "H, W" if dims == 2 else "D, H, W", ""
+        expected = f"({batch_of(batch)}, {dims}, {sizes}) for this {input.dim()}-D input"
+        if flow.dim() == dims + 2 and flow.shape[1] != dims:
+            if flow.shape[-1] == dims:
+                hint = "flow.movedim(-1, 1) puts components first"
+            elif input.shape[1] == dims:
+                hint = swapped("flow")
+        refuse(ValueError, "flow", expected, f"shape {tuple(flow.shape)}", hint)
+    check_device("flow", flow, "input", input)
+
+
 def check_points(points: Tensor, input: Tensor) -> None:
     """(N, K, 2) or (N, T, K, 2), N that of the images or 1, on their device. (K is the spline's to check.)"""
     check_tensor("points", points)
@@ -378,6 +492,10 @@ def check_points(points: Tensor, input: Tensor) -> None:
         or (points.shape[0] != batch and points.shape[0] != 1)
     ):
         hint = "a batch of one is points[None]" if points.dim() == 2 else ""
+        if points.dim() in (3, 4) and points.shape[-1] == 2:
+            hint = _other_batch("points", points, input)
+        elif points.dim() == 4 and input.shape[-1] == 2:
+            hint = swapped("points")
         refuse_parameter("points", points, "K, 2", input, hint)
     check_device("points", points, "input", input)
 

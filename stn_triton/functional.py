@@ -36,10 +36,9 @@ from .checks import (
     PaddingMode,
     affine_grid_fits,
     averaged,
-    batch_of,
-    check_device,
     check_dtype,
     check_fill,
+    check_flow,
     check_grid_size,
     check_image,
     check_modes,
@@ -49,6 +48,7 @@ from .checks import (
     check_points,
     check_tensor,
     grid_sample_fits,
+    note_on_grid_sample,
     refuse,
     to_padding,
     to_size,
@@ -56,6 +56,7 @@ from .checks import (
 from .kernels.host.dtypes import sample_dtype
 from .kernels.modes import Interpolation, Source
 from .transforms import splines
+from .transforms.arguments import full_of
 
 __all__ = [
     "affine_grid",
@@ -80,8 +81,10 @@ def grid_sample(
     """:func:`torch.nn.functional.grid_sample` on Triton kernels, with tricubic sampling as well.
 
     Convention: ``grid[n, (z,) y, x]`` is the place in ``input``, normalised and x first, that output
-    pixel (z, y, x) is read from. In pixels, x lies in column ``((x + 1) W - 1) / 2`` with
-    ``align_corners=False`` and in column ``(x + 1) (W - 1) / 2`` with ``align_corners=True``; y and z alike.
+    pixel (z, y, x) is read from. In pixels, x lies in column i, by ``align_corners``, and y and z alike ::
+
+        False:  i = ((x + 1) W - 1) / 2
+        True:   i = (x + 1) (W - 1) / 2
 
     Args:
         input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, any strides.
@@ -126,7 +129,7 @@ def grid_sample(
             check_padding(padding_mode, input.dim() - 2)
         if padding is not None or padding_mode == "circular":  # nor is a padding that PyTorch lacks
             arguments = (*arguments[:3], "zeros", align_corners)
-        return _ask_pytorch(torch.nn.functional.grid_sample, *arguments)
+        return _ask_pytorch(torch.nn.functional.grid_sample, *arguments, note=note_on_grid_sample)
     if align_corners is None:
         _warn(_DEFAULT_ALIGN_CORNERS)
     modes = INTERPOLATIONS[mode], padding, bool(align_corners)
@@ -136,9 +139,11 @@ def grid_sample(
 def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None = None) -> Tensor:
     """:func:`torch.nn.functional.affine_grid` on Triton kernels.
 
-    Convention: ``theta`` maps output coordinates to input coordinates, both normalised and x first. Column j
-    of W is at ``x = (2 j + 1) / W - 1`` with ``align_corners=False`` and at ``x = 2 j / (W - 1) - 1`` with
-    ``align_corners=True``; the grid's entry there is ``theta @ (x, y, 1)``.
+    Convention: ``theta`` maps output coordinates to input coordinates, both normalised and x first. The entry
+    at (x, y) is ``theta @ (x, y, 1)``, and column j of W is at, by ``align_corners`` ::
+
+        False:  x = (2 j + 1) / W - 1
+        True:   x = 2 j / (W - 1) - 1
 
     Args:
         theta: (N, 2, 3) or (N, 3, 4), floating point.
@@ -197,8 +202,13 @@ def _warn(message: str | Warning, category: type[Warning] = UserWarning) -> None
 _warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _ask_pytorch(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """For arguments that are not taken here: PyTorch says what is wrong, or has what we lack."""
+def _ask_pytorch(
+    function: Callable[..., Tensor], *arguments: Any, note: Callable[..., str] | None = None
+) -> Tensor:
+    """For arguments that are not taken here: PyTorch says what is wrong, or has what we lack.
+
+    note: what to add to the error that arguments make, if it is anything.
+    """
     if torch.compiler.is_dynamo_compiling():  # which takes the function whole, and no filter of warnings
         return function(*arguments)
     caught: list[warnings.WarningMessage] = []
@@ -206,6 +216,10 @@ def _ask_pytorch(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             return function(*arguments)
+    except Exception as error:
+        if note is not None and hasattr(error, "add_note") and (text := note(*arguments)):  # Python 3.11
+            error.add_note(text)
+        raise
     finally:
         for warning in caught:
             _warn(warning.message, warning.category)
@@ -230,7 +244,7 @@ def affine_grid_sample(
     mode: str = "bilinear",
     padding_mode: PaddingMode = "zeros",
     align_corners: bool = False,
-    fill: float | Tensor | None = None,
+    fill: float | Sequence[float] | Tensor | None = None,
     dtype: torch.dtype | None = None,
     antialias: bool = False,
 ) -> Tensor:
@@ -240,9 +254,13 @@ def affine_grid_sample(
     the pixel at p in the output is read at ``theta @ (*p, 1)`` in the input (Jaderberg et al., Spatial
     Transformer Networks, 2015, equation 1).
 
-    In pixels: output column j is at ``x_out = (2 j + 1) / W_out - 1``, and x is read at column
-    ``((x + 1) W - 1) / 2``. With ``align_corners=True`` they are ``2 j / (W_out - 1) - 1`` and
-    ``(x + 1) (W - 1) / 2``. y and z alike.
+    In pixels, output column j is at x_out, and x is read at column i of the input; y and z alike. By
+    ``align_corners`` ::
+
+        False:  x_out = (2 j + 1) / W_out - 1
+                i = ((x + 1) W - 1) / 2
+        True:   x_out = 2 j / (W_out - 1) - 1
+                i = (x + 1) (W - 1) / 2
 
     Args:
         input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, uint8 or int16, any
@@ -255,7 +273,8 @@ def affine_grid_sample(
         padding_mode: as in :func:`grid_sample`, for all axes or a tuple of one for each, x first.
         align_corners: whether -1 and 1 are the centres (True) or the outer edges (False) of the
             outermost pixels, in the input and in the output.
-        fill: what is taken outside the image: a number, or a tensor (C,) or (N, C) of any floating dtype.
+        fill: what is taken outside the image: a number, a tuple or list of one number for each channel, or a
+            tensor (C,), (N, C), () or (1, C) of any floating dtype, or of integers beside images of integers.
             With "zeros" padding the taps outside read it (SciPy's "grid-constant", OpenCV's border value).
             With "border" a sample takes it if its coordinate is NaN or lies outside the image (ITK's default
             pixel value): beyond -1 or 1. (With aligned corners an axis of one pixel has no outside.) With a
@@ -298,7 +317,7 @@ def affine_grid_sample(
     if (has_torch_function(input, theta, fill) or tracing_state()) and is_taken():
         options = mode, padding_mode, align_corners, fill, dtype, antialias
         return elsewhere(affine_grid_sample, input, theta, size, *options)
-    dims = check_image(input)
+    dims = check_image(input, "theta", theta)
     check_parameter("theta", theta, (dims, dims + 1), input)
     size = check_out_size(size, input)
     modes = check_modes(mode, padding_mode, align_corners, dims)
@@ -314,7 +333,7 @@ def projective_grid_sample(
     mode: str = "bilinear",
     padding_mode: PaddingMode = "zeros",
     align_corners: bool = False,
-    fill: float | Tensor | None = None,
+    fill: float | Sequence[float] | Tensor | None = None,
     dtype: torch.dtype | None = None,
     antialias: bool = False,
 ) -> Tensor:
@@ -354,7 +373,7 @@ def projective_grid_sample(
     if (has_torch_function(input, homography, fill) or tracing_state()) and is_taken():
         options = mode, padding_mode, align_corners, fill, dtype, antialias
         return elsewhere(projective_grid_sample, input, homography, size, *options)
-    check_image(input, dims=2)
+    check_image(input, "homography", homography, 2)
     check_parameter("homography", homography, (3, 3), input)
     size = check_out_size(size, input)
     modes = check_modes(mode, padding_mode, align_corners, 2)
@@ -372,7 +391,7 @@ def tps_grid_sample(
     align_corners: bool = False,
     control_points: Tensor | None = None,
     regularization: float = 0.0,
-    fill: float | Tensor | None = None,
+    fill: float | Sequence[float] | Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Warp images by thin-plate splines.
@@ -415,7 +434,7 @@ def tps_grid_sample(
     if (has_torch_function(input, points, control_points, fill) or tracing_state()) and is_taken():
         spline = control_points, regularization, fill, dtype
         return elsewhere(tps_grid_sample, input, points, size, mode, padding_mode, align_corners, *spline)
-    check_image(input, dims=2)
+    check_image(input, "points", points, 2)
     check_points(points, input)
     size = check_out_size(size, input)
     modes = check_modes(mode, padding_mode, align_corners, 2)
@@ -431,15 +450,18 @@ def flow_grid_sample(
     mode: str = "bilinear",
     padding_mode: PaddingMode = "zeros",
     align_corners: bool = False,
-    fill: float | Tensor | None = None,
+    fill: float | Sequence[float] | Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Warp images by displacement fields.
 
     Convention: output pixel o is read at the place of o in the input plus ``flow[:, :, o]``, which is in
     **input pixels**, x first. Where output and input have the same size that is pixel o + flow; else the
-    output's identity grid, whose corners are the input's, is displaced: column j reads at column ``((2 j + 1)
-    W / W_out - 1) / 2 + flow_x``, and with ``align_corners=True`` at ``j (W - 1) / (W_out - 1) + flow_x``.
+    output's identity grid, whose corners are the input's, is displaced: column j reads at column i, by
+    ``align_corners`` ::
+
+        False:  i = ((2 j + 1) W / W_out - 1) / 2 + flow_x
+        True:   i = j (W - 1) / (W_out - 1) + flow_x
 
     Args:
         input: (N, C, H, W) or (N, C, D, H, W), of a dtype as in :func:`affine_grid_sample`, any strides.
@@ -464,16 +486,8 @@ def flow_grid_sample(
     if (has_torch_function(input, flow, fill) or tracing_state()) and is_taken():
         options = mode, padding_mode, align_corners, fill, dtype
         return elsewhere(flow_grid_sample, input, flow, *options)
-    dims = check_image(input)
-    check_tensor("flow", flow)
-    batch = input.shape[0]
-    if flow.dim() != dims + 2 or flow.shape[1] != dims or (flow.shape[0] != batch and flow.shape[0] != 1):
-        sizes = "H, W" if dims == 2 else "D, H, W"
-        expected = f"({batch_of(batch)}, {dims}, {sizes}) for this {input.dim()}-D input"
-        last = flow.dim() == dims + 2 and flow.shape[-1] == dims
-        hint = "flow.movedim(-1, 1) puts components first" if last else ""
-        refuse(ValueError, "flow", expected, f"shape {tuple(flow.shape)}", hint)
-    check_device("flow", flow, "input", input)
+    dims = check_image(input, "flow", flow)
+    check_flow(flow, input)
     modes = check_modes(mode, padding_mode, align_corners, dims)
     return _sample(input, flow, Source.FLOW, flow.shape[2:], modes, fill, dtype)
 
@@ -484,7 +498,7 @@ def _sample(
     source: Source,
     size: Sequence[int],
     modes: tuple[Interpolation, int, bool],
-    fill: float | Tensor | None,
+    fill: float | Sequence[float] | Tensor | None,
     dtype: torch.dtype | None,
     control_points: Tensor | None = None,
 ) -> Tensor:
@@ -496,7 +510,7 @@ def _sample(
         fill = check_fill(fill, input, modes[1])
         if not isinstance(fill, Tensor):
             made = torch.promote_types(input.dtype, torch.float32)
-            fill = distributed.replicated(torch.full((), fill, dtype=made, device=input.device), input)
+            fill = distributed.replicated(full_of(fill, made, input.device), input)
         fill = fill.expand(input.shape[:2])
     elif dtype == sample_dtype(input):
         return autograd.sample(input, params, source, size, *modes, control_points)

@@ -131,7 +131,8 @@ class patch_kornia(Patch):
 
     Example:
         >>> import kornia
-        >>> image, half = torch.rand(1, 3, 48, 64), torch.tensor([[[0.5, 0.0, 0.0], [0.0, 0.5, 0.0]]])
+        >>> image = torch.rand(1, 3, 48, 64)
+        >>> half = torch.tensor([[[0.5, 0.0, 0.0], [0.0, 0.5, 0.0]]])
         >>> with stn.patch_kornia():
         ...     smaller = kornia.geometry.transform.warp_affine(image, half, (24, 32))
     """

@@ -20,12 +20,15 @@ from .backend import without_autocast
 from .checks import (
     PaddingMode,
     check_antialias,
+    check_fill_numbers,
     check_int,
     check_modes,
     check_number,
     check_regularization,
     check_spatial_size,
     refuse,
+    refuse_choice,
+    refuse_type,
     to_number,
 )
 from .functional import affine_grid_sample, projective_grid_sample, tps_grid_sample
@@ -110,6 +113,7 @@ class SpatialTransformer(nn.Module):
         lattice: int = 4,
         regularization: float = 0.0,
         antialias: bool = False,
+        fill: float | Sequence[float] | None = None,
     ) -> None:
         """
         Args:
@@ -135,6 +139,7 @@ class SpatialTransformer(nn.Module):
             regularization: of "tps": see :func:`stn_triton.tps_grid_sample`.
             antialias: of all but "tps": see :func:`stn_triton.affine_grid_sample`. The paper names aliasing
                 as what limits shrinking.
+            fill: a number, or one for each channel; see :func:`stn_triton.affine_grid_sample`.
 
         Raises:
             TypeError: an argument is not of the type it must be.
@@ -144,12 +149,7 @@ class SpatialTransformer(nn.Module):
         if not isinstance(localisation, nn.Module):
             refuse(TypeError, "localisation", "a torch.nn.Module", type(localisation).__name__)
         if transform not in get_args(Transform):
-            refuse(
-                ValueError,
-                "transform",
-                f"one of {', '.join(map(repr, get_args(Transform)))}",
-                repr(transform),
-            )
+            refuse_choice("transform", transform, get_args(Transform))
         dims = check_int("dims", dims, 2)
         if dims not in (2, 3) or (dims == 3 and transform not in ("affine", "attention")):
             expected = "2, or 3 for 'affine' and 'attention'"
@@ -180,7 +180,7 @@ class SpatialTransformer(nn.Module):
         self.mode, self.padding_mode, self.align_corners = mode, padding_mode, align_corners
         self.transforms, self.dims = transforms, dims
         self.scale, self.lattice, self.regularization = scale, lattice, regularization
-        self.antialias = antialias
+        self.antialias, self.fill = antialias, check_fill_numbers(fill, padding_mode, dims)
         self._regions = self._checked_regions(regions)
         self.register_buffer("initial", self._start())
         self.localisation = localisation
@@ -207,10 +207,10 @@ class SpatialTransformer(nn.Module):
         """Any images by the transformations that :meth:`localise` returned. Their batch may be 1."""
         arguments = (input, theta, self.size, self.mode, self.padding_mode, self.align_corners)
         if self.transform == "tps":
-            return tps_grid_sample(*arguments, regularization=self.regularization)
+            return tps_grid_sample(*arguments, regularization=self.regularization, fill=self.fill)
         if self.transform == "projective":
-            return projective_grid_sample(*arguments, antialias=self.antialias)
-        return affine_grid_sample(*arguments, antialias=self.antialias)
+            return projective_grid_sample(*arguments, antialias=self.antialias, fill=self.fill)
+        return affine_grid_sample(*arguments, antialias=self.antialias, fill=self.fill)
 
     def reset_parameters(self) -> None:
         """Starts anew, at ``regions``; the localisation net stays. For a module made on the meta device:
@@ -221,7 +221,7 @@ class SpatialTransformer(nn.Module):
     # ----------------------------------------------------------------------------------------- checks
     def _check_input(self, input: Tensor) -> None:
         if not isinstance(input, Tensor):
-            refuse(TypeError, "input", "a tensor", type(input).__name__)
+            refuse_type("input", input)
         if input.dim() != self.dims + 2:
             layout = "(N, C, H, W)" if self.dims == 2 else "(N, C, D, H, W)"
             refuse(ValueError, "input", layout, f"shape {tuple(input.shape)}")
@@ -322,6 +322,7 @@ class SpatialTransformer(nn.Module):
             ("lattice", 4),
             ("regularization", 0.0),
             ("antialias", False),
+            ("fill", None),
         ):
             if getattr(self, name) != default:
                 options += f", {name}={getattr(self, name)}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .checks import PaddingMode, refuse
+from .checks import PaddingMode, refuse, refuse_choice, refuse_type
 from .transforms import identity
 
 __all__ = ["PALETTE", "GridLines", "Kind", "draw_before_after", "draw_grid", "draw_samples", "grid_lines"]
@@ -410,7 +410,7 @@ def _badge(ax: Any, x: float, y: float, text: str, color: Any, **options: Any) -
 def _check_image(name: str, image: Tensor) -> Any:
     """(H, W) or (H, W, 3) for matplotlib, float32 from 0 to 1."""
     if not isinstance(image, Tensor):
-        refuse(TypeError, name, "a tensor", type(image).__name__)
+        refuse_type(name, image)
     if not image.is_floating_point() and image.dtype != torch.uint8:
         refuse(TypeError, name, "floating-point, or uint8,", image.dtype)
     if image.dim() not in (2, 3) or (image.dim() == 3 and image.shape[0] not in (1, 3)) or 0 in image.shape:
@@ -425,9 +425,9 @@ def _check_image(name: str, image: Tensor) -> Any:
 def _check_params(params: Tensor, kind: str, control_points: Tensor | None) -> Tensor:
     """(T, ...) in float64 on the CPU."""
     if kind not in get_args(Kind):
-        refuse(ValueError, "kind", "one of " + ", ".join(map(repr, get_args(Kind))), repr(kind))
+        refuse_choice("kind", kind, get_args(Kind))
     if not isinstance(params, Tensor):
-        refuse(TypeError, "params", "a tensor", type(params).__name__)
+        refuse_type("params", params)
     if not params.is_floating_point():
         refuse(TypeError, "params", "a floating-point tensor", params.dtype)
     dims = 3 if kind in ("flow", "grid") else 2

@@ -100,6 +100,15 @@ def test_help_shows_the_arguments():
     assert all(f"{name}:" in documentation for name in ("localisation", "regions", "features", "lattice"))
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=name_of)
+def test_code_fits_the_page(page):
+    """Wider lines are cut on a screen of 1280 pixels."""
+    text = page.read_text(encoding="utf-8")
+    fenced = r"^```(?:python|sh|\{code-block\} python)\n(.*?)^```$"
+    blocks = re.findall(fenced, text, re.MULTILINE | re.DOTALL)
+    assert not [line for block in blocks for line in block.splitlines() if len(line) > 88]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_of_files_lead_somewhere(page):
     """As GitHub follows them; ``make docs`` checks those of the site, and its anchors."""

@@ -3,6 +3,7 @@
 The expected errors of the first two are not written here: PyTorch's own function is called too.
 """
 
+import sys
 import warnings
 
 import numpy as np
@@ -529,9 +530,85 @@ NEAREST = {  # name: (a call, the end of its message)
 }
 
 
+NEAREST |= {
+    f"swapped {name}": (
+        lambda d, name=name, first=first: getattr(stn, f"{name}_grid_sample")(first.to(d), x4(d)),
+        f"; arguments are (input, {argument}): are they swapped?",
+    )
+    for name, argument, first in (
+        ("affine", "theta", torch.rand(2, 2, 3)),
+        ("affine", "theta", torch.rand(1, 5, 2, 3)),
+        ("projective", "homography", torch.rand(2, 3, 3)),
+        ("tps", "points", torch.rand(2, 16, 2)),
+        ("tps", "points", torch.rand(2, 5, 16, 2)),
+        ("flow", "flow", torch.rand(2, 2, 4, 5)),
+    )
+}
+NEAREST |= {
+    "many crops of one": (
+        lambda d: stn.affine_grid_sample(x4(d)[:1], torch.rand(5, 2, 3, device=d)),
+        "; theta has a batch of 5, input of 1; theta[None] takes 5 crops of the one image",
+    ),
+    "many splines of one": (
+        lambda d: stn.tps_grid_sample(x4(d)[:1], torch.rand(5, 16, 2, device=d)),
+        "; points[None] takes 5 crops of the one image",
+    ),
+    "a photograph": (
+        lambda d: stn.affine_grid_sample(np.zeros((4, 5, 3), np.uint8), theta(d)),
+        "got ndarray; one image (H, W, C) is torch.from_numpy(input).permute(2, 0, 1)[None]",
+    ),
+    "an array": (
+        lambda d: stn.affine_grid_sample(x4(d), np.zeros((2, 2, 3))),
+        "got ndarray; torch.as_tensor(theta)",
+    ),
+    "a list": (
+        lambda d: stn.projective_grid_sample(x4(d), [[[1.0]]]),
+        "got list; torch.as_tensor(homography)",
+    ),
+    "integers": (lambda d: stn.affine_grid_sample(x4(d), theta(d).long()), "got torch.int64; theta.float()"),
+    "a flat matrix": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d).view(2, 6)),
+        "got shape (2, 6); theta.view(-1, 2, 3)",
+    ),
+    "a mode in size's place": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d), "bilinear"),
+        "got 'bilinear'; mode='bilinear'",
+    ),
+    "a size of a tensor": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d), torch.tensor([4, 5])),
+        "; size.tolist()",
+    ),
+    "detections": (
+        lambda d: stn.transforms.crop(torch.rand(1, 4, 5, device=d), (4, 5)),
+        "got shape (1, 4, 5); detections with a score: boxes[..., :4]",
+    ),
+    "a homography's kind": (
+        lambda d: stn.transforms.identity(1, "homography"),
+        "got 'homography'; did you mean 'projective'?",
+    ),
+}
+
+
 @pytest.mark.parametrize("name", NEAREST)
 def test_errors_say_the_nearest_right_call(device, name):
     call, end = NEAREST[name]
     with pytest.raises((TypeError, ValueError)) as caught:
         call(device)
     assert str(caught.value).endswith(end), caught.value
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
+def test_notes_on_pytorchs_errors(device):
+    """Where the message is PyTorch's, a note says what it leaves out."""
+    notes = {}
+    for name, arguments in (
+        ("bytes", (x4(device).to(torch.uint8), g4(device), *ZEROS)),
+        ("padding", (x4(device), g4(device), "bilinear", "wrap", False)),
+        ("mode", (x4(device), g4(device), "cubic", "zeros", False)),
+    ):
+        with pytest.raises(Exception) as caught:
+            stn.grid_sample(*arguments)
+        notes[name] = " ".join(getattr(caught.value, "__notes__", ()))
+    assert notes["bytes"].startswith("grid_sample takes floats: input.float()")
+    assert "'circular'" in notes["padding"]
+    assert not notes["mode"]

@@ -211,6 +211,31 @@ def test_compiled_whole(device, torch_on_one_thread):
         torch.testing.assert_close(one, other)
 
 
+def test_numbers_for_the_channels(device, either_backend, torch_on_one_thread):
+    """A tuple or a list is as the tensor of it, in compiled functions and in the module too."""
+    image, theta = torch.rand(2, 3, 4, 5, device=device), 2 * torch.eye(2, 3, device=device)[None]
+
+    def function(image, fill):
+        return stn.affine_grid_sample(image, theta, padding_mode="border", fill=fill)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for fill in ((1, 2.5, -3), [0.25, 7, 100]):
+        for each in (image, (255 * image).to(torch.uint8)):
+            expected = function(each, torch.tensor(fill, device=device))
+            assert torch.equal(function(each, fill), expected)
+            assert torch.equal(compiled(each, fill), expected)
+    for transform, parameters in (
+        ("affine", theta),
+        ("projective", torch.eye(3, device=device)[None] * torch.tensor([2.0, 2, 1], device=device)),
+        ("tps", 2 * stn.transforms.identity(1, "tps", device=device)),
+    ):
+        net = stn.nn.SpatialTransformer(
+            torch.nn.Flatten(), transform, features=60, padding_mode="border", fill=[1, 2.5, -3]
+        )
+        torch.testing.assert_close(net.sample(image, parameters), function(image, (1, 2.5, -3)))
+    assert "fill=(1, 2.5, -3)" in repr(net)
+
+
 def test_export(device):
     """A program of ATen's operators has it; so has TorchScript."""
 
@@ -234,9 +259,16 @@ def test_export(device):
     [
         (ValueError, {"padding_mode": "reflection", "fill": 1.0}, "fill must be None unless padding_mode is"),
         (ValueError, {"padding_mode": ("circular", "zeros"), "fill": 0}, "fill must be None unless padding_"),
-        (TypeError, {"fill": "white"}, "fill must be a number or a tensor, got 'white'"),
-        (TypeError, {"fill": True}, "fill must be a number or a tensor, got True"),
-        (TypeError, {"fill": [1, 2, 3]}, "a number for each channel is torch.tensor(fill)"),
+        (TypeError, {"fill": "white"}, "a tuple of one for each channel, or a tensor, got 'white'"),
+        (
+            TypeError,
+            {"fill": True},
+            "fill must be a number, a tuple of one for each channel, or a tensor, got T",
+        ),
+        (TypeError, {"fill": [1, 2, None]}, "or a tensor, got [1, 2, None]"),
+        (ValueError, {"fill": [1, 2]}, "fill must be a number, or 3 numbers for this input, got 2 of them"),
+        (ValueError, {"fill": (0,) * 5}, "the input has 3 channels: channels first is input.movedim(-1, 1)"),
+        (ValueError, {"fill": torch.ones(5)}, "has 3 channels: channels first is input.movedim(-1, 1)"),
         (ValueError, {"fill": 10**400}, "fill must be a number that a float can hold"),
         (TypeError, {"fill": torch.ones(3, dtype=torch.int64)}, "fill must be a floating-point tensor"),
         (ValueError, {"fill": torch.ones(2)}, "fill must be a number, (3,) or (2 or 1, 3) for this input"),

@@ -373,6 +373,13 @@ def test_channels_last_stays(transform):
         ({"localisation": "cnn"}, TypeError, "localisation must be a torch.nn.Module, got str"),
         ({"transform": "afine"}, ValueError, "transform must be one of 'affine', .*, got 'afine'"),
         ({"transform": "tps", "dims": 3}, ValueError, "dims must be 2, or 3 for 'affine' and 'attention'"),
+        ({"transform": "homography"}, ValueError, "got 'homography'; did you mean 'projective'"),
+        (
+            {"fill": torch.ones(3)},
+            TypeError,
+            "fill must be a number, or a tuple of one for each channel, got",
+        ),
+        ({"fill": 1, "padding_mode": "circular"}, ValueError, "fill must be None unless padding_mode is"),
         ({"dims": 4}, ValueError, "dims must be"),
         ({"mode": "linear"}, ValueError, "mode must be one of"),
         ({"padding_mode": "wrap"}, ValueError, "padding_mode must be one of"),

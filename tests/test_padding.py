@@ -2,8 +2,9 @@
 
 A padding is arithmetic on whole numbers: which pixel of an axis is read in place of pixel i. ``PADDED`` says
 so once more, in plain PyTorch, and all else follows from it. ``test_every_kernel`` compares every kernel with
-what float64 and autograd make of it. The tests after it look closer, at what the kernels count on; of these a
-lane does a place, and a program an axis of so many pixels.
+what float64 and autograd make of it, on images of one tile; ``test_tiles_of_the_gather`` has several.
+Further tests look closer, at what the kernels count on; of these a lane does a place, and a program an axis
+of so many pixels.
 """
 
 import itertools
@@ -18,9 +19,12 @@ import stn_triton as stn
 from stn_triton.checks import INTERPOLATIONS, to_padding
 from stn_triton.kernels.device import copies, interpolation, padding
 from stn_triton.kernels.device.cells import axis_cell, cell_row, row_parts
+from stn_triton.kernels.gather import gather_backward
+from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source, padding_code, paddings_of
 from stn_triton.kernels.sort import sorted_backward
 from stn_triton.kernels.spec import Place, Sizes, Spec
+from stn_triton.reference import taps
 
 FAR = 2**30
 INFINITY, NAN = float("inf"), float("nan")
@@ -154,6 +158,28 @@ def test_every_kernel(device, either_backend, dims, mode, padding_mode, align_co
     samples.backward(cotangent)
     assert_close(output, samples)
     assert_close(by_gather, exact.grad, scale=3.0)
+
+
+MAPS = {  # how large the output's grid is in the image, and where its middle lies
+    "around the image": [[2.9, 0.3, 0.2], [-0.2, 2.7, 0.1]],  # whole blocks beyond every edge
+    "enlarged": [[0.3, 0.1, 0.8], [-0.1, 0.2, -0.9]],  # many outputs a pixel
+}
+
+
+@pytest.mark.parametrize("padding_mode", PADDED)
+def test_tiles_of_the_gather(device, padding_mode):
+    """d image of several tiles, with a lane for each output: what ``may_touch`` leaves out adds nothing."""
+    theta = torch.tensor(list(MAPS.values()), dtype=torch.float64)
+    cotangent = torch.randn(len(MAPS), 1, 6, 8).double()
+    image = torch.zeros(len(MAPS), 1, 7, 8, dtype=torch.float64).requires_grad_()
+    samples = expected(image, affine_witness(theta, (6, 8), False), "bilinear", padding_mode, False)
+    (wanted,) = torch.autograd.grad(samples, image, cotangent)
+    found = torch.full(image.shape, NAN, dtype=torch.float64, device=device)
+    codes = Interpolation.BILINEAR, to_padding(padding_mode, 2), False
+    with configs.override(rows=4, columns=4, out_rows=2, out_columns=4, candidates=0):
+        gather_backward(cotangent.to(device), theta.to(device), found, Source.AFFINE, *codes)
+    for name, ours, exact in zip(MAPS, found.cpu(), wanted):
+        assert (ours - exact).abs().max() < 1e-8, name
 
 
 # ------------------------------------------------------------------------------ what kernels count on
@@ -411,6 +437,9 @@ def test_refusals(device, either_backend):
             stn.grid_sample(image, grid, "bilinear", wrong, False)
     with pytest.raises(RuntimeError, match="Double"):
         stn.grid_sample(image, grid.double(), "bilinear", "circular", False)
+    for mode in Interpolation.BILINEAR, Interpolation.BICUBIC:  # of a padding that plain PyTorch lacks
+        with pytest.raises(NotImplementedError):
+            taps._axis_taps(torch.zeros(3), 3, 7, (mode, 7, False), 0)
     for code in (7, -1, 8):
         with pytest.raises(ValueError, match="padding_mode"):
             torch.ops.stn_triton.sample(image, theta, None, int(Source.AFFINE), [2, 3], 0, code, False)

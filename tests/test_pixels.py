@@ -165,6 +165,20 @@ def test_rotation():
     close(compose(rotation(0.4, CENTRE), rotation(-0.4, CENTRE)), identity(1)[0], 1e-5)
 
 
+def test_rotation_with_a_scale():
+    """``cv2.getRotationMatrix2D(centre, degrees, scale)`` by its documented formula, from input to output."""
+    (x, y), scale, angle = CENTRE, 1.7, math.radians(DEGREES)
+    a, b = scale * math.cos(angle), scale * math.sin(angle)
+    expected = torch.tensor([[a, b, (1 - a) * x - b * y], [-b, a, b * x + (1 - a) * y]], dtype=torch.float64)
+    centre = torch.tensor(CENTRE, dtype=torch.float64)
+    close(invert(rotation(angle, centre, scale)), expected, 1e-9)
+    factor = torch.tensor([scale, 1.0], dtype=torch.float64)
+    close(invert(rotation(angle, CENTRE, factor))[0], expected, 1e-9)
+    close(rotation(factor, centre.expand(2, 2), factor)[1], rotation(factor[1], CENTRE))
+    middle = rotation(0.0, scale=2.0)
+    close(middle, attention(0.5, (0, 0)))  # twice as large: half of the width is read
+
+
 def test_crops():
     """Boxes of whole pixels are slices, mirrored ones too; and of volumes."""
     image = photograph()[None]
@@ -259,6 +273,8 @@ COLUMNS = np.int32(4)
         ("angle", TypeError, lambda m: rotation("right", m[:, 2])),
         ("angle", TypeError, lambda m: rotation(torch.tensor(1))),
         ("angle", ValueError, lambda m: rotation(m, m[:, :2])),
+        ("scale", TypeError, lambda m: rotation(1.0, None, "2")),
+        ("scale", ValueError, lambda m: rotation(torch.ones(2), None, torch.ones(3))),
         ("centre", TypeError, lambda m: rotation(1.0, 3.0)),
         ("centre", TypeError, lambda m: rotation(1.0, (3.0, None))),
         ("centre", ValueError, lambda m: rotation(1.0, m)),
@@ -353,8 +369,10 @@ def test_opencv(kind, mode, border):
 
 def test_opencv_rotation():
     cv2 = pytest.importorskip("cv2")
-    theirs = torch.from_numpy(cv2.getRotationMatrix2D(CENTRE, DEGREES, 1))
-    close(invert(rotation(math.radians(DEGREES), torch.tensor(CENTRE, dtype=torch.float64))), theirs, 1e-6)
+    centre = torch.tensor(CENTRE, dtype=torch.float64)
+    for scale in (1, 0.6):
+        theirs = torch.from_numpy(cv2.getRotationMatrix2D(CENTRE, DEGREES, scale))
+        close(invert(rotation(math.radians(DEGREES), centre, scale)), theirs, 1e-6)
 
 
 @every_kind

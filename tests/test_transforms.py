@@ -193,6 +193,19 @@ def test_invert_keeps_affine_maps_affine():
     assert torch.equal(whole[:, :2], invert(theta))
 
 
+def test_translation_of_numbers():
+    """Numbers are a translation of the others' dtype, and by default there is none."""
+    scale, angle = rand(3), rand(3)
+    offset = torch.tensor([0.25, -1.5], dtype=scale.dtype)
+    assert torch.equal(similarity(scale, angle, (0.25, np.float32(-1.5))), similarity(scale, angle, offset))
+    assert torch.equal(similarity(scale.half(), 0.3), similarity(scale.half(), 0.3, torch.zeros(2).half()))
+    assert torch.equal(attention(scale, [0.25, -1.5]), attention(scale, offset))
+    assert attention(0.5, (0, 1, 2)).shape == (3, 4)
+    assert similarity(1.0, 0.3).dtype == torch.get_default_dtype()
+    compiled = torch.compile(similarity, fullgraph=True, backend="aot_eager")
+    close(compiled(scale, angle, (0.25, -1.5)), similarity(scale, angle, offset))
+
+
 def test_invert_similarity():
     scale, angle, translation = rand(5).abs() + 0.5, 3 * rand(5), rand(5, 2)
     back = invert(similarity(scale, angle, translation))
@@ -766,7 +779,9 @@ def test_values_that_do_not_fit(name, call):
         ("transforms", lambda: identity(2, transforms=1.5)),
         ("dtype", lambda: identity(2, dtype=torch.int64)),
         ("dtype", lambda: control_lattice(4, dtype="float32")),
-        ("translation", lambda: attention(1.0, [0.0, 0.0])),
+        ("translation", lambda: attention(1.0, [0.0, "0"])),
+        ("translation", lambda: attention(1.0, 0.0)),
+        ("translation", lambda: similarity(1.0, 0.0, (0.0, 0.0, 0.0))),
         ("translation", lambda: attention(1.0, torch.zeros(2, dtype=torch.int64))),
         ("scale", lambda: attention("1", rand(2))),
         ("scale", lambda: attention(torch.ones((), dtype=torch.int64), rand(2))),

@@ -61,6 +61,8 @@ def _pad_index(i: Tensor, size: int, padding: Padding, align_corners: bool) -> T
         i = torch.where(i < 0, -i - mirror, i)
         i = torch.where(i >= size, 2 * size - 2 + mirror - i, i)
         i = torch.where(i < 0, -i - mirror, i)
+    elif padding not in (Padding.BORDER, Padding.ZEROS):
+        raise NotImplementedError(f"which pixels does {padding!r} read? (reference/taps.py)")
     return i if padding == Padding.ZEROS else i.clamp(0, size - 1)
 
 
@@ -100,12 +102,14 @@ def _axis_taps(x: Tensor, size: int, padding: Padding, modes: _Modes, order: int
             x, slope = _limit(x, -2, size + 1)
         elif padding == Padding.CIRCULAR:
             slope = torch.ones_like(x)
-        else:
-            fold = torch.ones_like(x)
-            if padding == Padding.REFLECTION:
-                x, fold = _fold(x, low, span)
+        elif padding == Padding.BORDER:
+            x, slope = _limit(x, 0, size - 1)
+        elif padding == Padding.REFLECTION:
+            x, fold = _fold(x, low, span)
             x, slope = _limit(x, 0, size - 1)
             slope = slope * fold
+        else:
+            raise NotImplementedError(f"what slopes has {padding!r}? (reference/taps.py)")
         flat = torch.zeros_like(x)
         if interpolation == Interpolation.NEAREST:
             pixels = [x.detach().round().long()]
@@ -117,7 +121,8 @@ def _axis_taps(x: Tensor, size: int, padding: Padding, modes: _Modes, order: int
             jets = [[1 - t, -slope, flat], [t, slope, flat]]
         if padding == Padding.CIRCULAR:
             pixels = [i % size for i in pixels]
-        elif padding != Padding.ZEROS:  # float32 may have rounded the last pixel's number up, from 2^24 on
+        elif padding in (Padding.BORDER, Padding.REFLECTION):
+            # float32 may have rounded the last pixel's number up, from 2^24 on
             pixels[0] = pixels[0].clamp(max=size - 1)
             pixels[1:] = [pixels[0] + 1 for _ in pixels[1:]]
         taps = [(i, (i >= 0) & (i < size), jet) for i, jet in zip(pixels, jets, strict=True)]

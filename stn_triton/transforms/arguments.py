@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_tensor, refuse, to_number
+from ..checks import check_device, check_tensor, refuse, refuse_type, to_number
 
 
 def check_dtype(dtype: torch.dtype | None) -> torch.dtype:
@@ -33,13 +34,43 @@ def check_theta(name: str, theta: Tensor) -> None:
         refuse(ValueError, name, expected, f"shape {tuple(theta.shape)}")
 
 
-def check_vector(name: str, vector: Tensor, dims: tuple[int, ...]) -> int:
-    """The number of its components."""
+def check_vector(name: str, vector: Tensor, dims: tuple[int, ...], hint: str = "") -> int:
+    """The number of its components. ``hint``: what may be meant by another."""
     check_tensor(name, vector)
     if vector.dim() < 1 or vector.shape[-1] not in dims:
         expected = " or ".join(f"(..., {d})" for d in dims)
-        refuse(ValueError, name, expected, f"shape {tuple(vector.shape)}")
+        refuse(ValueError, name, expected, f"shape {tuple(vector.shape)}", hint)
     return vector.shape[-1]
+
+
+def to_vector(
+    name: str, value: Tensor | Sequence[float], dims: tuple[int, ...], *others: float | Tensor
+) -> Tensor:
+    """(..., d), or d numbers: these become a tensor (d,) beside the ``others``. d is one of ``dims``."""
+    if not isinstance(value, Tensor):
+        numbers = to_numbers(value)
+        if numbers is None or len(numbers) not in dims:
+            refuse(TypeError, name, f"a tensor or {' or '.join(map(str, dims))} numbers", repr(value))
+        like = [other for other in others if isinstance(other, Tensor)]
+        dtype = dtypes(*like)[1] if like else torch.get_default_dtype()
+        value = full_of(numbers, dtype, like[0].device if like else None)
+    check_vector(name, value, dims)
+    return value
+
+
+def to_numbers(value: object) -> list[float] | None:
+    """Those of a tuple or a list; None for all else."""
+    numbers: list[Any] = [to_number(each) for each in value] if isinstance(value, (tuple, list)) else [None]
+    return None if None in numbers else numbers
+
+
+def full_of(
+    values: float | Sequence[float], dtype: torch.dtype, device: torch.device | str | None = None
+) -> Tensor:
+    """A number as a tensor (), or several as (n,). For ``torch.tensor`` the host would wait."""
+    if isinstance(values, (tuple, list)):
+        return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
+    return torch.full((), values, dtype=dtype, device=device)  # type: ignore[arg-type]
 
 
 def check_factor(name: str, value: float | Tensor, vector_name: str, vector: Tensor) -> float | Tensor:
@@ -48,7 +79,7 @@ def check_factor(name: str, value: float | Tensor, vector_name: str, vector: Ten
     if number is not None:
         return number
     if not isinstance(value, Tensor):
-        refuse(TypeError, name, "a tensor or a number", type(value).__name__)
+        refuse_type(name, value, "a tensor or a number")
     check_tensor(name, value)
     check_device(name, value, vector_name, vector)
     leading = vector.shape[:-1]
@@ -70,4 +101,4 @@ def to_tensor(value: float | Tensor, like: Tensor | None, dtype: torch.dtype) ->
     """A number becomes a tensor on the device of ``like``, by default PyTorch's default."""
     if isinstance(value, Tensor):
         return value.to(dtype)
-    return torch.full((), value, device=None if like is None else like.device, dtype=dtype)
+    return full_of(value, dtype, None if like is None else like.device)

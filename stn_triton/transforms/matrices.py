@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..calls import public
-from ..checks import check_device, check_int, refuse
-from .arguments import check_dtype, check_factor, check_leading, check_theta, check_vector, dtypes, to_tensor
+from ..checks import check_device, check_int, refuse, refuse_choice
+from .arguments import check_dtype, check_factor, check_leading, check_theta, dtypes, to_tensor, to_vector
 from .splines import control_lattice
 
 __all__ = ["identity", "attention", "similarity", "compose", "invert"]
@@ -51,7 +51,7 @@ def identity(
     """
     known = ("affine", "attention", "similarity", "projective", "tps")
     if kind not in known:
-        refuse(ValueError, "kind", "one of " + ", ".join(map(repr, known)), repr(kind))
+        refuse_choice("kind", kind, known)
     n, dims = check_int("n", n, 0), check_int("dims", dims, 2)
     if dims > (3 if kind in ("affine", "attention") else 2):
         refuse(ValueError, "dims", '2, or 3 for "affine" and "attention"', f"{dims} for {kind!r}")
@@ -68,7 +68,7 @@ def identity(
 
 
 @public
-def attention(scale: float | Tensor, translation: Tensor) -> Tensor:
+def attention(scale: float | Tensor, translation: Tensor | Sequence[float]) -> Tensor:
     """The affine map that reads a scaled and moved window: ``[[s, 0, tx], [0, s, ty]]``.
 
     Equation 2 of Jaderberg et al., Spatial Transformer Networks, 2015.
@@ -78,8 +78,8 @@ def attention(scale: float | Tensor, translation: Tensor) -> Tensor:
 
     Args:
         scale: (...,), or a number.
-        translation: (..., 2), or (..., 3) in 3-D. Its leading dimensions broadcast with the scale's,
-            which has no more of them; only a single translation, (2,) or (3,), serves any scale.
+        translation: (..., 2), or (..., 3) in 3-D; or two or three numbers. Its leading dimensions broadcast
+            with the scale's, which has no more of them; only a single translation serves any scale.
 
     Returns:
         (..., 2, 3) or (..., 3, 4).
@@ -88,34 +88,39 @@ def attention(scale: float | Tensor, translation: Tensor) -> Tensor:
         TypeError, ValueError: naming the argument that does not fit.
 
     Example:
-        >>> stn.transforms.attention(0.5, torch.tensor([-0.5, 0.25]))  # half as wide, left of the middle
+        >>> stn.transforms.attention(0.5, (-0.5, 0.25))  # half as wide, left of the middle
         tensor([[ 0.5000,  0.0000, -0.5000],
                 [ 0.0000,  0.5000,  0.2500]])
     """
-    dims = check_vector("translation", translation, (2, 3))
-    scale = check_factor("scale", scale, "translation", translation)
-    compute, result = dtypes(scale, translation)
-    factor, translation = to_tensor(scale, translation, compute), translation.to(compute)
-    factors, translation = torch.broadcast_tensors(factor.unsqueeze(-1), translation)
-    return augment(diagonal([factors[..., 0]] * dims), translation).to(result)
+    offset = to_vector("translation", translation, (2, 3), scale)
+    dims = offset.shape[-1]
+    scale = check_factor("scale", scale, "translation", offset)
+    compute, result = dtypes(scale, offset)
+    factors, offset = torch.broadcast_tensors(
+        to_tensor(scale, offset, compute).unsqueeze(-1), offset.to(compute)
+    )
+    return augment(diagonal([factors[..., 0]] * dims), offset).to(result)
 
 
 @public
-def similarity(scale: float | Tensor, angle: float | Tensor, translation: Tensor) -> Tensor:
+def similarity(
+    scale: float | Tensor, angle: float | Tensor, translation: Tensor | Sequence[float] = (0.0, 0.0)
+) -> Tensor:
     """Scale, rotate and move: ``[[s cos a, -s sin a, tx], [s sin a, s cos a, ty]]``.
 
     Convention: radians. As x points right and y down, a positive angle turns the window that is read
-    clockwise, and so the picture that comes out counter-clockwise. The rotation is one of normalised
-    coordinates: where an image is not square, it is a rotation of the square it is stretched to.
+    clockwise, and so the picture that comes out counter-clockwise. A scale of 1 / z magnifies z times. The
+    rotation is one of normalised coordinates: where an image is not square, it is a rotation of the square it
+    is stretched to.
 
     Args:
         scale: (...,), or a number; as in :func:`attention`.
         angle: (...,), or a number.
-        translation: (..., 2). Its leading dimensions broadcast with those of scale and angle, which have
-            no more of them; only a single translation, (2,), serves any scale and angle.
+        translation: (..., 2), or two numbers. Its leading dimensions broadcast with those of scale and
+            angle, which have no more of them; only a single translation serves any scale and angle.
 
     Returns:
-        (..., 2, 3).
+        (..., 2, 3), of the dtype that the tensors promote to, or of PyTorch's default if there are none.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -123,17 +128,19 @@ def similarity(scale: float | Tensor, angle: float | Tensor, translation: Tensor
     Example:
         >>> stn.transforms.similarity(torch.rand(8), torch.rand(8), torch.zeros(8, 2)).shape
         torch.Size([8, 2, 3])
+        >>> stn.transforms.similarity(0.5, 0.3).shape  # about the middle
+        torch.Size([2, 3])
     """
-    check_vector("translation", translation, (2,))
-    scale = check_factor("scale", scale, "translation", translation)
-    angle = check_factor("angle", angle, "translation", translation)
+    offset = to_vector("translation", translation, (2,), scale, angle)
+    scale = check_factor("scale", scale, "translation", offset)
+    angle = check_factor("angle", angle, "translation", offset)
     if isinstance(scale, Tensor) and isinstance(angle, Tensor):
         check_leading("angle", angle.shape, "scale", scale.shape)
-    compute, result = dtypes(scale, angle, translation)
-    scale, angle = to_tensor(scale, translation, compute), to_tensor(angle, translation, compute)
+    compute, result = dtypes(scale, angle, offset)
+    scale, angle = to_tensor(scale, offset, compute), to_tensor(angle, offset, compute)
     cos, sin = scale * angle.cos(), scale * angle.sin()
     linear = torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
-    return augment(linear, translation.to(compute)).to(result)
+    return augment(linear, offset.to(compute)).to(result)
 
 
 # ------------------------------------------------------------------------------- their composition
@@ -158,7 +165,8 @@ def compose(outer: Tensor, inner: Tensor) -> Tensor:
         >>> image = torch.rand(1, 3, 48, 64)
         >>> crop = stn.transforms.attention(0.5, torch.zeros(1, 2))
         >>> turn = stn.transforms.similarity(1.0, 0.3, torch.zeros(1, 2))
-        >>> turned = stn.affine_grid_sample(image, stn.transforms.compose(crop, turn))  # interpolated once
+        >>> both = stn.transforms.compose(crop, turn)
+        >>> turned = stn.affine_grid_sample(image, both)  # interpolated once
     """
     check_theta("outer", outer)
     check_theta("inner", inner)

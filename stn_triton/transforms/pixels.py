@@ -23,8 +23,16 @@ import torch
 from torch import Tensor
 
 from ..calls import public
-from ..checks import check_bool, check_spatial_size, check_tensor, refuse, to_number
-from .arguments import check_factor, check_theta, check_vector, dtypes, to_tensor
+from ..checks import (
+    check_bool,
+    check_device,
+    check_spatial_size,
+    check_tensor,
+    refuse,
+    refuse_type,
+    to_number,
+)
+from .arguments import check_factor, check_leading, check_theta, check_vector, dtypes, to_numbers, to_tensor
 from .matrices import augment, diagonal, homogeneous, invert
 
 __all__ = ["from_pixels", "to_pixels", "rotation", "crop"]
@@ -44,7 +52,10 @@ def from_pixels(
     Convention: x first, pixel centres at whole numbers. ``matrix`` takes pixels of the output to pixels of
     the input; with ``inverse=True`` it takes pixels of the input to pixels of the output. The result is
     S_input^-1 M S_output: M is the matrix from output to input, and S takes normalised u to pixels p, along
-    an axis of W by p = ((u + 1) W - 1) / 2, with ``align_corners=True`` by p = (u + 1) (W - 1) / 2.
+    an axis of W by, according to ``align_corners`` ::
+
+        False:  p = ((u + 1) W - 1) / 2
+        True:   p = (u + 1) (W - 1) / 2
 
     Args:
         matrix: affine maps (..., 2, 3), or (..., 3, 4) in 3-D, or homographies (..., 3, 3).
@@ -74,7 +85,7 @@ def from_pixels(
         TypeError, ValueError: naming the argument that does not fit.
 
     Example:
-        >>> turn = torch.tensor([[[0.0, -1.0, 47.0], [1.0, 0.0, 0.0]]])  # a quarter turn of 48 x 48 pixels
+        >>> turn = torch.tensor([[[0.0, -1.0, 47.0], [1.0, 0.0, 0.0]]])  # by 90 degrees
         >>> stn.transforms.from_pixels(turn, (48, 48))
         tensor([[[ 0., -1.,  0.],
                  [ 1.,  0.,  0.]]])
@@ -182,12 +193,15 @@ def _after(matrix: Tensor, axes: Sequence[_Axis]) -> Tensor:
 
 # ------------------------------------------------------------------------------- making them
 @public
-def rotation(angle: float | Tensor, centre: Tensor | Sequence[float] | None = None) -> Tensor:
-    """The rotation about a point: ``c + R (p - c)``, R being ``[[cos a, -sin a], [sin a, cos a]]``.
+def rotation(
+    angle: float | Tensor, centre: Tensor | Sequence[float] | None = None, scale: float | Tensor = 1.0
+) -> Tensor:
+    """Turn and zoom about a point: ``c + R (p - c) / s``, R being ``[[cos a, -sin a], [sin a, cos a]]``.
 
     Convention: radians, from output to input, of the sense of :func:`similarity`: a positive angle turns
-    the window that is read clockwise, and so the picture that comes out counter-clockwise. The rotation is
-    one of the coordinates in which the centre is given. About a point in pixels it is a matrix in pixels,
+    the window that is read clockwise, and so the picture that comes out counter-clockwise. A scale of 2
+    makes the picture twice as large, as in OpenCV (:func:`similarity` takes the inverse). The rotation
+    is one of the coordinates in which the centre is given. About a point in pixels it is a matrix in pixels,
     for :func:`from_pixels`; normalised, it is a rotation of the picture only where the image is square.
 
     Args:
@@ -195,14 +209,15 @@ def rotation(angle: float | Tensor, centre: Tensor | Sequence[float] | None = No
         centre: (..., 2), x first, or two numbers. Its leading dimensions broadcast with the angle's,
             which has no more of them; only a single centre serves any angle. Default: the origin, which
             in normalised coordinates is the image's middle.
+        scale: (...,), or a number, not 0: as the angle.
 
     Returns:
         (..., 2, 3), of the dtype that the tensors promote to, or of PyTorch's default dtype if there are
         none.
 
-    ``cv2.getRotationMatrix2D(centre, degrees, 1)``, from input to output, is the inverse of
-    ``rotation(math.radians(degrees), centre)``: OpenCV's rotation of an image (..., H, W) is
-    ``from_pixels(rotation(angle, centre), (H, W))``.
+    ``cv2.getRotationMatrix2D(centre, degrees, scale)``, from input to output, is
+    ``invert(rotation(math.radians(degrees), centre, scale))``: OpenCV's rotation of an image (..., H, W) is
+    ``from_pixels(rotation(math.radians(degrees), centre, scale), (H, W))``.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -210,33 +225,38 @@ def rotation(angle: float | Tensor, centre: Tensor | Sequence[float] | None = No
     Example:
         >>> image = torch.rand(1, 3, 48, 64)
         >>> turn = stn.transforms.rotation(0.3, (31.5, 23.5))  # about the middle, in pixels
-        >>> turned = stn.affine_grid_sample(image, stn.transforms.from_pixels(turn[None], (48, 64)))
+        >>> theta = stn.transforms.from_pixels(turn[None], (48, 64))
+        >>> turned = stn.affine_grid_sample(image, theta)
     """
     x: float | Tensor
     y: float | Tensor
     if isinstance(centre, Tensor):
         check_vector("centre", centre, (2,))
         angle = check_factor("angle", angle, "centre", centre)
+        scale = check_factor("scale", scale, "centre", centre)
         x, y = centre.double().unbind(-1)
     else:
         x, y = _to_pair(centre)
-        angle = _check_angle(angle)
-    given = [value for value in (angle, centre) if isinstance(value, Tensor)]
+        angle, scale = _check_number("angle", angle), _check_number("scale", scale)
+    if isinstance(angle, Tensor) and isinstance(scale, Tensor):
+        check_device("scale", scale, "angle", angle)
+        check_leading("scale", scale.shape, "angle", angle.shape)
+    given = [value for value in (angle, centre, scale) if isinstance(value, Tensor)]
     result = dtypes(*given)[1] if given else torch.get_default_dtype()
-    turned = to_tensor(angle, given[0] if given else None, torch.float64)
-    cos, sin = turned.cos(), turned.sin()
+    turned, larger = (to_tensor(v, given[0] if given else None, torch.float64) for v in (angle, scale))
+    cos, sin = turned.cos() / larger, turned.sin() / larger
     linear = torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
     translation = torch.stack([x - cos * x + sin * y, y - sin * x - cos * y], -1)
     return augment(linear, translation).to(result)
 
 
-def _check_angle(angle: float | Tensor) -> float | Tensor:
-    if isinstance(angle, Tensor):
-        check_tensor("angle", angle)
-        return angle
-    number = to_number(angle)
+def _check_number(name: str, value: float | Tensor) -> float | Tensor:
+    if isinstance(value, Tensor):
+        check_tensor(name, value)
+        return value
+    number = to_number(value)
     if number is None:
-        refuse(TypeError, "angle", "a tensor or a number", type(angle).__name__)
+        refuse_type(name, value, "a tensor or a number")
     return number
 
 
@@ -244,8 +264,8 @@ def _to_pair(centre: object) -> tuple[float, float]:
     """The origin for None."""
     if centre is None:
         return 0.0, 0.0
-    numbers = [to_number(value) for value in centre] if isinstance(centre, (tuple, list)) else []
-    if len(numbers) != 2 or None in numbers:
+    numbers = to_numbers(centre)
+    if numbers is None or len(numbers) != 2:
         refuse(TypeError, "centre", "a tensor, two numbers or None", repr(centre))
     return numbers[0], numbers[1]
 
@@ -280,11 +300,14 @@ def crop(boxes: Tensor, input_size: Sequence[int]) -> Tensor:
 
     Example:
         >>> image, boxes = torch.rand(1, 3, 48, 64), torch.tensor([[[8.0, 4.0, 24.0, 20.0]]])
-        >>> crops = stn.affine_grid_sample(image, stn.transforms.crop(boxes, (48, 64)), (16, 16))
+        >>> theta = stn.transforms.crop(boxes, (48, 64))
+        >>> crops = stn.affine_grid_sample(image, theta, (16, 16))
         >>> torch.allclose(crops[:, 0], image[:, :, 4:20, 8:24], atol=1e-5)
         True
     """
-    dims = check_vector("boxes", boxes, (4, 6)) // 2
+    scored = isinstance(boxes, Tensor) and boxes.dim() > 0 and boxes.shape[-1] == 5
+    hint = "detections with a score: boxes[..., :4]" if scored else ""
+    dims = check_vector("boxes", boxes, (4, 6), hint) // 2
     sizes = check_spatial_size(input_size, dims, "input_size")
     edges = boxes.double().unbind(-1)
     axes = list(zip(edges[:dims], edges[dims:], reversed(sizes)))
