@@ -39,6 +39,9 @@ class Padding(IntEnum):
     CIRCULAR = 3
 
 
+_DIGITS = frozenset(padding + 1 for padding in Padding)
+
+
 def padding_code(paddings: Sequence[int]) -> int:
     """One integer for the paddings of the axes, x first: the padding itself where all are the same.
 
@@ -52,7 +55,7 @@ def padding_code(paddings: Sequence[int]) -> int:
 def paddings_of(code: int, dims: int) -> tuple[Padding, ...]:
     """The paddings of ``dims`` axes that ``padding_code`` made ``code`` of; ValueError if it made none."""
     digits = [code + 1] * dims if 0 <= code < 8 else [code >> 3 * axis & 7 for axis in range(dims)]
-    if code >> max(3 * dims, 3) or not {*digits} <= {padding + 1 for padding in Padding}:
+    if code >> max(3 * dims, 3) or not _DIGITS.issuperset(digits):
         raise ValueError(f"padding_mode must be a code of Padding, or of one for each axis, got {code}")
     return tuple(Padding(digit - 1) for digit in digits)
 

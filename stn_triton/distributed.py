@@ -53,6 +53,11 @@ def replicated(tensor: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
+def stack(tensors: list[Tensor] | tuple[Tensor, ...], dim: int) -> Tensor:
+    """``torch.stack`` at a ``dim`` from the end, which PyTorch 2.11 counts one too few for shards."""
+    return torch.stack(tensors, dim + tensors[0].dim() + 1)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of it in every process, as a plain tensor."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

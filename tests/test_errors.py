@@ -44,6 +44,11 @@ def theta5(device):
     return torch.rand(2, 3, 4, device=device)
 
 
+def not_of_the_interpreter(caught):
+    """Warnings but those by which NumPy tells Triton 3.6's interpreter how to convert numbers."""
+    return [w for w in caught if "Conversion of an array with ndim" not in str(w.message)]
+
+
 def outcome(function, arguments):
     """What a call gives or raises, and its warnings: their texts and where they point."""
     with warnings.catch_warnings(record=True) as caught:
@@ -53,7 +58,7 @@ def outcome(function, arguments):
             result = tuple(result.shape), result.dtype, result.device
         except Exception as error:
             result = type(error), str(error)
-    return result, [(str(w.message), w.category, w.filename) for w in caught]
+    return result, [(str(w.message), w.category, w.filename) for w in not_of_the_interpreter(caught)]
 
 
 class Spy(TorchDispatchMode):
@@ -217,13 +222,14 @@ def test_align_corners_warning(device, function):
     arguments = (x4(device), g4(device)) if function == "grid_sample" else (theta(device), (2, 3, 4, 5))
     with pytest.warns(UserWarning, match="Default grid_sample and affine_grid behavior") as caught:
         getattr(stn, function)(*arguments)
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
+    (warning,) = not_of_the_interpreter(caught)
+    assert warning.filename == __file__
     with open(__file__) as lines:
-        assert "getattr(stn, function)(*arguments)" in lines.readlines()[caught[0].lineno - 1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        assert "getattr(stn, function)(*arguments)" in lines.readlines()[warning.lineno - 1]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         getattr(stn, function)(*arguments, align_corners=False)
+    assert not not_of_the_interpreter(caught)
 
 
 # ------------------------------------------------------------------------------ affine_grid_sample

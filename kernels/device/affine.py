@@ -85,7 +85,7 @@ def reciprocal(e):
     """2^31 / e as the sum of two floats, good to 2^-45."""
     high = 1.0 / e
     rest = exact_fma(-high, e, 1.0)
-    return high * 2.0**31, tl.fma(rest, rest, rest) * high * 2.0**31
+    return high * 2.0**31, exact_fma(rest, rest, rest) * high * 2.0**31
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def scaled(theta, n, e, inverse, OWN: tl.constexpr):
     """
     high, low = product(theta, n)
     whole, rest = product(high, inverse[0])
-    rest = tl.fma(low, inverse[0], tl.fma(high, inverse[1], rest))
+    rest = exact_fma(low, inverse[0], exact_fma(high, inverse[1], rest))
     if OWN:
         whole = tl.where(n == e, theta * 2.0**31, whole)
         rest = tl.where(n == e, 0.0, rest)

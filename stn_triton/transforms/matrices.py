@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import distributed
 from ..calls import public
 from ..checks import check_device, check_int, refuse, refuse_choice
 from .arguments import check_dtype, check_factor, check_leading, check_theta, dtypes, to_tensor, to_vector
@@ -139,7 +140,7 @@ def similarity(
     compute, result = dtypes(scale, angle, offset)
     scale, angle = to_tensor(scale, offset, compute), to_tensor(angle, offset, compute)
     cos, sin = scale * angle.cos(), scale * angle.sin()
-    linear = torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
+    linear = distributed.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
     return augment(linear, offset.to(compute)).to(result)
 
 
@@ -221,7 +222,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 def _inverse(matrix: Tensor) -> Tensor:
     """Of (..., 3, 3). The inverse's columns are the cross products of the rows, over the determinant."""
     a, b, c = matrix.unbind(-2)
-    adjugate = torch.stack([torch.linalg.cross(*rows) for rows in ((b, c), (c, a), (a, b))], -1)
+    adjugate = distributed.stack([torch.linalg.cross(*rows) for rows in ((b, c), (c, a), (a, b))], -1)
     determinant = (a * adjugate[..., 0]).sum(-1)
     return adjugate / determinant[..., None, None]
 
@@ -239,7 +240,7 @@ def diagonal(entries: Sequence[Tensor]) -> Tensor:
     """(..., d, d), zero beside the diagonal whatever is on it, from d tensors of one shape."""
     zero, dims = torch.zeros_like(entries[0]), len(entries)
     rows = [entries[row] if row == column else zero for row in range(dims) for column in range(dims)]
-    return torch.stack(rows, -1).unflatten(-1, (dims, dims))
+    return distributed.stack(rows, -1).unflatten(-1, (dims, dims))
 
 
 def augment(linear: Tensor, translation: Tensor) -> Tensor:

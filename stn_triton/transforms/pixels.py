@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import distributed
 from ..calls import public
 from ..checks import (
     check_bool,
@@ -158,7 +159,9 @@ def _to_pixels(n: int, align_corners: bool) -> _Axis:
 
     (Without a question about n, which the compiler may not know.)
     """
-    return _Axis(torch.sym_max(n - 1 if align_corners else n, 1), n - 1, 2)
+    scale = n - 1 if align_corners else n
+    # Dynamo of PyTorch 2.11 takes ``max`` alone, a traced size ``sym_max`` alone
+    return _Axis(max(scale, 1) if isinstance(scale, int) else torch.sym_max(scale, 1), n - 1, 2)
 
 
 def _checked(
@@ -179,7 +182,7 @@ def _before(matrix: Tensor, axes: Sequence[_Axis]) -> Tensor:
     """``S @ matrix``, S being the diagonal map of the axes."""
     *rows, last = matrix.unbind(-2)
     rows = [(axis.scale * row + axis.offset * last) / axis.divisor for row, axis in zip(rows, axes)]
-    return torch.stack([*rows, last], -2)
+    return distributed.stack([*rows, last], -2)
 
 
 def _after(matrix: Tensor, axes: Sequence[_Axis]) -> Tensor:
@@ -188,7 +191,7 @@ def _after(matrix: Tensor, axes: Sequence[_Axis]) -> Tensor:
     for column, axis in zip(columns, axes):
         last = last + column * axis.offset / axis.divisor
     columns = [column * axis.scale / axis.divisor for column, axis in zip(columns, axes)]
-    return torch.stack([*columns, last], -1)
+    return distributed.stack([*columns, last], -1)
 
 
 # ------------------------------------------------------------------------------- making them
@@ -245,8 +248,8 @@ def rotation(
     result = dtypes(*given)[1] if given else torch.get_default_dtype()
     turned, larger = (to_tensor(v, given[0] if given else None, torch.float64) for v in (angle, scale))
     cos, sin = turned.cos() / larger, turned.sin() / larger
-    linear = torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
-    translation = torch.stack([x - cos * x + sin * y, y - sin * x - cos * y], -1)
+    linear = distributed.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
+    translation = distributed.stack([x - cos * x + sin * y, y - sin * x - cos * y], -1)
     return augment(linear, translation).to(result)
 
 
@@ -312,5 +315,5 @@ def crop(boxes: Tensor, input_size: Sequence[int]) -> Tensor:
     edges = boxes.double().unbind(-1)
     axes = list(zip(edges[:dims], edges[dims:], reversed(sizes)))
     linear = diagonal([(high - low) / n for low, high, n in axes])
-    translation = torch.stack([(low + high - n) / n for low, high, n in axes], -1)
+    translation = distributed.stack([(low + high - n) / n for low, high, n in axes], -1)
     return augment(linear, translation).to(boxes.dtype)

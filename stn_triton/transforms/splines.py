@@ -49,7 +49,7 @@ def control_lattice(
     compute = torch.promote_types(dtype, torch.float32)
     axis = (2 * torch.arange(k, device=device, dtype=compute) - (k - 1)) / (k - 1)
     x, y = torch.meshgrid(axis, axis, indexing="xy")
-    return torch.stack([x, y], -1).flatten(0, 1).to(dtype)
+    return distributed.stack([x, y], -1).flatten(0, 1).to(dtype)
 
 
 # ------------------------------------------------------------------------------- thin-plate splines
@@ -168,7 +168,7 @@ def tps_evaluate(coefficients: Tensor, control_points: Tensor | None, xy: Tensor
     weights = coefficients[..., :count, :]
     bent = [(basis * weights[..., component].unsqueeze(-2)).sum(-1) for component in (0, 1)]
     a_x, a_y, a_1 = coefficients[..., count:, :].unsqueeze(-3).unbind(-2)
-    return torch.stack(bent, -1) + a_x * xy[..., :1] + a_y * xy[..., 1:] + a_1
+    return distributed.stack(bent, -1) + a_x * xy[..., :1] + a_y * xy[..., 1:] + a_1
 
 
 def _kernel(xy: Tensor, control_points: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def invert_by_elimination(A: Tensor, *, check_errors: bool = False) -> tuple[Ten
         others = (entries * (1 - pivot)).unsqueeze(-1)
         is_pivot = pivot.unsqueeze(-1) > 0
         a, b = (torch.where(is_pivot, m / value, m - others * ((row @ m) / value)) for m in (a, b))
-    return torch.stack(chosen, -2) @ b, torch.zeros_like(A[..., 0, 0], dtype=torch.int32)
+    return distributed.stack(chosen, -2) @ b, torch.zeros_like(A[..., 0, 0], dtype=torch.int32)
 
 
 # ------------------------------------------------------------------- the systems that are remembered
