@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .blocks import Block, Blocks
+from .blocks import Block, Blocks, lock
 from .files import replacing
 
 FORMAT = 1  # of the files; a file of another one is not used
@@ -250,7 +249,7 @@ class UserTable:
     ) -> None:
         self.path, self._facts, self._wrong = path, facts, wrong
         self.entries = {} if path is None else _fields(read(path, facts))
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._warned = False
 
     def remember(self, key: str, fields: Fields) -> None:
@@ -336,7 +335,7 @@ def user_table(device: torch.device) -> UserTable:
 live: Blocks[None] = Blocks()  # of autotune(): inside, and in all threads, the user's own table is in use
 ignoring: Blocks[None] = Blocks()  # of ignore_shipped()
 version = 0  # counts what changes the user's tables, of which a lookup depends on while live
-_version_lock = threading.Lock()
+_version_lock = lock()
 
 
 def changed() -> None:
