@@ -25,7 +25,6 @@ from ..modes import Source
 from . import configs, tables
 from .blocks import Block, LocalBlocks, lock
 from .configs import Problem, Tile
-from .tables import BLOCK as BLOCK
 from .tables import MOST_LANES as MOST_LANES
 from .tables import lanes
 
