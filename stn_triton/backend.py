@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from .kernels.host.blocks import Block, Blocks
+from .versions import import_triton
 
 __all__ = ["Backend", "has_autocast", "select", "use", "without_autocast"]
 
@@ -72,8 +73,7 @@ def _of_accelerator(device_type: str) -> Backend:
     if device_type == "mps":
         return Backend("torch", "Triton has no driver for Apple's GPUs")
     try:
-        import triton
-
+        triton = import_triton()
         target = triton.runtime.driver.active.get_current_target()
     except Exception as error:  # no triton, no driver, no compiler: whatever it is, the user is told
         return Backend("torch", f"Triton cannot run here: {error}", _advice(error))
@@ -98,7 +98,7 @@ def _advice(error: Exception) -> str:
 
 def _need_triton(asked: str, otherwise: str) -> None:
     try:
-        import triton  # noqa: F401
+        import_triton()
     except ImportError as error:
         raise ImportError(
             f"{asked}, but Triton is missing ({error}): install it (pip install triton), {otherwise}"
