@@ -18,26 +18,7 @@ TORCH = (2, 11)
 TRITON = (3, 6)
 
 
-def import_triton() -> Any:
-    """
-    Raises:
-        ImportError: it is not there, or its import fails, in whatever way.
-    """
-    try:
-        import triton
-    except ImportError:
-        raise
-    except Exception as error:  # of a damaged installation, a library that does not load, ...
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ImportError(f"importing it raises {said}") from error
-    if _is_folder(triton):
-        raise ModuleNotFoundError(
-            f"No module named 'triton', but a folder without code: {triton.__path__[0]}"
-        )
-    return triton
-
-
-def _is_folder(module: Any) -> bool:
+def is_folder(module: Any) -> bool:
     """Whether it is a folder of that name and nothing else, which Python takes for a namespace package."""
     return getattr(module, "__file__", None) is None and bool(list(getattr(module, "__path__", ())))
 
@@ -46,7 +27,7 @@ def triton_version() -> str | None:
     """Of what ``import triton`` would bring, "unknown" if it does not tell; None if there is none."""
     module = sys.modules.get("triton")
     if module is not None:
-        return None if _is_folder(module) else str(getattr(module, "__version__", "unknown"))
+        return None if is_folder(module) else str(getattr(module, "__version__", "unknown"))
     spec = None if "triton" in sys.modules else importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:  # a folder without code
         return None
