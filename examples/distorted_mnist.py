@@ -55,9 +55,17 @@ FACTS = {
     "Triton": "triton",
     "Commit": "commit",
 }
-RESULT = (  # what a result tells
-    *("job", "error", "parameters", "budget", "seconds", "trained_together", "data", "config", "facts"),
-)
+RESULT: dict[str, Any] = {  # what a result tells
+    "job": dict,
+    "error": (int, float),
+    "parameters": int,
+    "budget": int,
+    "seconds": (int, float),
+    "trained_together": int,
+    "data": str,
+    "config": dict,
+    "facts": dict,
+}
 REMEDY = "Delete its folder, and the model is trained again"
 TEST_SEED = 2015  # of the test set's distortions, the same for all
 SHOWN = 6  # digits in the pictures
@@ -224,11 +232,9 @@ def pending(
         if not path.exists():
             left.append(job)
             continue
-        done = read_json(path, REMEDY)
+        done = _read_result(path)
         config, parameters = settings(job.model)
-        with reading(path, REMEDY):
-            its = done["config"], done["budget"], done["data"]
-        if its != (asdict(config), parameters, source):
+        if (done["config"], done["budget"], done["data"]) != (asdict(config), parameters, source):
             raise ValueError(f"{path} is of other settings: name another --output, or delete it")
     if not together:
         return [[job] for job in left]
@@ -246,16 +252,30 @@ def results(output: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: one of the files is damaged.
     """
-    found = []
-    for path in sorted(output.glob("runs/*/result.json")):
-        result = read_json(path, REMEDY)
-        with reading(path, REMEDY):
-            missing = [name for name in RESULT if name not in result]
-            if missing:
-                raise ValueError(f"it lacks {', '.join(missing)}")
-            Job(**result["job"])
-        found.append(result)
-    return found
+    return [_read_result(path) for path in sorted(output.glob("runs/*/result.json"))]
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    result = read_json(path, REMEDY)
+    with reading(path, REMEDY):
+        for name, kind in RESULT.items():
+            if name not in result:
+                raise ValueError(f"it lacks {name}")
+            if not isinstance(result[name], kind):
+                raise TypeError(f"its {name} is {result[name]!r}")
+        job = Job(**result["job"])
+        if job.model not in models.NAMES or job.distortion not in DISTORTIONS or type(job.seed) is not int:
+            raise ValueError(f"it is of {job}")
+        config = result["config"]
+        if type(config["steps"]) is not int or type(config["batch"]) is not int:
+            raise TypeError(f"its steps are {config['steps']!r}, its batch {config['batch']!r}")
+        if not isinstance(config["warm_up"], (int, float)) or result["trained_together"] < 1:
+            raise ValueError(
+                f"its warm_up is {config['warm_up']!r}, trained_together {result['trained_together']}"
+            )
+        for key in FACTS.values():
+            result["facts"][key]
+    return result
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
@@ -330,6 +350,9 @@ def draw_results(output: Path, jobs: Sequence[Job], budgets: dict[Job, int], mni
         net = build(job, budgets[job], device).eval()
         with reading(path, REMEDY):
             net.load_state_dict(kept["model"])
+            for step, theta in kept["snapshots"]:
+                if type(step) is not int or not isinstance(theta, Tensor):
+                    raise TypeError(f"it has a snapshot of step {step!r} that is {type(theta).__name__}")
         transformer, images = net.transformer, torch.cat([one, several])
         with torch.no_grad():
             panels += _panels(job.model, transformer, images, transformer.localise(images))

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 import stn_triton as stn
 from examples import birds_models, colocalisation, extruded_digits, mnist_addition, models
-from examples.files import write_json, write_text
+from examples.files import replacing, write_json, write_text
 from examples.outputs import origin
 from examples.svhn_models import sequence_loss, svhn_net
 
@@ -251,8 +251,8 @@ def draw(rows: Sequence[tuple[Experiment, Counts, Counts]], path: Path) -> None:
     figure.legend(
         *ax.get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8, frameon=False
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=80)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 import stn_triton as stn
 from examples.data import Digits
 from examples.files import reading
+from examples.matlab import read_arrays
 from examples.scenes import (
     REMAKE,
     backgrounds,
@@ -127,6 +128,8 @@ def _photographs(folder: Path, half: str) -> Iterator[tuple[Tensor, Number]]:
             path = unpacked / number.name
             with reading(path, _REMEDY):
                 pixels = decode(path.read_bytes())
+            with reading(file, _REMEDY):
+                _need_near(pixels, number)
             yield pixels, number
     elif archive.exists():
         with reading(archive, _REMEDY):
@@ -143,15 +146,35 @@ def _archived(archive: Path) -> Iterator[tuple[Tensor, Number]]:
     structure = next((content for name, content in _members(archive, "digitStruct.mat")), None)
     if structure is None:
         raise ValueError("it has no digitStruct.mat")
-    with reading(f"digitStruct.mat in {archive}", _REMEDY):
+    described = f"digitStruct.mat in {archive}"
+    with reading(described, _REMEDY):
         numbers = {number.name: number for number in read_structure(structure)}
     for name, content in _members(archive, ".png"):
         if name in numbers:
             with reading(f"{name} in {archive}", _REMEDY):
                 pixels = decode(content)
+            with reading(described, _REMEDY):
+                _need_near(pixels, numbers[name])
             yield pixels, numbers.pop(name)
     if numbers:
         raise ValueError(f"it lacks {len(numbers)} photographs, {min(numbers)} among them")
+
+
+def _need_near(pixels: Tensor, number: Number) -> None:
+    """
+    Raises:
+        ValueError: a box is empty, or is far from the photograph or larger: twice as large at least. (People
+            drew them: some reach over the edge.)
+    """
+    size = torch.tensor([pixels.shape[-1], pixels.shape[-2]])
+    corners, sides = number.boxes[:, :2], number.boxes[:, 2:]
+    near = (sides > 0) & (sides <= 2 * size) & (corners >= -size) & (corners <= 2 * size)
+    if not near.all():
+        box = number.boxes[~near.all(1)][0].tolist()
+        raise ValueError(
+            f"{number.name} is of {size[0]} x {size[1]} pixels, and a digit's left, top, width and height in "
+            f"it are {box}"
+        )
 
 
 def _members(archive: Path, ending: str) -> Iterator[tuple[str, bytes]]:
@@ -193,12 +216,14 @@ def read_structure(content: bytes) -> list[Number]:
             if not called or Path(called).name != called:
                 raise ValueError(f"{called!r} is no name of a file")
             if sides.shape[1] != len(labels) or not sides.isfinite().all():
-                raise ValueError(f"of {called} the boxes are not one for each of {len(labels)} digits")
+                raise ValueError(f"of {called} the boxes are not one, of numbers, for each of its digits")
             if any(label not in range(1, 11) for label in labels):
                 raise ValueError(f"{called} has the labels {labels}, and labels are 1 to 10")
             numbers.append(Number(called, sides.T, [int(label) % 10 for label in labels]))  # 10 is a zero
     if not numbers:
         raise ValueError("it describes no photograph")
+    if all(len(number.digits) > LENGTH for number in numbers):
+        raise ValueError(f"it has no number of up to {LENGTH} digits")
     return numbers
 
 
@@ -231,21 +256,17 @@ def load_cropped_digits(folder: Path | str, half: str, size: int) -> Sequences:
     """Format 2, ``{half}_32x32.mat``: single digits, enlarged, as sequences of one.
 
     Raises:
-        ImportError: SciPy, which reads the file, is not installed.
+        ImportError: NumPy is not installed.
         FileNotFoundError: it is not there.
         DataError: it is damaged.
     """
-    try:
-        from scipy import io as matlab
-    except ModuleNotFoundError as error:
-        raise ImportError("cropped digits need SciPy: pip install scipy") from error
     file = Path(folder) / f"{half}_32x32.mat"
     if not file.exists():
         raise FileNotFoundError(
             f"{file} is not there: SVHN's format 2 is at http://ufldl.stanford.edu/housenumbers"
         )
     with reading(file, _REMEDY):
-        content = matlab.loadmat(file)
+        content = read_arrays(file.read_bytes())
         small = torch.from_numpy(content["X"]).permute(3, 2, 0, 1)
         digits = torch.from_numpy(content["y"]).flatten().long()
         if small.dtype != torch.uint8 or small.shape[1:] != (3, 32, 32) or len(small) != len(digits):

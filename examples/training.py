@@ -466,12 +466,13 @@ class _Run:
             self._take(state)
 
     def _take(self, state: dict[str, Any]) -> None:
+        _need_types(state, self.config)
         own = state["generators"][rank()]
         snapshots = [(step, _to_cpu(kept)) for step, kept in state["snapshots"]]
         before = copy.deepcopy(self.model.state_dict())
         try:
             self.model.load_state_dict(state["model"])
-            self.optimiser.load_state_dict(state["optimiser"])
+            _load_optimiser(self.optimiser, state["optimiser"])
             self.scaler.load_state_dict(state["scaler"])
             self.running.copy_(state["running"])
             for generator, its in zip(self.task.generators, own["task"], strict=True):
@@ -484,6 +485,44 @@ class _Run:
         except BaseException:
             self.model.load_state_dict(before)  # the caller's, who may go on without the file
             raise
+
+
+def _need_types(state: dict[str, Any], config: Config) -> None:
+    """
+    Raises:
+        TypeError, ValueError: the loop would stumble over what a checkpoint says.
+    """
+    step, history = state["step"], state["history"]
+    if type(step) is not int or not 0 <= step <= config.steps:
+        raise ValueError(f"its step is {step!r}, of {config.steps}")
+    if type(state["seconds"]) not in (int, float):
+        raise TypeError(f"its seconds are {state['seconds']!r}")
+    for line in history if isinstance(history, list) else [history]:
+        values = line.values() if isinstance(line, dict) and line.keys() >= set(_OWN) else [None]
+        if not all(type(value) in (int, float) for value in values):
+            raise TypeError(f"its history has the line {line!r}")
+    for at, _ in state["snapshots"]:
+        if type(at) is not int:
+            raise TypeError(f"it has a snapshot of step {at!r}")
+
+
+def _load_optimiser(optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """
+    Raises:
+        Exception: the state is of another optimiser, or damaged.
+    """
+    before = [dict(group) for group in optimiser.param_groups]
+    optimiser.load_state_dict(state)
+    for ours, theirs in zip(before, optimiser.param_groups):
+        for name in ours.keys() & theirs.keys():
+            if type(ours[name]) is not type(theirs[name]):
+                raise TypeError(f"its optimiser's {name} is {theirs[name]!r}")
+    for parameter, its in optimiser.state.items():
+        for name, value in its.items():
+            if value is not None and not (
+                isinstance(value, Tensor) and (not value.dim() or value.shape == parameter.shape)
+            ):
+                raise TypeError(f"its optimiser's {name} do not fit the parameters")
 
 
 class _Captured:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from .kernels.host.blocks import Block, Blocks
+from .versions import is_folder
 
 __all__ = ["Backend", "has_autocast", "select", "use", "without_autocast"]
 
@@ -68,12 +69,30 @@ def _select(device_type: str, interpret: bool) -> Backend:
     return chosen
 
 
+def _triton() -> Any:
+    """
+    Raises:
+        ImportError: it is not there, or its import fails, in whatever way.
+    """
+    try:
+        import triton
+    except ImportError:
+        raise
+    except Exception as error:  # of a damaged installation, a library that does not load, ...
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ImportError(f"importing it raises {said}") from error
+    if is_folder(triton):
+        raise ModuleNotFoundError(
+            f"No module named 'triton', but a folder without code: {triton.__path__[0]}"
+        )
+    return triton
+
+
 def _of_accelerator(device_type: str) -> Backend:
     if device_type == "mps":
         return Backend("torch", "Triton has no driver for Apple's GPUs")
     try:
-        import triton
-
+        triton = _triton()
         target = triton.runtime.driver.active.get_current_target()
     except Exception as error:  # no triton, no driver, no compiler: whatever it is, the user is told
         return Backend("torch", f"Triton cannot run here: {error}", _advice(error))
@@ -98,7 +117,7 @@ def _advice(error: Exception) -> str:
 
 def _need_triton(asked: str, otherwise: str) -> None:
     try:
-        import triton  # noqa: F401
+        _triton()
     except ImportError as error:
         raise ImportError(
             f"{asked}, but Triton is missing ({error}): install it (pip install triton), {otherwise}"

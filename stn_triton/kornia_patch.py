@@ -82,8 +82,8 @@ class _Functions(Switch):
             )
 
     def turn_off(self) -> None:
-        for name, function in self._functions.items():
-            function.__code__ = self._codes[name]
+        for name, code in self._codes.items():
+            self._functions[name].__code__ = code
 
 
 def _takes_the_same(function: Any, ours: CodeType) -> bool:

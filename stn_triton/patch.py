@@ -38,7 +38,7 @@ class _Registered(Switch):
         self._recent: deque[list[Callable[..., Any]]] = deque(maxlen=64)
 
     def turn_on(self) -> None:
-        library = torch.library.Library("aten", "IMPL")
+        library = self._library = torch.library.Library("aten", "IMPL")
         # PyTorch says, once in a process, that a kernel is overridden
         quiet = nullcontext() if self._registered_before else warnings.catch_warnings()
         try:
@@ -50,15 +50,14 @@ class _Registered(Switch):
                     library.impl(name, function, key, with_keyset=True, allow_override=True)
             self._recent.append([_kernel(name, key) for name, key, _ in replacements])
         except BaseException:
-            library._destroy()
+            self.turn_off()
             raise
         self._registered_before = True
-        self._library = library
 
     def turn_off(self) -> None:
-        library, self._library = self._library, None
-        if library is not None:
-            library._destroy()
+        if self._library is not None:
+            self._library._destroy()  # a second time it does nothing
+            self._library = None
 
 
 _patch = _Registered()
@@ -73,8 +72,8 @@ class patch_torch(Patch):
             warped = kornia.geometry.transform.warp_affine(image, matrix, (224, 224))
             warped.mean().backward()
 
-    or, as ``@stn.patch_torch()``, for a function, coroutine and generator functions among them; or from here
-    on, until ``disable``::
+    or, as ``@stn.patch_torch()``, for a function, coroutine and generator functions among them (below
+    ``@contextlib.contextmanager``); or from here on, until ``disable``::
 
         stn.patch_torch().enable()
 
@@ -88,9 +87,14 @@ class patch_torch(Patch):
     runs: a backward pass outside the block runs on PyTorch's kernels. Blocks may be nested and may overlap
     in several threads: the last one to end restores PyTorch's kernels, unless ``enable`` was called.
 
-    A block is entered and left whole or not at all. An interrupt (Ctrl-C, any signal whose handler raises)
-    leaves in force what was before the block, at the latest when its exception has been dealt with. An
-    interrupted ``enable`` or ``disable`` leaves the old state or the new one.
+    A ``with`` block is entered and left whole or not at all, whoever keeps this object or the exception: an
+    interrupt (Ctrl-C, any signal whose handler raises) leaves in force what was before the block, at the
+    latest when its exception has been dealt with. An interrupted ``enable`` or ``disable`` leaves the old
+    state or the new one. Blocks entered by hand (``__enter__``, ``contextlib.ExitStack``) end with
+    ``disable`` too, as an interrupt may have left one open: ``disable``, then ``enable``, always heals.
+
+    A forked process has what ``enable`` said, and the blocks of the thread that forked; those of other
+    threads end there.
 
     PyTorch does not guard the registration of operators against calls in other threads: best turn it on
     before they start. Inside a compiled function it cannot be turned on; what the compiler writes code for

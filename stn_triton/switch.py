@@ -5,7 +5,7 @@ from __future__ import annotations
 import _thread
 from typing import Any, ClassVar
 
-from .kernels.host.blocks import Block, Blocks, whole
+from .kernels.host.blocks import Block, Blocks, is_kept, lock, whole
 
 __all__ = ["Patch", "Switch"]
 
@@ -22,7 +22,7 @@ class Switch:
         self.blocks: Blocks[None] = Blocks(self.settle)
         self._enabled = False
         self._in_force = False
-        self._lock = _thread.allocate_lock()
+        self._lock = lock()
         self._settling: int | None = None  # the thread that does
 
     def prepare(self) -> None:
@@ -32,6 +32,7 @@ class Switch:
         raise NotImplementedError
 
     def turn_off(self) -> None:
+        """Also what was turned on or off by half, where a process was forked meanwhile."""
         raise NotImplementedError
 
     def _wanted(self) -> bool:
@@ -41,6 +42,8 @@ class Switch:
         before = self._enabled
         try:
             self._enabled = enabled
+            if not enabled:
+                self.blocks.end(is_kept)
             self.settle()
         except BaseException:
             self._enabled = before
@@ -56,6 +59,9 @@ class Switch:
 
     def _settle(self) -> None:
         with self._lock:
+            if self._settling is not None:  # a thread that the process from which this was forked has
+                self.turn_off()
+                self._in_force = False
             self._settling = _thread.get_ident()
             try:
                 while True:
@@ -98,5 +104,9 @@ class Patch(Block[None]):
 
     @classmethod
     def disable(cls) -> None:
-        """Undoes ``enable``, whoever called it. Blocks that are open stay in force until they end."""
+        """Undoes ``enable``, whoever called it. ``with`` blocks that are open stay in force until they end.
+
+        What was entered by hand (``__enter__``, ``contextlib.ExitStack``) ends here: an interrupt may have
+        left it open for good. Leaving it afterwards changes nothing.
+        """
         cls._switch.switch(False)

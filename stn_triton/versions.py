@@ -10,6 +10,7 @@ import re
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,16 +18,21 @@ TORCH = (2, 11)
 TRITON = (3, 6)
 
 
+def is_folder(module: Any) -> bool:
+    """Whether it is a folder of that name and nothing else, which Python takes for a namespace package."""
+    return getattr(module, "__file__", None) is None and bool(list(getattr(module, "__path__", ())))
+
+
 def triton_version() -> str | None:
     """Of what ``import triton`` would bring, "unknown" if it does not tell; None if there is none."""
     module = sys.modules.get("triton")
     if module is not None:
-        return str(getattr(module, "__version__", "unknown"))
+        return None if is_folder(module) else str(getattr(module, "__version__", "unknown"))
     spec = None if "triton" in sys.modules else importlib.util.find_spec("triton")
-    if spec is None:
+    if spec is None or spec.origin is None:  # a folder without code
         return None
     # The source tells what will run, whatever the distribution is called: PyTorch has several names for it.
-    if spec.origin and spec.origin.endswith(".py"):
+    if spec.origin.endswith(".py"):
         try:
             source = Path(spec.origin).read_text(encoding="utf-8")
         except (OSError, ValueError):

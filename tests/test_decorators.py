@@ -6,6 +6,7 @@ import functools
 import inspect
 
 import pytest
+import torch
 from test_interrupts import KINDS
 
 import stn_triton as stn
@@ -185,6 +186,86 @@ def test_methods_partials_and_callables(kind):
         return await block()(thing)()
 
     assert asyncio.run(call()) == inside
+
+
+def passed_on(function):
+    """A decorator of another package: a plain function, which returns what the decorated one does."""
+
+    @functools.wraps(function)
+    def passed(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return passed
+
+
+@pytest.mark.parametrize(
+    "other",
+    [passed_on, torch.no_grad(), lambda function: functools.partial(passed_on(function))],
+    ids=["function", "no_grad", "partial"],
+)
+def test_bodies_that_other_functions_return(kind, other):
+    """They run when they are driven, inside too."""
+    block, state, outside, inside = kind
+
+    @block()
+    @other
+    async def coroutine():
+        await asyncio.sleep(0)
+        return state()
+
+    @block()
+    @passed_on
+    def generate():
+        received = yield state()
+        return received, state()
+
+    @block()
+    @passed_on
+    async def generate_async():
+        yield state()
+        await asyncio.sleep(0)
+        yield state()
+
+    async def all_of(generator):
+        return [item async for item in generator]
+
+    assert asyncio.run(coroutine()) == inside
+    generator = generate()
+    assert state() == outside, "it has not begun"
+    assert next(generator) == inside
+    with pytest.raises(StopIteration) as end:
+        generator.send("a")
+    assert end.value.value == ("a", inside)
+    assert asyncio.run(all_of(generate_async())) == [inside, inside]
+    assert state() == outside
+
+
+@pytest.mark.parametrize("manager", [contextlib.contextmanager, contextlib.asynccontextmanager])
+@pytest.mark.parametrize("wrap", [passed_on, functools.partial], ids=["function", "partial"])
+def test_context_managers_of_contextlib(kind, manager, wrap):
+    """Above, the body would run outside, silently; below, it is covered."""
+    block, state, _, inside = kind
+
+    def body():
+        yield state()
+
+    async def async_body():
+        yield state()
+
+    body = body if manager is contextlib.contextmanager else async_body
+    with pytest.raises(TypeError, match=r"body would run outside the block: put the decorator .* below"):
+        block()(wrap(manager(body)))()
+    below = manager(block()(body))()
+
+    async def enter():
+        async with below as found:
+            return found
+
+    if manager is contextlib.contextmanager:
+        with below as found:
+            assert found == inside
+    else:
+        assert asyncio.run(enter()) == inside
 
 
 def test_several_on_one_function():

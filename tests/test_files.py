@@ -5,7 +5,6 @@ import errno
 import gzip
 import hashlib
 import io
-import json
 import os
 import shutil
 import signal
@@ -102,6 +101,21 @@ def test_damaged_digits(digits, how, name, packed):
     damage(path, how)
     with refused(path, "MNIST's four IDX files anew", "--data"):
         load_mnist(digits, stand_in=True)
+
+
+@pytest.mark.parametrize("stand_in", [True, False])
+@pytest.mark.parametrize("how", [*DAMAGE, "a folder"])
+def test_a_damaged_file_beside_a_sound_gzipped_one(official, digits, how, stand_in):
+    if stand_in and how == "flipped":
+        pytest.skip("other digits are digits")
+    path = digits / "train-images-idx3-ubyte"
+    path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    expected = load_mnist(digits, stand_in=stand_in).train.images
+    damage(path, how)
+    assert torch.equal(load_mnist(digits, stand_in=stand_in).train.images, expected)
+    damage(path.with_name(f"{path.name}.gz"), "empty")
+    with pytest.raises(DataError):
+        load_mnist(digits, stand_in=stand_in)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +291,53 @@ def test_damaged_checkpoint(mnist, tmp_path, how):
     assert same(model, before)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("settings", 3),
+        ("settings", ["steps"]),
+        ("step", "2"),
+        ("step", -1),
+        ("step", 10**9),
+        ("step", True),
+        ("seconds", "2"),
+        ("seconds", None),
+        ("running", "x"),
+        ("running", torch.zeros(3)),
+        ("history", {}),
+        ("history", [1]),
+        ("history", [{"step": 1}]),
+        ("history", [{"step": 1, "loss": "2", "lr": 1.0}]),
+        ("snapshots", 3),
+        ("snapshots", [(1,)]),
+        ("snapshots", [("1", None)]),
+        ("model", []),
+        ("optimiser", None),
+        ("optimiser", "betas"),
+        ("optimiser", "exp_avg"),
+        ("generators", []),
+        ("generators", [{}]),
+    ],
+    ids=str,
+)
+def test_checkpoint_of_wrong_fields(mnist, tmp_path, name, value):
+    run(mnist, tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    if value == "exp_avg":
+        for its in state[name]["state"].values():
+            its.update({key: torch.zeros(7, 7, 7) for key, old in its.items() if torch.is_tensor(old)})
+    elif value == "betas":
+        state[name]["param_groups"][0].update(weight_decay="x")
+    else:
+        state[name] = value
+    torch.save(state, path)
+    model, before = make(seed=1), make(seed=1)
+    with refused(path, "Delete it to begin anew, or name another --output"):
+        run(mnist, tmp_path, model, stop=None)
+    assert same(model, before)
+
+
 def test_leftovers_of_killed_saves_are_swept(mnist, tmp_path):
     """Those of processes that are gone, and no others."""
     whole = run(mnist, tmp_path / "whole", stop=None)
@@ -309,30 +370,56 @@ def test_leftovers_of_killed_saves_are_swept(mnist, tmp_path):
 
 # ------------------------------------------------------------------------------ what scripts leave
 def write_result(path, **more):
-    job = {"model": "CNN", "distortion": "R", "seed": 0}
-    result = dict.fromkeys(distorted_mnist.RESULT, 1) | {"job": job} | more
-    files.write_json(path, result)
+    result = {
+        "job": {"model": "CNN", "distortion": "R", "seed": 0},
+        "error": 1.5,
+        "parameters": 10,
+        "budget": 10,
+        "seconds": 1.0,
+        "trained_together": 1,
+        "data": "MNIST",
+        "config": {"steps": 2, "batch": 3, "warm_up": 0.0},
+        "facts": dict.fromkeys(distorted_mnist.FACTS.values(), "x"),
+    }
+    files.write_json(path, {name: value for name, value in (result | more).items() if value != "missing"})
 
 
-@pytest.mark.parametrize("how", [*DAMAGE, "a folder", "without a key", "a list", "another job"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        *DAMAGE,
+        "a folder",
+        "a list",
+        *({name: "missing"} for name in distorted_mnist.RESULT),
+        {"job": {"name": 3}},
+        {"job": {"model": 3, "distortion": "R", "seed": 0}},
+        {"job": {"model": "CNN", "distortion": "R", "seed": "0"}},
+        {"error": "low"},
+        {"seconds": None},
+        {"trained_together": 0},
+        {"config": {}},
+        {"config": {"steps": "2", "batch": 3, "warm_up": 0.0}},
+        {"config": {"steps": 2, "batch": 3, "warm_up": None}},
+        {"facts": {}},
+        {"data": []},
+    ],
+    ids=str,
+)
 def test_damaged_result(tmp_path, how):
     path = tmp_path / "runs" / "CNN-R-0" / "result.json"
     write_result(path)
-    assert len(distorted_mnist.results(tmp_path)) == 1
-    if how == "without a key":
-        path.write_text(json.dumps({"job": {}}))
+    assert distorted_mnist.table(distorted_mnist.results(tmp_path))
+    if isinstance(how, dict):
+        write_result(path, **how)
     elif how == "a list":
         path.write_text("[1]")
-    elif how == "another job":
-        write_result(path, job={"name": 3})
     else:
         damage(path, how)
     with refused(path, "Delete its folder"):
         distorted_mnist.results(tmp_path)
-    if how != "another job":
-        job, settings = distorted_mnist.Job("CNN", "R", 0), distorted_mnist.Settings(FAST, 1)
-        with refused(path, "Delete its folder"):
-            distorted_mnist.pending([job], lambda model: settings, "MNIST", tmp_path, together=False)
+    job, settings = distorted_mnist.Job("CNN", "R", 0), distorted_mnist.Settings(FAST, 1)
+    with refused(path, "Delete its folder"):
+        distorted_mnist.pending([job], lambda model: settings, "MNIST", tmp_path, together=False)
 
 
 @pytest.mark.parametrize("how", [*DAMAGE, "a folder"])

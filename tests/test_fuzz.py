@@ -525,7 +525,7 @@ def search(strategy, examine, examples, seed):
     property_holds()
 
 
-@pytest.mark.skipif("STN_FUZZ_CASE" in os.environ, reason="STN_FUZZ_CASE names one case")
+@pytest.mark.skipif(bool(os.environ.get("STN_FUZZ_CASE")), reason="STN_FUZZ_CASE names one case")
 @pytest.mark.parametrize("kind", KINDS)
 def test_samplers(device, base_seed, kind):
     """Values, both gradients, dtypes, shapes and formats are right, and no NaN and no canary is met."""
@@ -552,7 +552,26 @@ def test_samplers(device, base_seed, kind):
     assert counts.compared > 0.7 * counts.pixels, "too many pixels lie at kinks: a test of nothing"
 
 
-@pytest.mark.skipif("STN_FUZZ_CASE" not in os.environ, reason="for STN_FUZZ_CASE='Case(...)'")
+def case_of(said):
+    """What STN_FUZZ_CASE says."""
+    try:
+        case = eval(said, {"Case": Case})
+    except Exception as error:
+        case = error
+    if not isinstance(case, Case):
+        raise ValueError(
+            f"STN_FUZZ_CASE must be a case as a failure prints it, Case(...), got {said!r}: {case!r}"
+        )
+    return case
+
+
+@pytest.mark.parametrize("said", ["nonsense", "3", "Case(", "Case(dims=2)"])
+def test_nonsense_for_a_case_names_its_variable(said):
+    with pytest.raises(ValueError, match=r"STN_FUZZ_CASE must be a case .*, got"):
+        case_of(said)
+
+
+@pytest.mark.skipif(not os.environ.get("STN_FUZZ_CASE"), reason="for STN_FUZZ_CASE='Case(...)'")
 def test_one_case(device):
     """The case of STN_FUZZ_CASE."""
-    check(eval(os.environ["STN_FUZZ_CASE"], {"Case": Case}), device)
+    check(case_of(os.environ["STN_FUZZ_CASE"]), device)

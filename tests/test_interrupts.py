@@ -1,6 +1,7 @@
 """Interrupts at any moment leave what was: blocks are entered and left whole or not at all."""
 
 import contextlib
+import os
 import random
 import signal
 import sys
@@ -91,9 +92,9 @@ def strike_by_signals(function, check, alarm, count, seed):
         check()
 
 
-def strike_at(number, function, of):
+def strike_at(number, function, of, kept=None):
     """Raises before the given bytecode instruction of the package or of the function ``of``, counted from 0;
-    whether there was one."""
+    whether there was one. ``kept``: a list of which the last entry becomes the exception."""
     left = number
 
     def trace(frame, event, _):
@@ -113,7 +114,9 @@ def strike_at(number, function, of):
     sys.settrace(trace)
     try:
         function()
-    except Interrupt:
+    except Interrupt as error:
+        if kept is not None:
+            kept[:] = [error]
         return True
     finally:
         sys.settrace(before)
@@ -194,6 +197,25 @@ def test_a_block_that_is_kept_and_entered_again(kind):
     kept.__exit__(None, None, None)
 
 
+def test_nobody_who_keeps_the_block_or_the_exception_keeps_it_open(kind):
+    """As a session does that shows the last exception."""
+    block, state, outside, inside = kind
+    kept, exceptions = block(), []
+
+    def work():
+        with kept:
+            pass
+
+    number = 0
+    while strike_at(number, work, work, exceptions):
+        assert state() == outside, f"instruction {number}"
+        number += 1
+    assert number > 50
+    assert exceptions
+    with kept:
+        assert state() == inside
+
+
 def test_left_more_often_than_entered(kind):
     block, state, _, inside = kind
     kept = block()
@@ -227,6 +249,42 @@ def test_on_and_off_heal(alarm):
             assert in_force() == expected
 
     strike_by_signals(work, check, alarm, 500, seed=3)
+
+
+@pytest.mark.parametrize("heal", [("disable", "enable", "disable"), ("enable", "disable")], ids=" ".join)
+def test_on_and_off_heal_what_an_exit_stack_left(heal):
+    """With the block and the exception kept, it may stay open: until it is disabled."""
+    exceptions = []
+
+    def work():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(kept)
+
+    number, stuck, struck = 0, 0, True
+    while struck:
+        kept = stn.patch_torch()
+        struck = strike_at(number, work, contextlib.ExitStack.__exit__, exceptions)
+        stuck += in_force()
+        for change in heal:
+            getattr(stn.patch_torch, change)()
+            assert in_force() == (change == "enable"), f"instruction {number}"
+        number += 5
+    assert stuck > 0
+    with stn.patch_torch(), kept:
+        stn.patch_torch.disable()
+        assert in_force(), "with statements outlive it"
+    assert not in_force()
+
+
+def test_leaving_what_disable_has_ended_changes_nothing():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stn.patch_torch())
+        stn.patch_torch.disable()
+        assert not in_force()
+        with stn.patch_torch():
+            stack.close()
+            assert in_force()
+    assert not in_force()
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["enable", "disable"])
@@ -343,3 +401,132 @@ def test_without_threads_it_is_done_here(monkeypatch):
         assert in_force()
         assert torch.ones(1) == 1
     assert not in_force()
+
+
+# --------------------------------------------------------------------------------------------- forks
+def forked(check):
+    """Whether ``check()`` is so in a process that is forked now; None if it hangs."""
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            os._exit(0 if check() else 1)
+        os._exit(2)
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return {0: True, 1: False}.get(os.waitstatus_to_exitcode(status), status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+@contextlib.contextmanager
+def in_another_thread(work):
+    """Inside, another thread is in ``work(wait)``, in its ``wait()``."""
+    there, go_on = threading.Event(), threading.Event()
+
+    def wait():
+        there.set()
+        assert go_on.wait(60)
+
+    thread = threading.Thread(target=work, args=(wait,))
+    thread.start()
+    assert there.wait(60)
+    try:
+        yield
+    finally:
+        go_on.set()
+        thread.join()
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+
+
+@needs_fork
+def test_a_forked_process_has_the_blocks_of_its_thread_alone(kind):
+    block, state, outside, inside = kind
+
+    def work(wait):
+        with block():
+            wait()
+
+    def works():
+        with block():
+            now = state()
+        return (now, state()) == (inside, outside)
+
+    with in_another_thread(work):
+        assert forked(lambda: state() == outside and works())
+        with block():
+            assert forked(lambda: state() == inside)
+    assert state() == outside
+
+
+@needs_fork
+@pytest.mark.parametrize("when", ["before", "half-way", "after"])
+@pytest.mark.parametrize("change", ["turn_on", "turn_off"])
+def test_a_fork_while_another_thread_turns_the_patch(monkeypatch, change, when):
+    """It finds neither a lock that nobody opens nor half a patch."""
+    patch, turning = stn.patch._patch, []
+    real, impl, destroy = getattr(patch, change), torch.library.Library.impl, torch.library.Library._destroy
+
+    def slowly():
+        if threading.current_thread() in turning:  # once
+            return real()
+        turning.append(threading.current_thread())
+        if when == "before":
+            pause()
+        real()
+        if when == "after":
+            pause()
+
+    def half(self, *args, **kwargs):
+        (impl if change == "turn_on" else destroy)(self, *args, **kwargs)
+        pause()
+
+    def pause():
+        if not paused:
+            paused.append(True)
+            waits[0]()
+
+    paused, waits = [], []
+
+    def work(wait):
+        waits.append(wait)
+        with stn.patch_torch():
+            pass
+
+    monkeypatch.setattr(patch, change, slowly)
+    if when == "half-way":
+        monkeypatch.setattr(torch.library.Library, "impl" if change == "turn_on" else "_destroy", half)
+    from test_patch import tables as kernels
+
+    before = kernels()
+
+    def works():
+        if kernels() != before:
+            return False
+        with stn.patch_torch():
+            if not in_force():
+                return False
+        return kernels() == before and not in_force()
+
+    with in_another_thread(work):
+        assert forked(works) is True
+    assert kernels() == before
+
+
+@needs_fork
+def test_locks_of_a_forked_process_are_free():
+    held = blocks.lock()
+
+    def work(wait):
+        with held:
+            wait()
+
+    with in_another_thread(work):
+        assert not held.acquire(timeout=0)
+        assert forked(lambda: held.acquire(timeout=0))
+    assert held.acquire(timeout=0)

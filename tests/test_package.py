@@ -215,7 +215,7 @@ ANY = None
 ALLOWED_IMPORTS = {
     "kernels": {"kernels"},
     "versions": set(),
-    "backend": {"kernels.host.blocks"},
+    "backend": {"kernels.host.blocks", "versions"},
     "calls": set(),
     "checks": {"calls", "kernels.modes", "kernels.host.dtypes"},
     "distributed": {"calls", "kernels.modes"},

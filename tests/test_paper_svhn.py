@@ -18,6 +18,7 @@ Image = pytest.importorskip("PIL.Image")
 import stn_triton as stn  # noqa: E402
 from examples.data import Digits  # noqa: E402
 from examples.files import DataError  # noqa: E402
+from examples.matlab import read_arrays  # noqa: E402
 from examples.outputs import looks  # noqa: E402
 from examples.svhn import Reading, following, frame  # noqa: E402
 from examples.svhn_cost import cost_table, layer_cost, sampling_cost, step_costs, summed  # noqa: E402
@@ -252,6 +253,39 @@ def test_labels_of_full_numbers_are_1_to_10(unpacked, monkeypatch, label):
         load_full_numbers(unpacked, "train", 64)
 
 
+@pytest.mark.parametrize(
+    "box",
+    [
+        *((5, 5, width, 30) for width in (1e4, 1e30, -20, 0, float("nan"), float("inf"))),
+        *((5, 5, 20, height) for height in (1e4, 1e30, -30, 0, float("nan"))),
+        *((left, 5, 20, 30) for left in (1e4, -1e4, 1e30, float("nan"))),
+    ],
+    ids=str,
+)
+def test_boxes_that_cannot_be(unpacked, monkeypatch, box):
+    monkeypatch.setitem(PICTURES, "2.png", ([box], [7]))
+    write_structure(unpacked / "train" / "digitStruct.mat")
+    with pytest.raises(DataError, match=r"digitStruct\.mat cannot be used: .*2\.png"):
+        load_full_numbers(unpacked, "train", 64)
+    archive = packed(unpacked)
+    with pytest.raises(DataError, match=rf"digitStruct\.mat in .*{archive.name} cannot be used: .*2\.png"):
+        load_full_numbers(unpacked, "train", 64)
+
+
+def test_boxes_may_reach_over_the_edge(unpacked, monkeypatch):
+    monkeypatch.setitem(PICTURES, "2.png", ([(-3, -2, 20, 45)], [7]))
+    write_structure(unpacked / "train" / "digitStruct.mat")
+    assert len(load_full_numbers(unpacked, "train", 64).labels) == 2
+
+
+def test_long_numbers_alone_are_refused(unpacked, monkeypatch):
+    for name in ("1.png", "2.png"):
+        monkeypatch.delitem(PICTURES, name)
+    write_structure(unpacked / "train" / "digitStruct.mat")
+    with pytest.raises(DataError, match=r"digitStruct\.mat cannot be used: .*no number of up to 5 digits"):
+        load_full_numbers(unpacked, "train", 64)
+
+
 @pytest.mark.parametrize("name", ["../../secret.png", "/etc/hosts", "a/b.png", ""])
 def test_names_that_lead_elsewhere_are_refused(unpacked, monkeypatch, name):
     monkeypatch.setitem(PICTURES, name, PICTURES["2.png"])
@@ -291,6 +325,36 @@ def test_damaged_cropped_digits(tmp_path, how):
         path.write_bytes({"truncated": path.read_bytes()[:-200], "empty": b"", "text": b"<html>"}[how])
     with pytest.raises(DataError, match=r"test_32x32\.mat cannot be used: .*Get SVHN's files anew"):
         load_cropped_digits(tmp_path, "test", 64)
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "compressed"])
+def test_any_damaged_byte_of_cropped_digits(tmp_path, compressed):
+    """It is refused, or the digits are as they were or others; whatever sizes and types it says are there."""
+    matlab = pytest.importorskip("scipy.io")
+    path = tmp_path / "test_32x32.mat"
+    images = numpy.random.default_rng(0).integers(0, 256, (32, 32, 3, 4), numpy.uint8)
+    content = {"more": "text", "X": images, "y": numpy.array([[10], [3], [5], [9]])}
+    matlab.savemat(path, content, do_compression=compressed)
+    read = read_arrays(path.read_bytes())
+    assert read.keys() == {"X", "y"}
+    for name in "Xy":
+        assert read[name].dtype == content[name].dtype
+        assert (read[name] == content[name]).all()
+    found = load_cropped_digits(tmp_path, "test", 32)
+    assert found.labels[:, 0].tolist() == [0, 3, 5, 9]
+    assert (found.images.numpy() == images.transpose(3, 2, 0, 1)).all()
+    original, said = path.read_bytes(), []
+    places = [*range(126, 300), *range(len(original) - 100, len(original))]
+    for place in places:
+        damaged = bytearray(original)
+        damaged[place] ^= 8
+        path.write_bytes(damaged)
+        try:
+            load_cropped_digits(tmp_path, "test", 32)
+        except DataError as error:
+            said.append(str(error))
+    assert len(said) > 40
+    assert all(one.startswith(f"{path} cannot be used: ") for one in said)
 
 
 def test_missing_files_are_named(tmp_path):

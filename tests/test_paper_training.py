@@ -11,12 +11,12 @@ import types
 
 import pytest
 import torch
+from test_files import write_result
 from torch import nn
 
 from examples import training
 from examples.data import DISTORTIONS, Digits, Mnist, Similar
 from examples.distorted_mnist import TEST_SEED, Classify, Job, Settings, alignment, pending
-from examples.files import write_json
 from examples.models import Transformed
 from examples.training import Config, Replicas, ReplicaTask, Task, train
 from stn_triton.nn import SpatialTransformer, localisation_fcn
@@ -174,8 +174,7 @@ def test_settings_that_make_no_sense_are_named(name, value):
 def test_results_of_other_settings_are_not_taken_for_these(tmp_path):
     job, new, config = Job("CNN", "R", 0), Job("CNN", "P", 0), Config(steps=5)
     path = tmp_path / "runs" / str(job) / "result.json"
-    result = {"config": dataclasses.asdict(config), "budget": 1000, "data": "MNIST"}
-    write_json(path, result)
+    write_result(path, config=dataclasses.asdict(config), budget=1000)
 
     def left(config=config, budget=1000, data="MNIST"):
         its = Settings(config, budget)

@@ -7,9 +7,11 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,7 +50,8 @@ def content_of(fields, **more):
         ({"waves": 0}, "waves must be"),
         ({"candidates": 8192}, "candidates must be"),
         ({"sorted": 2}, "sorted must be"),
-        ({"rows": 256, "columns": 256}, "a block of over 16384"),
+        ({"rows": 256, "columns": 256}, "rows, columns make a block of over 16384"),
+        ({"out_rows": 64, "out_columns": 1024}, "out_rows, out_columns make a block of over 16384"),
         ({"colums": 32}, "no field is called 'colums'"),
         ({"splits": 2}, "no field is called 'splits'"),
         ({"x" * 1000: 2}, "no field is called 'xxx"),
@@ -84,6 +87,9 @@ def test_a_field_that_cannot_be_is_named(ship, tmp_path, fields, says):
         (b"\xff\xfe\x00", "decode"),
         (b"null", "not a table of format 1"),
         (b'{"format": 2, "entries": []}', "not a table of format 1"),
+        (b'{"format": true, "entries": {}}', "not a table of format 1"),
+        (b'{"format": 1.0, "entries": {}}', "not a table of format 1"),
+        (b'{"format": 1, "entries": {"a": {}, "a": {}}}', "the key 'a' comes twice"),
         (b'{"format": 1, "entries": []}', "no entries"),
         (b'{"format": 1, "architecture": "sm_80", "entries": {}}', "architecture is 'sm_80', not 'sm_90'"),
         (b'{"format": 1, "architecture": 90, "entries": {}}', "architecture is 90, not 'sm_90'"),
@@ -109,6 +115,17 @@ def test_fields_that_do_not_go_with_the_rules_are_told(ship, tmp_path):
     assert configs.choose(GPU, PROBLEM) == rules, "it is said once"
     with configs.override(rows=1024):  # whoever asks in so many words
         assert configs.choose(GPU, PROBLEM).rows == 1024
+
+
+def test_a_search_that_does_not_go_with_the_tile_is_told(ship):
+    """``gather`` holds the gradients of a block of outputs by channels."""
+    problem = PROBLEM._replace(kernel="gather", channels=64, channels_last=True, backward=True)
+    tile, rules = configs.choose_gather(GPU, problem)
+    assert tile.channels * tile.unroll > 4
+    ship({problem._replace(kernel="gather search").key: {"out_rows": 64, "out_columns": 256}})
+    tables._refused.clear()
+    with pytest.warns(UserWarning, match=r"sm_90\.json: of the fields of .*too large"):
+        assert configs.choose_gather(GPU, problem) == (tile, rules)
 
 
 def some_problems():
@@ -360,6 +377,39 @@ def test_a_writer_that_hangs_is_not_waited_for_long(tmp_path, monkeypatch):
     assert tables.read(path)["entries"].keys() == {"b"}
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+@pytest.mark.parametrize("linked", [False, True], ids=["itself", "link"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "socket"])
+def test_what_is_no_regular_file_is_left_alone(tmp_path, monkeypatch, kind, linked):
+    """It is neither opened, which may wait for ever, nor renamed. It is said once."""
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    real = path = Path("x.json")
+    if linked:
+        real = Path("real") / "y"
+        real.parent.mkdir()
+        path.symlink_to(real)
+    if kind == "pipe":
+        os.mkfifo(real)
+    elif kind == "folder":
+        real.mkdir()
+    else:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(real))
+    before = sorted(tmp_path.rglob("*")), real.stat().st_ino
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        table = tables.UserTable(path)
+        for key in "ab":
+            table.add(key, {"fields": {"rows": 4}}, {})
+    say_once(caught)
+    assert "is not a regular file" in str(caught[0].message)
+    assert table.entries.keys() == {"a", "b"}
+    assert (sorted(tmp_path.rglob("*")), real.stat().st_ino) == before
+    with pytest.raises(OSError, match="is not a regular file"):  # of a table that became one since
+        tables.update(path, {}, {})
+    assert (sorted(tmp_path.rglob("*")), real.stat().st_ino) == before
+
+
 def test_tables_have_the_umasks_mode(tmp_path):
     for umask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
         before = os.umask(umask)
@@ -377,6 +427,16 @@ def test_the_directory_is_absolute(monkeypatch, tmp_path, value):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STN_TRITON_CACHE", value)
     assert tables.user_directory() == tmp_path / "x"
+
+
+@pytest.mark.parametrize("named", [None, "~/x"])
+def test_a_relative_home_is_none(monkeypatch, named):
+    """What it leads to would depend on the folder in which a process began."""
+    monkeypatch.setenv("HOME", "relative")
+    for name, value in (("XDG_CACHE_HOME", "relative"), ("STN_TRITON_CACHE", named)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(OSError, match=r"STN_TRITON_CACHE must name a directory, .*HOME is a relative path"):
+        tables.user_directory()
 
 
 @pytest.mark.parametrize("kind", ["a file", "no user"])

@@ -83,6 +83,29 @@ def test_the_interpreter_without_triton(tmp_path):
     assert re.search(r"^cpu .*: PyTorch's operators", report, re.M)
 
 
+def test_triton_whose_import_fails_otherwise(tmp_path):
+    """The report tells it in a line."""
+    source = "raise RuntimeError('libtriton.so\\nis damaged')"
+    report = outcome("stn_triton", module=True, triton=source, tmp_path=tmp_path, TRITON_INTERPRET="1")
+    wrong = r"Triton is missing \(importing it raises RuntimeError: libtriton\.so is damaged\): install it"
+    assert re.search(rf"^cpu .*: nothing - TRITON_INTERPRET is set, but {wrong}", report, re.M)
+
+
+def test_a_folder_without_code_is_no_triton(tmp_path, monkeypatch):
+    """Python takes it for a package."""
+    (tmp_path / "triton").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert versions.triton_version() is None
+    with pytest.raises(
+        ImportError, match=r"backend\.use\('triton'\), but Triton is missing .* a folder without"
+    ):
+        backend.use("triton")
+    assert versions.triton_version() is None, "nor once it was imported"
+    assert backend._of_accelerator("cuda").advice == backend._advice(ImportError())
+
+
 def test_a_backend_without_triton_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     for name in ("triton", "interpreter"):

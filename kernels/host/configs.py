@@ -109,6 +109,7 @@ class Sum(NamedTuple):
 _forced: LocalBlocks[tuple[tuple[str | None, str, int], ...]] = LocalBlocks("forced")
 _seen: LocalBlocks[list[tuple[Problem, NamedTuple]]] = LocalBlocks("seen")
 
+_NOTHING: Mapping[str, int] = {}
 WAVES = 8  # programs wanted for each processor, see _splits and _steps
 
 
@@ -157,11 +158,16 @@ def _processors(device_type: str, device_index: int | None) -> int:
     )
 
 
-def _settled(device: torch.device, problem: Problem, rules: Any) -> tuple[Any, Mapping[str, Any]]:
-    """The rules' choice with what a table and then ``override`` say instead, and all that they say."""
+def _settled(
+    device: torch.device, problem: Problem, rules: Any, beside: Mapping[str, int] = _NOTHING
+) -> tuple[Any, Mapping[str, Any]]:
+    """The rules' choice with what a table and then ``override`` say instead, and all that they say.
+
+    ``beside``: what else is chosen for the kernel.
+    """
     tuned, overridden = tables.lookup(device, lambda: problem.key), _overridden(problem.kernel)
     chosen = _replaced(rules, tuned)
-    if tuned and tables.lanes(chosen._asdict()) > tables.MOST_LANES:
+    if tuned and tables.lanes({**beside, **chosen._asdict()}) > tables.MOST_LANES:
         tables.refuse(device, problem.key, f"with the rules' {rules} they make a block too large")
         tuned, chosen = {}, rules
     chosen = _replaced(chosen, overridden)
@@ -249,7 +255,7 @@ def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]
     if device.type != "cpu" and "steps" not in fields:
         waves = fields.get("waves", WAVES)
         tile = tile._replace(steps=_steps(device, problem.images, rows, columns, tile, waves))
-    return tile, _settled(device, problem._replace(kernel="gather search"), search)[0]
+    return tile, _settled(device, problem._replace(kernel="gather search"), search, tile._asdict())[0]
 
 
 def _patch_columns(element_size: int) -> int:

@@ -6,7 +6,6 @@ a call like an earlier one looks both up and fills in the pointers.
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +14,7 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .blocks import lock
 from .dtypes import compute_dtype
 from .parameters import channel_dim, image_span
 
@@ -173,7 +173,7 @@ class planned(Generic[Made]):
         functools.update_wrapper(self, make)
         self._make = make
         self._kept: dict[tuple, Made] = {}
-        self._lock = threading.Lock()
+        self._lock = lock()
         _planned.append(self)
 
     def __call__(self, tensors: tuple[Any, ...], *numbers: Any) -> Made:

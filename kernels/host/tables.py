@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
+import stat
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .blocks import Block, Blocks
+from .blocks import Block, Blocks, lock
 from .files import replacing
 
 FORMAT = 1  # of the files; a file of another one is not used
@@ -71,7 +71,10 @@ class Limit(NamedTuple):
 
 
 MOST_LANES = 16384  # elements of a block: beyond, no kernel of ours keeps them in registers
-BLOCK = "rows", "columns", "channels", "unroll"  # whose product they are
+BLOCKS = (  # whose products they are: of what a program makes, and of the outputs that ``gather`` reads
+    ("rows", "columns", "channels", "unroll"),
+    ("out_rows", "out_columns", "channels", "unroll"),
+)
 LIMITS = {
     "rows": Limit(1, MOST_LANES),
     "columns": Limit(1, MOST_LANES),
@@ -89,8 +92,8 @@ LIMITS = {
 
 
 def lanes(fields: Mapping[str, int]) -> int:
-    """Elements of a block of these sizes."""
-    return math.prod(fields.get(name, 1) for name in BLOCK)
+    """Elements of the largest block of these sizes."""
+    return max(math.prod(fields.get(name, 1) for name in block) for block in BLOCKS)
 
 
 def _wrong_field(name: str, value: Any) -> str | None:
@@ -112,7 +115,8 @@ def _short(value: Any) -> str:
 
 def _problem_with(content: Any, facts: Mapping[str, str]) -> str | None:
     """What is wrong with the content of a table that is to be of these facts; None if nothing is."""
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    written = content.get("format") if isinstance(content, dict) else None
+    if type(written) is not int or written != FORMAT:  # True and 1.0 are equal to 1
         return f"not a table of format {FORMAT}"
     for name, fact in facts.items():
         if content.get(name, fact) != fact:
@@ -129,7 +133,8 @@ def _problem_with(content: Any, facts: Mapping[str, str]) -> str | None:
             if wrong is not None:
                 return f"of the fields of {_short(key)}, {wrong}"
         if lanes(fields) > MOST_LANES:
-            return f"of the fields of {_short(key)}, {', '.join(BLOCK)} make a block of over {MOST_LANES}"
+            sizes = ", ".join(name for name in fields if any(name in block for block in BLOCKS))
+            return f"of the fields of {_short(key)}, {sizes} make a block of over {MOST_LANES}"
     return None
 
 
@@ -140,7 +145,8 @@ def _read(path: Path, facts: Mapping[str, str]) -> tuple[dict[str, Any] | None, 
         OSError: it cannot be read, which says nothing about its content.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        _need_regular(path)
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (FileNotFoundError, NotADirectoryError):
         return None, None
     except RecursionError:
@@ -149,6 +155,26 @@ def _read(path: Path, facts: Mapping[str, str]) -> tuple[dict[str, Any] | None, 
         return None, str(error)
     wrong = _problem_with(content, facts)
     return (content, None) if wrong is None else (None, wrong)
+
+
+def _need_regular(path: Path) -> None:
+    """
+    Raises:
+        OSError: what is there, or what a link leads to, is no regular file: a pipe would be waited for, and a
+            device is not ours to replace.
+    """
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(f"{path} is not a regular file")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            f"the key {_short(next(name for name in names if names.count(name) > 1))} comes twice"
+        )
+    return content
 
 
 def read(path: Path, facts: Mapping[str, str] = _EMPTY_FACTS) -> dict[str, Any] | None:
@@ -204,6 +230,7 @@ def update(
     import filelock  # PyTorch brings it; nothing else here needs it
 
     path = Path(os.path.realpath(path))  # one lock for all links to a table
+    _need_regular(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=SECONDS, poll_interval=0.01):
         found, wrong = _read(path, facts)
@@ -241,16 +268,22 @@ def _shipped_path(arch: str) -> Path:
 class UserTable:
     """What was tuned on this machine, for one model of GPU and this version of Triton.
 
-    ``path``: None where no directory can be named, because of ``wrong``. Entries are kept in memory then, as
-    they are where the file cannot be read or written. ``facts``: see :func:`read`.
+    ``path``: None where no directory can be named, because of ``wrong``, or where the path leads to what is
+    no regular file. Entries are kept in memory then, as they are where the file cannot be read or written.
+    ``facts``: see :func:`read`.
     """
 
     def __init__(
         self, path: Path | None, facts: Mapping[str, str] = _EMPTY_FACTS, *, wrong: str = ""
     ) -> None:
+        try:
+            if path is not None:
+                _need_regular(path)
+        except OSError as error:
+            path, wrong = None, str(error)
         self.path, self._facts, self._wrong = path, facts, wrong
         self.entries = {} if path is None else _fields(read(path, facts))
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._warned = False
 
     def remember(self, key: str, fields: Fields) -> None:
@@ -293,12 +326,15 @@ def user_directory() -> Path:
         FileNotFoundError: it names nothing, and the user has no home.
     """
     named = os.environ.get("STN_TRITON_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or ".")
     try:
         if named:
-            path = Path(named).expanduser().absolute()
-        else:
-            path = (Path(base) if base else Path.home() / ".cache") / "stn_triton"
+            path = Path(named).expanduser()
+        else:  # a relative base is to be ignored, says the standard
+            path = (base if base.is_absolute() else Path.home() / ".cache") / "stn_triton"
+        if not path.is_absolute() and (not named or named.startswith("~")):
+            raise RuntimeError("HOME is a relative path")
+        path = path.absolute()
     except RuntimeError as error:
         raise FileNotFoundError(
             f"STN_TRITON_CACHE must name a directory, got {named!r}, and the user has no home: {error}"
@@ -336,7 +372,7 @@ def user_table(device: torch.device) -> UserTable:
 live: Blocks[None] = Blocks()  # of autotune(): inside, and in all threads, the user's own table is in use
 ignoring: Blocks[None] = Blocks()  # of ignore_shipped()
 version = 0  # counts what changes the user's tables, of which a lookup depends on while live
-_version_lock = threading.Lock()
+_version_lock = lock()
 
 
 def changed() -> None:
@@ -360,7 +396,7 @@ def refuse(device: torch.device, key: str, wrong: str) -> None:
         _refused.add((device, key))
         user = user_table(device) if live.open and device.type not in ("cpu", "meta") else None
         path = user.path if user and key in user.entries else _shipped_path(architecture(device))
-        _warn(path, f"of the fields of {key!r}, {', '.join(BLOCK)}: {wrong}")
+        _warn(path, f"of the fields of {key!r}, {wrong}")
 
 
 def lookup(device: torch.device, key: Callable[[], str]) -> Fields:

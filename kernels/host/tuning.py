@@ -15,7 +15,6 @@ import functools
 import logging
 import math
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -24,9 +23,8 @@ import torch
 
 from ..modes import Source
 from . import configs, tables
-from .blocks import Block, LocalBlocks
+from .blocks import Block, LocalBlocks, lock
 from .configs import Problem, Tile
-from .tables import BLOCK as BLOCK
 from .tables import MOST_LANES as MOST_LANES
 from .tables import lanes
 
@@ -95,7 +93,7 @@ def _can_tune(device: torch.device) -> bool:
 
 
 _searching: LocalBlocks[None] = LocalBlocks("searching")
-_one_at_a_time = threading.Lock()  # kernels of another thread would be in the times
+_one_at_a_time = lock()  # kernels of another thread would be in the times
 
 
 def _tune(run: Callable[[], Any], device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import threading
 
 import torch
@@ -226,6 +227,8 @@ _lattices: dict[tuple[int, torch.device], Tensor] = {}
 _places: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 _values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of tensors on accelerators
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def kept_lattice(k: int, device: torch.device, dtype: torch.dtype) -> Tensor:
