@@ -6,7 +6,10 @@ Images are kept as uint8 on one device.
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +21,6 @@ from torch import Tensor
 import stn_triton as stn
 from examples.data import Digits
 from examples.files import reading
-from examples.matlab import read_arrays
 from examples.scenes import (
     REMAKE,
     backgrounds,
@@ -252,21 +254,42 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------- cropped digits
+_READ = """
+import sys, numpy, scipy.io
+content = scipy.io.loadmat(sys.argv[1])
+numpy.savez(sys.stdout.buffer, X=content["X"], y=content["y"])
+"""
+
+
+def _read_matlab(file: Path) -> dict[str, Any]:
+    """X and y of a MATLAB file. Damaged ones can end SciPy's process, which is therefore one of its own."""
+    import numpy
+
+    result = subprocess.run([sys.executable, "-c", _READ, str(file)], capture_output=True)
+    if result.returncode:
+        said = result.stderr.decode(errors="replace").strip().splitlines() or ["SciPy's reader crashed"]
+        raise ValueError(said[-1])
+    with numpy.load(io.BytesIO(result.stdout), allow_pickle=False) as content:
+        return dict(content)
+
+
 def load_cropped_digits(folder: Path | str, half: str, size: int) -> Sequences:
     """Format 2, ``{half}_32x32.mat``: single digits, enlarged, as sequences of one.
 
     Raises:
-        ImportError: NumPy is not installed.
+        ImportError: SciPy, which reads the file, is not installed.
         FileNotFoundError: it is not there.
         DataError: it is damaged.
     """
+    if importlib.util.find_spec("scipy") is None:
+        raise ImportError("cropped digits need SciPy: pip install scipy")
     file = Path(folder) / f"{half}_32x32.mat"
     if not file.exists():
         raise FileNotFoundError(
             f"{file} is not there: SVHN's format 2 is at http://ufldl.stanford.edu/housenumbers"
         )
     with reading(file, _REMEDY):
-        content = read_arrays(file.read_bytes())
+        content = _read_matlab(file)
         small = torch.from_numpy(content["X"]).permute(3, 2, 0, 1)
         digits = torch.from_numpy(content["y"]).flatten().long()
         if small.dtype != torch.uint8 or small.shape[1:] != (3, 32, 32) or len(small) != len(digits):

@@ -18,7 +18,6 @@ Image = pytest.importorskip("PIL.Image")
 import stn_triton as stn  # noqa: E402
 from examples.data import Digits  # noqa: E402
 from examples.files import DataError  # noqa: E402
-from examples.matlab import read_arrays  # noqa: E402
 from examples.outputs import looks  # noqa: E402
 from examples.svhn import Reading, following, frame  # noqa: E402
 from examples.svhn_cost import cost_table, layer_cost, sampling_cost, step_costs, summed  # noqa: E402
@@ -327,34 +326,17 @@ def test_damaged_cropped_digits(tmp_path, how):
         load_cropped_digits(tmp_path, "test", 64)
 
 
-@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "compressed"])
-def test_any_damaged_byte_of_cropped_digits(tmp_path, compressed):
-    """It is refused, or the digits are as they were or others; whatever sizes and types it says are there."""
+@pytest.mark.parametrize("place, value", [(145, 8), (160, 200)])
+def test_damage_that_can_end_the_reader(tmp_path, place, value):
+    """Flags and sizes of an array that is not compressed: SciPy looks for what is not there."""
     matlab = pytest.importorskip("scipy.io")
     path = tmp_path / "test_32x32.mat"
-    images = numpy.random.default_rng(0).integers(0, 256, (32, 32, 3, 4), numpy.uint8)
-    content = {"more": "text", "X": images, "y": numpy.array([[10], [3], [5], [9]])}
-    matlab.savemat(path, content, do_compression=compressed)
-    read = read_arrays(path.read_bytes())
-    assert read.keys() == {"X", "y"}
-    for name in "Xy":
-        assert read[name].dtype == content[name].dtype
-        assert (read[name] == content[name]).all()
-    found = load_cropped_digits(tmp_path, "test", 32)
-    assert found.labels[:, 0].tolist() == [0, 3, 5, 9]
-    assert (found.images.numpy() == images.transpose(3, 2, 0, 1)).all()
-    original, said = path.read_bytes(), []
-    places = [*range(126, 300), *range(len(original) - 100, len(original))]
-    for place in places:
-        damaged = bytearray(original)
-        damaged[place] ^= 8
-        path.write_bytes(damaged)
-        try:
-            load_cropped_digits(tmp_path, "test", 32)
-        except DataError as error:
-            said.append(str(error))
-    assert len(said) > 40
-    assert all(one.startswith(f"{path} cannot be used: ") for one in said)
+    matlab.savemat(path, {"X": numpy.zeros((32, 32, 3, 4), numpy.uint8), "y": numpy.zeros((4, 1))})
+    damaged = bytearray(path.read_bytes())
+    damaged[place] = value
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"test_32x32\.mat cannot be used: "):
+        load_cropped_digits(tmp_path, "test", 64)
 
 
 def test_missing_files_are_named(tmp_path):
