@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import types
 
 import pytest
 import torch
@@ -108,6 +109,22 @@ def test_generator(kind):
     generator = generate(3)
     next(generator)
     generator.close()
+    assert state() == outside
+
+
+def test_coroutine_that_is_a_generator(kind):
+    block, state, outside, inside = kind
+
+    @block()
+    @types.coroutine
+    def function():
+        yield from asyncio.sleep(0).__await__()
+        return state()
+
+    async def call():
+        return await function()
+
+    assert asyncio.run(call()) == inside
     assert state() == outside
 
 

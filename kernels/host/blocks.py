@@ -17,6 +17,7 @@ import functools
 import inspect
 import os
 import sys
+import types
 import weakref
 from collections.abc import Callable
 from contextlib import _GeneratorContextManagerBase  # type: ignore[attr-defined]
@@ -296,7 +297,8 @@ def _generator(another: _Makes, function: Callable[..., Any]) -> Callable[..., A
         with another():
             return (yield from function(*args, **kwargs))
 
-    return covered
+    flags = getattr(getattr(function, "__code__", None), "co_flags", 0)
+    return types.coroutine(covered) if flags & inspect.CO_ITERABLE_COROUTINE else covered
 
 
 def _coroutine(another: _Makes, function: Callable[..., Any]) -> Callable[..., Any]:
