@@ -56,11 +56,14 @@ def sampled_by_torch(
     padding_mode: str = "zeros",
     align_corners: bool = False,
     antialias: bool = False,
+    fill: object = None,
 ) -> Tensor:
     """``stn_triton.affine_grid_sample`` by PyTorch's two functions, on a grid. Several transforms of
     an image have a copy of it each: PyTorch's sampler has one grid for one image."""
     if antialias:
         raise ValueError("antialias must be False: PyTorch's sampler averages nothing")
+    if fill is not None:
+        raise ValueError("fill must be None: PyTorch's sampler has no other than 0")
     size = tuple(size or input.shape[2:])
     several = theta.dim() == 4
     if several:
