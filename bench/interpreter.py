@@ -275,24 +275,18 @@ class _Operators:
                 return slow(one, other, **options) if moved is None else moved
             if overflows and scalar.name == "int32" and getattr(builder.options, "sanitize_overflow", True):
                 return slow(one, other, **options)
-            dtype = one.handle.dtype.scalar
             if type(other) is tensor:
                 kind = kind if other.type.name == kind.name else self.joint_type(kind, other.type)
-                operand = other.handle.data
-                if reflected:
-                    dtype = other.handle.dtype.scalar
-            # Older Tritons round a number to float32 before they compare it.
-            elif compares and type(other) is float and scalar.name == "fp64":
-                kind = None
-            else:
-                operand = self.number(other, scalar)
-                if operand is None:
-                    kind = None
-                if reflected:
-                    dtype = scalar
-            if kind is None:
+                operand, its_dtype = other.handle.data, other.handle.dtype.scalar
+            else:  # (older Tritons round a number to float32 before they compare it)
+                rounded = compares and type(other) is float and scalar.name == "fp64"
+                operand, its_dtype = None if rounded else self.number(other, scalar), scalar
+            if kind is None or operand is None:
                 return slow(one, other, **options)
-            data = function(operand, one.handle.data) if reflected else function(one.handle.data, operand)
+            if reflected:
+                data, dtype = function(operand, one.handle.data), its_dtype
+            else:
+                data, dtype = function(one.handle.data, operand), one.handle.dtype.scalar
             return self.tensor(data, dtype, self.type_of(self.core.int1, kind) if compares else kind)
 
         return quick
