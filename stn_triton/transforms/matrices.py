@@ -140,8 +140,7 @@ def similarity(
     compute, result = dtypes(scale, angle, offset)
     scale, angle = to_tensor(scale, offset, compute), to_tensor(angle, offset, compute)
     cos, sin = scale * angle.cos(), scale * angle.sin()
-    linear = distributed.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
-    return augment(linear, offset.to(compute)).to(result)
+    return augment(turning(cos, sin), offset.to(compute)).to(result)
 
 
 # ------------------------------------------------------------------------------- their composition
@@ -234,6 +233,11 @@ def homogeneous(theta: Tensor) -> Tensor:
     row = theta[..., :1, :]  # its kind of tensor, a DTensor for instance
     row = torch.cat([torch.zeros_like(row[..., 1:]), torch.ones_like(row[..., :1])], -1)
     return torch.cat([theta, row], -2)
+
+
+def turning(cos: Tensor, sin: Tensor) -> Tensor:
+    """(..., 2, 2), ``[[cos, -sin], [sin, cos]]``."""
+    return distributed.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
 
 
 def diagonal(entries: Sequence[Tensor]) -> Tensor:

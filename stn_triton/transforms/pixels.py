@@ -34,7 +34,7 @@ from ..checks import (
     to_number,
 )
 from .arguments import check_factor, check_leading, check_theta, check_vector, dtypes, to_numbers, to_tensor
-from .matrices import augment, diagonal, homogeneous, invert
+from .matrices import augment, diagonal, homogeneous, invert, turning
 
 __all__ = ["from_pixels", "to_pixels", "rotation", "crop"]
 
@@ -248,9 +248,8 @@ def rotation(
     result = dtypes(*given)[1] if given else torch.get_default_dtype()
     turned, larger = (to_tensor(v, given[0] if given else None, torch.float64) for v in (angle, scale))
     cos, sin = turned.cos() / larger, turned.sin() / larger
-    linear = distributed.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
     translation = distributed.stack([x - cos * x + sin * y, y - sin * x - cos * y], -1)
-    return augment(linear, translation).to(result)
+    return augment(turning(cos, sin), translation).to(result)
 
 
 def _check_number(name: str, value: float | Tensor) -> float | Tensor:
