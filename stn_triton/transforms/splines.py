@@ -273,6 +273,11 @@ def _plain_lattice_matrix(k: int, device: torch.device) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             lattice = control_lattice(k, device="cpu", dtype=torch.float64)
             matrix = _solve(lattice, 0.0).to(device)
+            # The compiler takes its sizes for constants, with dynamic=True as well. If they were symbols,
+            # training compiled code would mark them as dynamic on this very tensor. A later
+            # torch.export(strict=True) would guard on them, by a name that the exported program lacks.
+            # (This is all that torch._dynamo.mark_static does, but for importing the compiler.)
+            matrix._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]
             _lattices.setdefault((k, device), matrix)  # another thread's, if that was first, is in use
     return _lattices[k, device]
 
