@@ -697,7 +697,7 @@ def test_exports_after_compiled_training(monkeypatch):
     torch._dynamo.reset()
     solve = splines._solve
     monkeypatch.setattr(splines, "_lattices", {})
-    # as on a GPU: a copy, no view, which PyTorch up to 2.13 would not mark
+    # A copy, as on a GPU: up to 2.13 PyTorch marks no tensor that is a view.
     monkeypatch.setattr(splines, "_solve", lambda *arguments: solve(*arguments).clone())
     points, xy = rand(2, 16, 2), rand(5, 2)
     compiled = torch.compile(tps_coefficients, fullgraph=True, backend="aot_eager", dynamic=True)
