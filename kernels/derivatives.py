@@ -26,10 +26,10 @@ from .device.programs import image_of, kept_pixels, output_of, pixels_of, work_o
 from .device.sampling import interpolate, interpolate_grad
 from .device.tiles import channel_block, offset_of
 from .host import parameters
-from .host.launch import Plan, compute_dtypes, planned, vector_width
-from .host.parameters import coordinate_strides, image_strides, num_controls, output_strides, source_strides
-from .sample import cut
-from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling
+from .host.cut import coordinate_numbers, source_numbers
+from .host.launch import Plan, compute_dtypes, planned
+from .sample import cut_samples
+from .spec import SPECIALIZATION, Image, Params, Sizes, Strides, Tiling
 
 
 @triton.jit
@@ -239,34 +239,18 @@ def _jvp_plan(
     *modes: Any,
 ) -> Plan:
     gathered, image, other = _jvp_images(input, tangent, coord_tangent)
-    dims = gathered.dim() - 2
-    tensors = tuple(tensor for tensor in (gathered, other, coord_tangent, output) if tensor is not None)
-    work = cut("forward mode", gathered, output, params, tensors, modes, backward=False, stepped=False)
-    return Plan(
+    tensors = gathered, other, coord_tangent, output
+    work = cut_samples(
+        "forward mode", gathered, output, params, tensors, modes, backward=False, stepped=False
+    )
+    direction = gathered if coord_tangent is None else coord_tangent
+    return work.plan(
         sample_jvp_kernel,
-        work.launches(),
-        gathered.device,
-        image,
-        other,
-        gathered if coord_tangent is None else coord_tangent,
-        output,
-        *parameters.pointers(params, control_points),
-        *image_strides(image, dims),
-        *image_strides(other, dims),
-        *coordinate_strides(coord_tangent),
-        *output_strides(output, dims),
-        *source_strides(modes[0], params),
-        num_controls(control_points),
-        **work.numbers,
-        SPEC=Spec(
-            **work.spec,
-            vector_input=vector_width(image, dims),
-            vector_output=vector_width(output, dims),
-            vector_tangent=vector_width(other, dims),
-            tangent=tangent is not None,
-            coord_tangent=coord_tangent is not None,
-        ),
-        num_warps=work.warps,
+        (image, other, direction, output, *parameters.pointers(params, control_points)),
+        {"input": image, "tangent": other, "output": output},
+        {**source_numbers(modes[0], params, control_points), **coordinate_numbers(coord_tangent)},
+        tangent=tangent is not None,
+        coord_tangent=coord_tangent is not None,
     )
 
 
@@ -313,59 +297,29 @@ def _hvp_plan(
     control_points: torch.Tensor | None,
     coord_tangent: torch.Tensor | None,
     grad_input: torch.Tensor | None,
-    source: int,
-    interpolation: int,
-    padding: int,
-    align_corners: bool,
     coord_grad: bool,
+    *modes: Any,
 ) -> tuple[Plan, tuple[int, ...], torch.dtype]:
     """And the shape and type of the gradient by the coordinates."""
     image, other, gathered = _hvp_images(input, tangent, grad_input)
-    dims = image.dim() - 2
-    given = image, other, gathered, coord_tangent, grad_output
-    work = cut(
-        "second derivatives",
-        gathered,
-        grad_output,
-        params,
-        tuple(tensor for tensor in given if tensor is not None),
-        (source, interpolation, padding, align_corners),
-        backward=True,
-        dense=True,
-        stepped=False,
+    tensors = image, other, gathered, coord_tangent, grad_output
+    work = cut_samples(
+        "second derivatives", gathered, grad_output, params, tensors, modes, True, dense=True, stepped=False
     )
-    plan = Plan(
+    direction = gathered if coord_tangent is None else coord_tangent
+    plan = work.plan(
         sample_hvp_kernel,
-        work.launches(),
-        image.device,
-        grad_output,
-        image,
-        other,
-        gathered if coord_tangent is None else coord_tangent,
-        gathered,
-        gathered,  # or the buffer of the gradient by the coordinates
-        *parameters.pointers(params, control_points),
-        *output_strides(grad_output, dims),
-        *image_strides(image, dims),
-        *image_strides(other, dims),
-        *coordinate_strides(coord_tangent),
-        *image_strides(gathered, dims),
-        *source_strides(source, params),
-        num_controls(control_points),
-        **work.numbers,
-        SPEC=Spec(
-            **work.spec,
-            vector_input=vector_width(image, dims),
-            vector_output=vector_width(grad_output, dims),
-            vector_grad=vector_width(gathered, dims),
-            vector_tangent=vector_width(other, dims),
-            input_grad=grad_input is not None,
-            coord_grad=coord_grad,
-            tangent=tangent is not None,
-            coord_tangent=coord_tangent is not None,
-        ),
-        num_warps=work.warps,
+        # the second gradient: or the buffer of that by the coordinates
+        (grad_output, image, other, direction, gathered, gathered)
+        + parameters.pointers(params, control_points),
+        {"output": grad_output, "input": image, "tangent": other, "grad": gathered},
+        {**source_numbers(modes[0], params, control_points), **coordinate_numbers(coord_tangent)},
+        input_grad=grad_input is not None,
+        coord_grad=coord_grad,
+        tangent=tangent is not None,
+        coord_tangent=coord_tangent is not None,
     )
+    dims = image.dim() - 2
     shape = (work.splits, image.shape[0], work.numbers["transforms"], *grad_output.shape[-dims:], dims)
     return plan, shape, compute_dtypes(gathered, params)[1]
 
@@ -400,7 +354,7 @@ def sample_hvp(
     """
     tensors = grad_output, input, tangent, params, control_points, coord_tangent, grad_input
     modes = source, interpolation, padding, align_corners
-    plan, shape, dtype = _hvp_plan(tensors, *modes, coord_grad)
+    plan, shape, dtype = _hvp_plan(tensors, coord_grad, *modes)
     image, other, gathered = _hvp_images(input, tangent, grad_input)
     buffer = image.new_empty(shape, dtype=dtype) if coord_grad else None
     plan(

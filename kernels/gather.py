@@ -58,17 +58,10 @@ from .device.tiles import (
     steps_from,
 )
 from .host import configs
-from .host.launch import Plan, compute_dtypes, index_dtype, planned, vector_width
-from .host.parameters import (
-    axes,
-    channel_dim,
-    has_fixed_point,
-    image_strides,
-    output_strides,
-    source_strides,
-)
-from .modes import modes_of, paddings_of
-from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling, constant, plain
+from .host.cut import cut, source_numbers
+from .host.launch import Plan, compute_dtypes, index_dtype, planned
+from .host.parameters import channel_dim
+from .spec import SPECIALIZATION, Image, Params, Sizes, Strides, Tiling, constant, plain
 
 # Blocks of outputs whose bounds are computed at a time.
 BLOCKS = constant(128)
@@ -484,84 +477,32 @@ def gather_backward_kernel(
 
 
 @planned
-def _plan(
-    grad_output: torch.Tensor,
-    params: torch.Tensor,
-    grad_input: torch.Tensor,
-    source: int,
-    interpolation: int,
-    padding: int,
-    align_corners: bool,
-) -> Plan:
-    dims = grad_input.dim() - 2
-    batch, channels = grad_input.shape[:2]
-    columns, rows = grad_input.shape[-1], grad_input.shape[-dims:-1].numel()
-    problem = configs.Problem(
-        kernel="gather",
-        source=source,
-        images=batch,
-        channels=channels,
-        rows=rows,
-        columns=columns,
-        element_size=grad_output.element_size(),
-        channels_last=grad_output.stride(channel_dim(grad_output, dims)) == 1,
-        interpolation=interpolation,
-        dims=dims,
-        backward=True,
+def _plan(grad_output: torch.Tensor, params: torch.Tensor, grad_input: torch.Tensor, *modes: Any) -> Plan:
+    dims, (images, channels) = grad_input.dim() - 2, grad_input.shape[:2]
+    channel = channel_dim(grad_output, dims)
+    sizes = grad_input.shape[2:], grad_output.shape[-dims:]
+    last = grad_output.stride(channel) == 1
+    problem = configs.Problem.of(
+        "gather", modes, images, channels, sizes[0], grad_output, last, backward=True
     )
     tile, search = configs.choose_gather(grad_output.device, problem)
-    block = tile.channels * tile.unroll
-    blocks = triton.cdiv(channels, block)
-    split_blocks = triton.cdiv(blocks, tile.splits)
-    splits = triton.cdiv(blocks, split_blocks)
-    column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows * tile.steps)
-    transforms = grad_output.shape[1] if grad_output.dim() > grad_input.dim() else 1
-    compute = compute_dtypes(grad_input, params)[0]
-    sizes = grad_input.shape[2:], grad_output.shape[-dims:]
-    index = index_dtype(grad_output, grad_input, params, rows=max(rows, sizes[1][:-1].numel()))
-    return Plan(
+    rows = max(problem.rows, sizes[1][:-1].numel())
+    index = index_dtype(grad_output, grad_input, params, rows=rows)
+    work = cut(problem, tile, modes, sizes, compute_dtypes(grad_input, params)[0], index, tile.steps)
+    transforms = grad_output.shape[1] if channel == 2 else 1
+    return work.plan(
         gather_backward_kernel,
-        batch * splits * column_tiles * row_tiles,
-        grad_input.device,
-        grad_output,
-        grad_input,
-        params,
-        *output_strides(grad_output, dims),
-        *image_strides(grad_input, dims),
-        *source_strides(source, params),
-        *axes(sizes[0]),
-        *axes(sizes[1]),
-        batch=batch,
-        transforms=transforms,
-        channels=channels,
-        column_tiles=column_tiles,
-        row_tiles=row_tiles,
-        splits=splits,
-        split_blocks=split_blocks,
-        steps=tile.steps,
-        SPEC=Spec(
-            source=int(source),
-            **modes_of(interpolation),
-            padding=paddings_of(padding, dims),
-            align_corners=int(align_corners),
-            dims=dims,
-            compute=compute,
-            index=index,
-            fixed_point=has_fixed_point(source, compute, *sizes, interpolation),
-            rows=tile.rows,
-            columns=tile.columns,
-            channels=tile.channels,
-            unroll=tile.unroll,
-            even_channels=channels % block == 0,
-            one_block=blocks == 1,
-            one_transform=transforms == 1,
-            vector_output=vector_width(grad_output, dims),
-            vector_grad=vector_width(grad_input, dims),
-            block_rows=search.out_rows,
-            block_columns=search.out_columns,
-            most_candidates=search.candidates,
-        ),
-        num_warps=tile.warps,
+        (grad_output, grad_input, params),
+        {"output": grad_output, "grad": grad_input},
+        {
+            **source_numbers(modes[0], params, None),
+            "stride_sampled_x": grad_output.stride(-1),
+            "transforms": transforms,
+        },
+        one_transform=transforms == 1,
+        block_rows=search.out_rows,
+        block_columns=search.out_columns,
+        most_candidates=search.candidates,
     )
 
 

@@ -11,10 +11,11 @@ from .device import sources
 from .device.arithmetic import rounded
 from .device.tiles import first_row, offset_of, pixels_from, place_of_program
 from .host import configs, parameters
+from .host.cut import cut, source_numbers
 from .host.launch import Plan, compute_dtypes, index_dtype, planned
-from .host.parameters import axes, num_controls, source_strides
-from .modes import Interpolation
-from .spec import SPECIALIZATION, Params, Sizes, Spec, Tiling, Work
+from .host.parameters import axes
+from .modes import Interpolation, Padding
+from .spec import SPECIALIZATION, Params, Sizes, Tiling, Work
 
 
 @triton.jit(**SPECIALIZATION)
@@ -71,61 +72,29 @@ def _plan(
     backward: bool,
     control_grad: bool,
 ) -> tuple[Plan, parameters.Sums]:
-    dims = grid.shape[-1]
-    size = grid.shape[1:-1]
-    columns, rows = size[-1], size[:-1].numel()
-    problem = configs.Problem(
-        kernel="grid backward" if backward else "grid",
-        source=source,
-        images=grid.shape[0],
-        channels=1,
-        rows=rows,
-        columns=columns,
-        element_size=grid.element_size(),
-        channels_last=False,
-        interpolation=Interpolation.NEAREST,
-        dims=dims,
-        backward=backward,
-    )
-    tile = configs.choose(grid.device, problem)
-    column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
-    tiles = column_tiles * row_tiles
+    modes = source, Interpolation.NEAREST, Padding.ZEROS, align_corners
+    size, kernel = grid.shape[1:-1], "grid backward" if backward else "grid"
+    problem = configs.Problem.of(kernel, modes, grid.shape[0], 1, size, grid, backward=backward)
     compute = compute_dtypes(params) if control_points is None else compute_dtypes(params, control_points)
-    stride = grid.stride()
-    plan = Plan(
+    index = index_dtype(grid, rows=problem.rows)
+    tile = configs.choose(grid.device, problem)._replace(group=1)
+    work = cut(problem, tile, modes, (size, size), compute[0], index)
+    stride_n, *pixel, stride_k = grid.stride()
+    strides = dict(zip("nkxyz", (stride_n, stride_k, *axes(pixel))))
+    plan = work.plan(
         grid_kernel,
-        grid.shape[0] * tiles,
-        grid.device,
-        grid,
-        grid,  # or the buffer of the sums
-        *parameters.pointers(params, control_points),
-        stride[0],
-        stride[-1],
-        *axes(stride[1:-1]),
-        *source_strides(source, params),
-        num_controls(control_points),
-        *axes(size),
-        batch=grid.shape[0],
-        transforms=params.shape[1] if params.dim() == 4 else 1,
-        column_tiles=column_tiles,
-        row_tiles=row_tiles,
-        SPEC=Spec(
-            source=int(source),
-            interpolation=int(Interpolation.NEAREST),
-            padding=(0,) * dims,
-            align_corners=int(align_corners),
-            dims=dims,
-            compute=compute[0],
-            index=index_dtype(grid, rows=rows),
-            rows=tile.rows,
-            columns=tile.columns,
-            source_grad=backward,
-            control_grad=control_grad,
-        ),
-        num_warps=tile.warps,
+        (grid, grid, *parameters.pointers(params, control_points)),  # the second: or the buffer of the sums
+        {},
+        {
+            **source_numbers(source, params, control_points),
+            **{f"stride_grid_{axis}": stride for axis, stride in strides.items()},
+            "transforms": params.shape[1] if params.dim() == 4 else 1,
+        },
+        fixed_point=False,
+        source_grad=backward,
+        control_grad=control_grad,
     )
-    controls = num_controls(control_points) if control_grad else 0
-    return plan, parameters.Sums(grid.shape[0], 1, tiles, compute[1], controls)
+    return plan, work.sums(compute[1], control_points if control_grad else None)
 
 
 def grid_forward(

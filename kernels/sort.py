@@ -32,18 +32,11 @@ from .device.tiles import (
     place_of_program,
 )
 from .host import configs, parameters
-from .host.launch import INT32_MAX, compute_dtypes, index_dtype, launch, vector_width
-from .host.parameters import (
-    axes,
-    channel_dim,
-    coordinate_strides,
-    has_fixed_point,
-    image_strides,
-    num_controls,
-    source_strides,
-)
-from .modes import Interpolation, Source, paddings_of
-from .spec import SPECIALIZATION, Image, Params, Place, Sizes, Spec, Strides, Tiling, Work, constant
+from .host.cut import coordinate_numbers, cut, source_numbers
+from .host.launch import INT32_MAX, compute_dtypes, index_dtype
+from .host.parameters import channel_dim
+from .modes import Interpolation, Source
+from .spec import SPECIALIZATION, Image, Params, Place, Sizes, Strides, Tiling, Work, constant
 
 # Images are done together as long as their outputs are not more than this: beyond, memory would grow and
 # nothing be gained.
@@ -333,60 +326,31 @@ def _keys(
     coord_tangent: torch.Tensor | None,
     keys: torch.Tensor,
     places: tuple[torch.Tensor, torch.Tensor],
-    input_size: torch.Size,
     images: int,
-    size: torch.Size,
-    source: int,
+    sizes: tuple[torch.Size, torch.Size],
+    modes: tuple[int, int, int, bool],
+    compute: tl.dtype,
     small: bool,
-    shared: dict[str, Any],
 ) -> None:
     """Fills ``keys`` and ``places``, indices and fractions."""
-    columns, rows = size[-1], size[:-1].numel()
-    batch = keys.numel() // size.numel()
-    problem = configs.Problem(
-        kernel="sorted keys",
-        source=source,
-        images=batch,
-        channels=1,
-        rows=rows,
-        columns=columns,
-        element_size=places[1].element_size(),
-        channels_last=False,
-        interpolation=shared["interpolation"],
-        dims=len(size),
-        backward=False,
-    )
-    tile = configs.choose(keys.device, problem)
-    column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
-    tangents = () if coord_tangent is None else (coord_tangent,)
-    launch(
+    batch = keys.numel() // sizes[1].numel()
+    problem = configs.Problem.of("sorted keys", modes, batch, 1, sizes[1], places[1])
+    index = index_dtype(params, coord_tangent) if small else tl.int64
+    work = cut(problem, configs.choose(keys.device, problem), modes, sizes, compute, index)
+    direction = places[1] if coord_tangent is None else coord_tangent
+    tensors = keys, *places, direction, *parameters.pointers(params, control_points)
+    plan = work.plan(
         sort_keys_kernel,
-        triton.cdiv(batch, tile.group) * column_tiles * row_tiles,
-        keys.device,
-        keys,
-        *places,
-        places[1] if coord_tangent is None else coord_tangent,
-        *parameters.pointers(params, control_points),
-        *source_strides(source, params),
-        num_controls(control_points),
-        *coordinate_strides(coord_tangent),
-        *axes(input_size),
-        *axes(size),
-        batch=batch,
-        transforms=batch // images,
-        column_tiles=column_tiles,
-        row_tiles=row_tiles,
-        SPEC=Spec(
-            source=int(source),
-            index=index_dtype(params, *tangents) if small else tl.int64,
-            fixed_point=has_fixed_point(source, shared["compute"], input_size, size),
-            rows=tile.rows,
-            columns=tile.columns,
-            group=tile.group,
-            **shared,
-        ),
-        num_warps=tile.warps,
+        tensors,
+        {},
+        {
+            **source_numbers(modes[0], params, control_points),
+            **coordinate_numbers(coord_tangent),
+            "transforms": batch // images,
+        },
+        coord_tangent=coord_tangent is not None,
     )
+    plan(*tensors)
 
 
 def _sort(keys: torch.Tensor, length: int, cells: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -405,77 +369,43 @@ def _sort(keys: torch.Tensor, length: int, cells: int) -> tuple[torch.Tensor, to
 def _sums(
     grad_output: torch.Tensor,
     grad_input: torch.Tensor,
-    places: tuple[torch.Tensor, torch.Tensor],
-    order: torch.Tensor,
-    starts: torch.Tensor,
+    lists: tuple[torch.Tensor, ...],
     length: int,
+    modes: tuple[int, int, int, bool],
+    compute: tl.dtype,
     small: bool,
-    shared: dict[str, Any],
+    coord_tangent: bool,
 ) -> None:
-    """Fills ``grad_input``."""
-    dims, (images, channels) = grad_input.dim() - 2, grad_input.shape[:2]
-    columns, rows = grad_input.shape[-1], grad_input.shape[2:-1].numel()
-    stride_output_c = grad_output.stride(channel_dim(grad_output, dims))
-    problem = configs.Problem(
-        kernel="sorted sum",
-        source=Source.GRID,  # by then all are alike
-        images=images,
-        channels=channels,
-        rows=rows,
-        columns=columns,
-        element_size=grad_output.element_size(),
-        channels_last=stride_output_c == 1,
-        # a pixel adds up one output at a time: registers are for channels, however many taps there are
-        interpolation=Interpolation.BILINEAR,
-        dims=2,
-        backward=True,
-    )
+    """Fills ``grad_input``. ``lists``: places, order and starts."""
+    dims, (images, channels), size = grad_input.dim() - 2, grad_input.shape[:2], grad_input.shape[2:]
+    stride_c, outputs = grad_output.stride(channel_dim(grad_output, dims)), lists[2].numel()
+    # By then all sources are alike. A pixel adds up one output at a time: registers are for channels, however
+    # many taps there are.
+    kind = Source.GRID, Interpolation.BILINEAR
+    problem = configs.Problem.of(
+        "sorted sum", kind, images, channels, size, grad_output, stride_c == 1, backward=True
+    )._replace(dims=2)
+    index = index_dtype(grad_output, grad_input) if small else tl.int64
     tile = configs.choose(grad_input.device, problem)
-    block = tile.channels * tile.unroll
-    blocks = triton.cdiv(channels, block)
-    split_blocks = triton.cdiv(blocks, tile.splits)
-    splits = triton.cdiv(blocks, split_blocks)
-    column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
+    work = cut(problem, tile, (Source.GRID, *modes[1:]), (size, size), compute, index)
     output_sizes, output_strides = zip(*_pixel_axes(grad_output, dims))
-    launch(
+    tensors = grad_output, grad_input, *lists
+    plan = work.plan(
         sort_sums_kernel,
-        images * column_tiles * row_tiles * splits,
-        grad_input.device,
-        grad_output,
-        grad_input,
-        *places,
-        order,
-        starts,
-        grad_output.stride(0),
-        stride_output_c,
-        *(*output_strides, 0, 0, 0)[:4],
-        *(*output_sizes, 0, 0)[:3],
-        *image_strides(grad_input, dims),
-        *axes(grad_input.shape[2:]),
-        images=images,
-        outputs=order.numel() // images,
-        channels=channels,
-        length=length,
-        lists=triton.cdiv(order.numel(), length),
-        column_tiles=column_tiles,
-        row_tiles=row_tiles,
-        splits=splits,
-        split_blocks=split_blocks,
-        SPEC=Spec(
-            source=int(Source.GRID),
-            index=index_dtype(grad_output, grad_input) if small else tl.int64,
-            rows=tile.rows,
-            columns=tile.columns,
-            channels=tile.channels,
-            unroll=tile.unroll,
-            even_channels=channels % block == 0,
-            vector_output=vector_width(grad_output, dims),
-            vector_input=vector_width(grad_input, dims),
-            axes=len(output_sizes),
-            **shared,
-        ),
-        num_warps=tile.warps,
+        tensors,
+        {"input": grad_input, "output": grad_output},
+        {
+            **{f"stride_output_{axis}": stride for axis, stride in enumerate((*output_strides, 0, 0, 0)[:4])},
+            **{f"output_size_{axis}": count for axis, count in enumerate((*output_sizes, 0, 0)[:3])},
+            "images": images,
+            "outputs": outputs // images,
+            "length": length,
+            "lists": triton.cdiv(outputs, length),
+        },
+        axes=len(output_sizes),
+        coord_tangent=coord_tangent,
     )
+    plan(*tensors)
 
 
 def sorted_backward(
@@ -503,14 +433,7 @@ def sorted_backward(
         grad_input.zero_()
         return
     compute, compute_torch = compute_dtypes(grad_output, params)
-    shared = {
-        "interpolation": int(interpolation),
-        "padding": paddings_of(padding, dims),
-        "align_corners": int(align_corners),
-        "dims": dims,
-        "compute": compute,
-        "coord_tangent": coord_tangent is not None,
-    }
+    modes = source, interpolation, padding, align_corners
     fractions = dims if coord_tangent is None else 2 * dims
     small = max(outputs * fractions, cells) < INT32_MAX
     at_once = max(1, min(OUTPUTS_AT_ONCE // outputs, (INT32_MAX - 1) // cells))
@@ -529,13 +452,13 @@ def sorted_backward(
             None if coord_tangent is None else coord_tangent[part],
             keys,
             places,
-            grad_input.shape[2:],
             count,
-            size,
-            source,
+            (grad_input.shape[2:], size),
+            modes,
+            compute,
             small,
-            shared,
         )
         length = min(count * outputs, LIST_LENGTH)
-        order, starts = _sort(keys, length, count * cells)
-        _sums(grad_output[part], grad_input[part], places, order, starts, length, small, shared)
+        lists = *places, *_sort(keys, length, count * cells)
+        along = coord_tangent is not None
+        _sums(grad_output[part], grad_input[part], lists, length, modes, compute, small, along)

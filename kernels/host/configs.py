@@ -5,7 +5,7 @@ table has been tuned for the architecture (``tables``) what it says instead. Not
 ``tuning``'s, when asked for.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -35,6 +35,24 @@ class Problem(NamedTuple):
     element_size: int
     channels_last: bool
     backward: bool
+
+    @classmethod
+    def of(
+        cls,
+        kernel: str,
+        modes: Sequence[int],
+        images: int,
+        channels: int,
+        size: torch.Size,
+        like: torch.Tensor,
+        channels_last: bool = False,
+        backward: bool = False,
+    ) -> "Problem":
+        """``images`` of a size. ``modes`` begin with source and interpolation; ``like`` has the elements."""
+        source, interpolation, *_ = modes
+        rows, columns, element = size[:-1].numel(), size[-1], like.element_size()
+        kind = kernel, source, interpolation, len(size)
+        return cls(*kind, images, channels, rows, columns, element, channels_last, backward)
 
     @property
     def key(self) -> str:
