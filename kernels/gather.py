@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .device import footprints
-from .device.arithmetic import PROJECTIVE, rounded
+from .device.arithmetic import PROJECTIVE
 from .device.candidates import (
     NOWHERE,
     Pixels,
@@ -38,24 +38,22 @@ from .device.candidates import (
     visits_of,
     whole,
 )
-from .device.copies import (
-    copy_at,
-    copy_number,
-    has_copies,
-    is_apart,
-)
+from .device.copies import copy_at, copy_number, has_copies, is_apart
 from .device.interpolation import axis_taps, radius_of, tap_count, weight_of_pixel
 from .device.mild import first_outputs, has_mild_way, mild_map, row_weights, tile_begins
 from .device.padding import extends_edges, is_periodic
 from .device.tiles import (
     blocks_of,
+    box_of,
     channel_block,
     first_row,
+    load_blocks,
     offset_of,
     pixels_from,
     place_of_program,
-    row_range,
     steps_from,
+    store_blocks,
+    zero_blocks,
 )
 from .host import configs
 from .host.cut import cut, source_numbers
@@ -154,9 +152,7 @@ def may_touch(map, block, column_blocks, pixels, sizes, SPEC: tl.constexpr):
     RADIUS: tl.constexpr = radius_of(SPEC)
     x = (block % column_blocks) * SPEC.block_columns
     row = (block // column_blocks).to(SPEC.index) * SPEC.block_rows
-    first_yz, last_yz = row_range(row, SPEC.block_rows, sizes.output, SPEC)
-    first = (x,) + first_yz
-    last = (tl.minimum(x + SPEC.block_columns, sizes.output[0]) - 1,) + last_yz
+    first, last = box_of(x, row, SPEC.block_columns, SPEC.block_rows, sizes.output, SPEC)
     bounds = footprints.bounds_of(map, first, last, sizes, SPEC)
     touches = block >= 0
     for axis in tl.static_range(SPEC.dims):
@@ -237,12 +233,8 @@ def add_places(sums, places, scale, mask, out, pixels, gradients, sizes, SPEC: t
         first_z, last_z = range_of_all(z0, z1, hit)
     first_x, last_x = range_of_all(x0, x1, hit)
     first_y, last_y = range_of_all(y0, y1, hit)
-    offset = offset_of(out, gradients.strides.pixel, SPEC.vector_output, SPEC)
-    values = ()
-    for k in tl.static_range(SPEC.unroll):
-        c, exists = channel_block(gradients.block * SPEC.unroll + k, sizes.channels, SPEC)
-        pointer = gradients.pointer + offset + c * gradients.strides.c
-        values += (tl.load(pointer, hit & exists, other=0.0).to(SPEC.compute),)
+    begin = gradients.pointer + offset_of(out, gradients.strides.pixel, SPEC.vector_output, SPEC)
+    values = load_blocks(begin, gradients.strides.c, gradients.block, hit, sizes.channels, SPEC)
     for z in range(first_z, last_z + 1):
         for y in range(first_y, last_y + 1):
             for x in range(first_x, last_x + 1):
@@ -317,27 +309,15 @@ def add_transform(sums, found, pixels, gradients, sizes, SPEC: tl.constexpr):
 def pixels_of_tile(column, row, sizes, SPEC: tl.constexpr):
     """The ``Pixels`` of the block at ``column`` and ``row``."""
     q, exists = pixels_from(column, row, sizes.input, SPEC.rows, SPEC.columns, SPEC)
-    first_yz, last_yz = row_range(row, SPEC.rows, sizes.input, SPEC)
-    last_x = tl.minimum(column + SPEC.columns, sizes.input[0]) - 1
-    return Pixels(q, exists, (column,) + first_yz, (last_x,) + last_yz)
-
-
-@triton.jit
-def no_sums(UNROLL: tl.constexpr, SPEC: tl.constexpr):
-    """Of a block of pixels and UNROLL of channels: zeros."""
-    sums = ()
-    for _ in tl.static_range(UNROLL):
-        sums += (tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute),)
-    return sums
+    first, last = box_of(column, row, SPEC.columns, SPEC.rows, sizes.input, SPEC)
+    return Pixels(q, exists, first, last)
 
 
 @triton.jit
 def store(sums, target, block, pixels, sizes, UNROLL: tl.constexpr, SPEC: tl.constexpr):
     """Writes UNROLL blocks of channels into the image ``target``."""
     begin = target.pointer + offset_of(pixels.q, target.strides.pixel, SPEC.vector_grad, SPEC)
-    for k in tl.static_range(UNROLL):
-        c, exists = channel_block(block * UNROLL + k, sizes.channels, SPEC)
-        tl.store(begin + c * target.strides.c, rounded(sums[k], target.pointer), pixels.exists & exists)
+    store_blocks(sums, begin, target.strides.c, block, pixels.exists, sizes.channels, UNROLL, SPEC)
 
 
 # -------------------------------------------------------------------------------------------- mild maps
@@ -387,7 +367,7 @@ def add_nine(mild, at, pixels, gradients, block, sizes, SPEC: tl.constexpr):
     first, distances = first_outputs(mild, at, pixels, sizes, SPEC)
     begin = offset_of(first, gradients.strides.pixel, VECTOR, SPEC)
     along_y = tl.cast(gradients.strides.pixel[1], SPEC.index)
-    sums = no_sums(mild_unroll(SPEC), SPEC)
+    sums = zero_blocks(mild_unroll(SPEC), SPEC)
     # 0, which the compiler cannot know: to compare anew for each block costs less than to keep flags
     nothing = tl.where(sizes.channels + block < 0, 1.0, 0.0)
     if goes_by_rows(SPEC):
@@ -418,7 +398,7 @@ def write_mild(mild, tile, gradients, target, sizes, SPEC: tl.constexpr):
                 store(sums, target, block, pixels, sizes, UNROLL, SPEC)
         else:
             for block in range(first_block, end):
-                store(no_sums(UNROLL, SPEC), target, block, pixels, sizes, UNROLL, SPEC)
+                store(zero_blocks(UNROLL, SPEC), target, block, pixels, sizes, UNROLL, SPEC)
 
 
 @triton.jit(**SPECIALIZATION)
@@ -464,7 +444,7 @@ def gather_backward_kernel(
             if finds_once(SPEC):
                 found = find_candidates(map, bounds, pixels, sizes, SPEC)
             for block in range(tile.blocks[0], tile.blocks[1]):
-                sums = no_sums(SPEC.unroll, SPEC)
+                sums = zero_blocks(SPEC.unroll, SPEC)
                 for t in range(transforms):
                     if not SPEC.one_transform:
                         map, bounds = map_and_bounds(params, n, tl.cast(t, tl.int64), sizes, SPEC)

@@ -26,7 +26,7 @@ from .device.filling import filled, outside_of
 from .device.interpolation import slopes_of_axes, taps_of_axes
 from .device.programs import image_of, kept_pixels, output_of, pixels_of, work_of
 from .device.sampling import add_coordinate_gradient, gradient_of, interpolate, scatter
-from .device.tiles import channel_block, offset_of, pixels_from
+from .device.tiles import channel_block, load_blocks, offset_of, pixels_from, store_blocks, zero_blocks
 from .host import configs, parameters
 from .host.cut import Cut, cut, source_numbers
 from .host.launch import INT32_MAX, Plan, compute_dtypes, index_dtype, planned
@@ -57,16 +57,11 @@ def forward_block(
             for k in tl.static_range(SPEC.unroll):
                 c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
                 plane = image + c * input.strides.c
-                values += (
-                    interpolate(plane, taps, input.strides, exists, SPEC.vector_input, SPEC, INTERIOR),
-                )
-            for k in tl.static_range(SPEC.unroll):
-                c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
+                value = interpolate(plane, taps, input.strides, exists, SPEC.vector_input, SPEC, INTERIOR)
                 if SPEC.fill and not INTERIOR:
-                    sample = filled(values[k], outside, fill, n, c, exists, SPEC)
-                else:
-                    sample = values[k]
-                tl.store(target + c * output.strides.c, rounded(sample, output.pointer), kept & exists)
+                    value = filled(value, outside, fill, n, c, exists, SPEC)
+                values += (value,)
+            store_blocks(values, target, output.strides.c, block, kept, sizes.channels, SPEC.unroll, SPEC)
 
 
 @triton.jit
@@ -87,9 +82,7 @@ def averaged_block(input, output, fill, params, work, step, sizes, SPEC: tl.cons
     """The averages of one block of pixels over their sub-samples."""
     out, mask, footprint, image, target = sub_samples_of(input, output, work, step, sizes, SPEC)
     for block in range(work.blocks[0], work.blocks[1]):
-        values = ()
-        for _ in tl.static_range(SPEC.unroll):
-            values += (tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute),)
+        values = zero_blocks(SPEC.unroll, SPEC)
         for number in range(footprint.most):
             sample = footprints.sample_of(number, footprint, out, SPEC)
             places = footprints.places_of_sample(params, work, sample, footprint, step, mask, SPEC)
@@ -175,11 +168,7 @@ def backward_block(
         by_place = (zero, zero, zero)
         for block in range(work.blocks[0], work.blocks[1]):
             # all loads before the first atomic, behind which the compiler may not move them
-            values = ()
-            for k in tl.static_range(SPEC.unroll):
-                c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
-                value = tl.load(target + c * grad_output.strides.c, kept & exists, other=0.0)
-                values += (value.to(SPEC.compute),)
+            values = load_blocks(target, grad_output.strides.c, block, kept, sizes.channels, SPEC)
             if SPEC.source_grad:
                 for k in tl.static_range(SPEC.unroll):
                     c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
@@ -273,7 +262,7 @@ def sample_backward_kernel(
                 grad_output, input, grad_input, partial_ptr, sums, params, work, step, sizes, SPEC, False
             )
     if SPEC.source_grad:
-        sources.store_sums(partial_ptr, sums, work, sources.matrix_scales(sizes, SPEC), sizes, SPEC)
+        sources.store_sums(partial_ptr, sums, work, sizes, SPEC, sources.is_affine(SPEC))
 
 
 # -------------------------------------------------------------------------------------------- launchers
@@ -284,7 +273,7 @@ def cut_samples(
     params: torch.Tensor,
     tensors: tuple[torch.Tensor | None, ...],
     modes: tuple[int, int, int, bool],
-    backward: bool,
+    backward: bool = False,
     dense: bool = False,
     stepped: bool = True,
 ) -> Cut:
@@ -320,7 +309,7 @@ def _forward_plan(
     fill: torch.Tensor | None,
     *modes: Any,
 ) -> Plan:
-    work = cut_samples("forward", input, output, params, (input, output), modes, backward=False)
+    work = cut_samples("forward", input, output, params, (input, output), modes)
     stride_n, stride_c = (None, None) if fill is None else fill.stride()
     of_source = source_numbers(modes[0], params, control_points)
     return work.plan(

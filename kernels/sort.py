@@ -18,25 +18,25 @@ import triton
 import triton.language as tl
 
 from .derivatives import coord_tangent_of
-from .device import sources
-from .device.arithmetic import rounded
 from .device.cells import cell_of, cell_row, pixel_count, row_parts
 from .device.interpolation import at_pixel, axis_slopes, axis_taps, tap_count
+from .device.programs import kept_pixels, pixels_of, work_of
 from .device.tiles import (
     blocks_of,
-    channel_block,
-    existing,
     first_row,
+    load_blocks,
     offset_of,
     pixels_from,
     place_of_program,
+    store_blocks,
+    zero_blocks,
 )
 from .host import configs, parameters
 from .host.cut import coordinate_numbers, cut, source_numbers
 from .host.launch import INT32_MAX, compute_dtypes, index_dtype
 from .host.parameters import channel_dim
 from .modes import Interpolation, Source
-from .spec import SPECIALIZATION, Image, Params, Place, Sizes, Strides, Tiling, Work, constant
+from .spec import SPECIALIZATION, Image, Params, Place, Sizes, Strides, Tiling, constant
 
 # Images are done together as long as their outputs are not more than this: beyond, memory would grow and
 # nothing be gained.
@@ -70,7 +70,7 @@ class Outputs(NamedTuple):
 def sort_keys_kernel(
     keys_ptr, indices_ptr, fractions_ptr, coord_ptr, source_ptr, control_ptr,
     stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4, num_controls,
-    stride_coord_0, stride_coord_1, stride_coord_2, stride_coord_3, stride_coord_4, stride_coord_t,
+    stride_coord_n, stride_coord_t, stride_coord_c, stride_coord_x, stride_coord_y, stride_coord_z,
     in_width, in_height, in_depth, out_width, out_height, out_depth, batch, transforms,
     column_tiles, row_tiles,
     SPEC: tl.constexpr,
@@ -88,26 +88,19 @@ def sort_keys_kernel(
     sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, 1, (1, 1, 1))
     stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
     params = Params(source_ptr, stride_source, control_ptr, num_controls)
-    stride_coord = (stride_coord_0, stride_coord_1, stride_coord_2, stride_coord_3, stride_coord_4)
-    coord = Params(coord_ptr, stride_coord, control_ptr, num_controls)
+    stride_coord = (stride_coord_x, stride_coord_y, stride_coord_z)
+    coord = Image(coord_ptr, Strides(stride_coord_n, stride_coord_t, stride_coord_c, stride_coord))
 
-    column_tile, row_tile, split, group = place_of_program(Tiling(column_tiles, row_tiles, 1, 1, 1))
-    b = group * SPEC.group
-    outputs = sources.outputs_of(b, sizes, SPEC)
-    map = sources.map_of(params, outputs[0][0], outputs[0][1], sizes, SPEC)
-    column = column_tile * SPEC.columns
-    row = first_row(row_tile, SPEC.rows, SPEC)
-    work = Work(b, outputs, map, column, row, 1, (), (0, 1), False, split, 0, 1)
-    out, mask = pixels_from(column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
-    places = sources.places_at(params, work, out, mask, sizes, SPEC)
+    work = work_of(params, sizes, Tiling(column_tiles, row_tiles, 1, 1, 1), SPEC)
+    out, mask, places = pixels_of(work, 0, params, sizes, SPEC)
     pixel = offset_of(out, (1, out_width, out_width.to(SPEC.index) * out_height), 1, SPEC)
     nothing = (batch // transforms).to(KEY) * pixel_count(sizes.input, SPEC).to(KEY)
     for g in tl.static_range(SPEC.group):
-        n, t = outputs[g]
-        kept = existing(mask, b + g, batch)
+        n, t = work.outputs[g]
+        kept = kept_pixels(mask, work.b + g, sizes)
         cell, read = cell_of(places[g], sizes, SPEC, KEY)
         key = tl.where(read, n.to(KEY) * pixel_count(sizes.input, SPEC).to(KEY) + cell, nothing)
-        first = (b + g).to(tl.int64) * pixel_count(sizes.output, SPEC)
+        first = (work.b + g).to(tl.int64) * pixel_count(sizes.output, SPEC)
         tl.store(keys_ptr + first + pixel, key, kept)
         index = indices_ptr + first * SPEC.dims + pixel * SPEC.dims
         fraction = fractions_ptr + first * FRACTIONS + pixel * FRACTIONS
@@ -115,7 +108,7 @@ def sort_keys_kernel(
             tl.store(index + k, places[g][k][0], kept)
             tl.store(fraction + k, places[g][k][1], kept)
         if SPEC.coord_tangent:
-            m = coord_tangent_of(coord, stride_coord_t, n, t, out, kept, sizes, SPEC)
+            m = coord_tangent_of(coord, n, t, out, kept, sizes, SPEC)
             for k in tl.static_range(SPEC.dims):
                 tl.store(fraction + (SPEC.dims + k), m[k], kept)
 
@@ -188,11 +181,10 @@ def add_outputs(sums, position, read, q, outputs, block, sizes, SPEC: tl.constex
     i = (tl.load(outputs.order + position, read, other=0) - outputs.before).to(SPEC.index)
     weight = output_weight(outputs, i, read, q, sizes, SPEC)
     target = outputs.gradients + output_offset(i, outputs.sizes, outputs.strides, SPEC)
+    gradients = load_blocks(target, outputs.stride_c, block, weight != 0, sizes.channels, SPEC)
     new = ()
     for k in tl.static_range(SPEC.unroll):
-        c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
-        g = tl.load(target + c * outputs.stride_c, (weight != 0) & exists, other=0.0).to(SPEC.compute)
-        new += (sums[k] + weight * g,)
+        new += (sums[k] + weight * gradients[k],)
     return new
 
 
@@ -200,14 +192,6 @@ def add_outputs(sums, position, read, q, outputs, block, sizes, SPEC: tl.constex
 def at(values, chosen):
     """The one entry of a column that is ``chosen``."""
     return tl.sum(tl.sum(tl.where(chosen, values, 0), 1), 0)
-
-
-@triton.jit
-def zero_block(SPEC: tl.constexpr):
-    sums = ()
-    for _ in tl.static_range(SPEC.unroll):
-        sums += (tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute),)
-    return sums
 
 
 @triton.jit
@@ -232,7 +216,7 @@ def add_row(sums, begin, end, q, outputs, block, sizes, SPEC: tl.constexpr):
         pixel = (at(q[0], chosen), at(q[1], chosen))
         if SPEC.dims == 3:
             pixel += (at(q[2], chosen),)
-        shares = zero_block(SPEC)
+        shares = zero_blocks(SPEC.unroll, SPEC)
         stop = at(end, chosen)
         for start in range(at(begin, chosen) + steps, stop, PIXELS):
             shares = add_outputs(
@@ -286,7 +270,7 @@ def sort_sums_kernel(
     target += offset_of(q, grad_input.strides.pixel, SPEC.vector_input, SPEC)
     first, last = blocks_of(split, tiling, channels, SPEC)
     for block in range(first, last):
-        sums = zero_block(SPEC)
+        sums = zero_blocks(SPEC.unroll, SPEC)
         for number in range(lists):
             part = tl.cast(number, tl.int64)
             listed = Outputs(
@@ -298,9 +282,7 @@ def sort_sums_kernel(
             for cell in range(CELL_ROWS):
                 begin, end = cell_row(starts, q, cell, sizes, mask, SPEC)
                 sums = add_row(sums, begin, end, q, listed, block, sizes, SPEC)
-        for k in tl.static_range(SPEC.unroll):
-            c, exists = channel_block(block * SPEC.unroll + k, channels, SPEC)
-            tl.store(target + c * stride_input_c, rounded(sums[k], grad_input_ptr), mask & exists)
+        store_blocks(sums, target, stride_input_c, block, mask, channels, SPEC.unroll, SPEC)
 
 
 # ------------------------------------------------------------------------------------------- launchers
@@ -337,20 +319,17 @@ def _keys(
     problem = configs.Problem.of("sorted keys", modes, batch, 1, sizes[1], places[1])
     index = index_dtype(params, coord_tangent) if small else tl.int64
     work = cut(problem, configs.choose(keys.device, problem), modes, sizes, compute, index)
-    direction = places[1] if coord_tangent is None else coord_tangent
-    tensors = keys, *places, direction, *parameters.pointers(params, control_points)
+    tensors = keys, *places, coord_tangent, *parameters.pointers(params, control_points)
     plan = work.plan(
         sort_keys_kernel,
         tensors,
         {},
-        {
-            **source_numbers(modes[0], params, control_points),
-            **coordinate_numbers(coord_tangent),
-            "transforms": batch // images,
-        },
+        source_numbers(modes[0], params, control_points)
+        | coordinate_numbers(coord_tangent, work.dims)
+        | {"transforms": batch // images},
         coord_tangent=coord_tangent is not None,
     )
-    plan(*tensors)
+    plan(*(tensor for tensor in tensors if tensor is not None))
 
 
 def _sort(keys: torch.Tensor, length: int, cells: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -195,7 +195,7 @@ ROW_STRIDES = ("stride_input_x", "stride_grad_x", "stride_tangent_x", "stride_sa
 UNSPECIALIZED = (
     *(f"{pointer}_ptr" for pointer in ("source", "control", "fill", "partial", "coord", "by_coord")),
     *(f"stride_source_{i}" for i in range(5)),
-    *(f"stride_coord_{i}" for i in (*range(5), "t")),
+    *(f"stride_coord_{axis}" for axis in "ntc" + _AXES),
     *(
         f"stride_{tensor}_{axis}"
         for tensor in ("input", "output", "grad", "tangent")
@@ -203,7 +203,7 @@ UNSPECIALIZED = (
     ),
     *(f"stride_output_{axis}" for axis in range(4)),
     *(f"output_size_{axis}" for axis in range(3)),
-    *(f"stride_grid_{axis}" for axis in "nk" + _AXES),
+    *(f"stride_grid_{axis}" for axis in "nc" + _AXES),
     *(f"stride_fill_{axis}" for axis in "nc"),
     *(f"{image}_{size}" for image in ("in", "out") for size in ("width", "height", "depth")),
     *(

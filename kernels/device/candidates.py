@@ -10,19 +10,12 @@ import triton
 import triton.language as tl
 
 from ..modes import Interpolation
-from ..spec import Work, constant, plain
+from ..spec import constant, plain
 from . import footprints, sources
 from .affine import affine_places, doubled_pixels, fixed_coordinate, fixed_place, rounded_entry
 from .arithmetic import AFFINE, BILINEAR, INFINITY, PROJECTIVE, clamp, larger, smaller
 from .bounds import preimage
-from .copies import (
-    MOST_COPIES,
-    appearance,
-    copies_within,
-    copy_number,
-    has_copies,
-    is_apart,
-)
+from .copies import MOST_COPIES, appearance, copies_within, copy_number, has_copies, is_apart
 from .interpolation import cubic_weight, radius_of, weight_of_pixel
 from .padding import extends_edges, is_periodic
 
@@ -74,8 +67,8 @@ def map_places(map, out, sizes, SPEC: tl.constexpr):
     if SPEC.source == AFFINE:
         return affine_places(map, out, sizes, SPEC)
     else:
-        work = Work(0, (), map, 0, 0, 1, (), (0, 1), False, 0, 0, 1)
-        return sources.places_at((), work, out, True, sizes, SPEC)[0]
+        coordinates = sources.matrix_coordinates(map, sources.normalised_pixels(out, sizes, SPEC), SPEC)
+        return sources.places_by(coordinates, (), out, sizes, SPEC)
 
 
 # --------------------------------------------------------------------------------------------- by pixel

@@ -128,7 +128,7 @@ _forced: LocalBlocks[tuple[tuple[str | None, str, int], ...]] = LocalBlocks("for
 _seen: LocalBlocks[list[tuple[Problem, NamedTuple]]] = LocalBlocks("seen")
 
 _NOTHING: Mapping[str, int] = {}
-WAVES = 8  # programs wanted for each processor, see _splits and _steps
+WAVES = 8  # programs wanted for each processor, see _shared
 
 
 def override(kernel: str | None = None, **fields: int) -> Block[tuple[tuple[str | None, str, int], ...]]:
@@ -231,14 +231,7 @@ def choose(device: torch.device, problem: Problem) -> Tile:
     tile, fields = _settled(device, problem, tile._replace(group=group))
     if source != Source.TPS:
         tile = tile._replace(group=1)
-    if device.type != "cpu":
-        waves, outputs = fields.get("waves", WAVES), -(-images // tile.group)
-        if "splits" not in fields:
-            splits = _splits(device, outputs, channels, rows, columns, tile, waves)
-            tile = tile._replace(splits=splits)
-        if "steps" not in fields:
-            tile = tile._replace(steps=_steps(device, outputs, rows, columns, tile, waves))
-    return tile
+    return _shared(device, problem, tile, fields)
 
 
 def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]:
@@ -267,12 +260,7 @@ def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]
         tile = Tile(pixels // columns_tile, columns_tile, 1, unroll, 1, 1, 1)
         search = Gather(1, 32, 512)
     tile, fields = _settled(device, problem, tile)
-    if device.type != "cpu" and "splits" not in fields:
-        waves = fields.get("waves", WAVES)
-        tile = tile._replace(splits=_splits(device, problem.images, channels, rows, columns, tile, waves))
-    if device.type != "cpu" and "steps" not in fields:
-        waves = fields.get("waves", WAVES)
-        tile = tile._replace(steps=_steps(device, problem.images, rows, columns, tile, waves))
+    tile = _shared(device, problem, tile, fields)
     return tile, _settled(device, problem._replace(kernel="gather search"), search, tile._asdict())[0]
 
 
@@ -293,22 +281,22 @@ def prefers_sorted(device: torch.device, problem: Problem) -> bool:
     return bool(_settled(device, problem, Sum(0))[0].sorted)
 
 
-def _splits(
-    device: torch.device, images: int, channels: int, rows: int, columns: int, tile: Tile, waves: int
-) -> int:
-    """Programs over which the channels are divided: enough for ``waves`` to each processor, if there are.
+def _shared(device: torch.device, problem: Problem, tile: Tile, fields: Mapping[str, Any]) -> Tile:
+    """``tile`` with splits and steps that leave ``waves`` programs to each processor, if ``fields`` say none.
 
-    Every further program repeats the coordinates of its pixels, so that large images are not split.
+    Channels are split where pixels alone give fewer programs: each repeats the coordinates of its pixels, so
+    that large images are not split. Programs take steps where there are more; their blocks are then not far
+    apart.
     """
-    programs = images * -(-rows // tile.rows) * -(-columns // tile.columns)
-    wanted = -(-waves * _processors(device.type, device.index) // max(programs, 1))
-    return max(1, min(wanted, -(-channels // (tile.channels * tile.unroll))))
-
-
-def _steps(device: torch.device, images: int, rows: int, columns: int, tile: Tile, waves: int) -> int:
-    """As many as leave ``waves`` programs to each processor, and the blocks of a program not far apart."""
-    programs = images * -(-rows // tile.rows) * -(-columns // tile.columns)
-    return max(1, min(MOST_STEPS, programs // (waves * _processors(device.type, device.index))))
+    if device.type == "cpu":
+        return tile
+    wanted = fields.get("waves", WAVES) * _processors(device.type, device.index)
+    outputs = -(-problem.images // tile.group)
+    programs = outputs * -(-problem.rows // tile.rows) * -(-problem.columns // tile.columns)
+    blocks = -(-problem.channels // (tile.channels * tile.unroll))
+    splits = max(1, min(-(-wanted // max(programs, 1)), blocks))
+    steps = max(1, min(MOST_STEPS, programs // wanted))
+    return tile._replace(splits=fields.get("splits", splits), steps=fields.get("steps", steps))
 
 
 def _interpreter_tile(channels: int, rows: int, columns: int) -> Tile:

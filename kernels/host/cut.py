@@ -15,20 +15,18 @@ from .parameters import Sums, axes, channel_dim, has_fixed_point, num_controls, 
 
 
 # ------------------------------------------------------------------- numbers, as kernels name them
-def image_numbers(name: str, image: torch.Tensor, dims: int) -> dict[str, int]:
-    """Strides of (N, C, ...) or (N, T, C, ...)."""
+def image_numbers(name: str, image: torch.Tensor | None, dims: int) -> dict[str, int]:
+    """Strides of (N, C, ...) or (N, T, C, ...); 0 where there is no image."""
+    if image is None:
+        return {f"stride_{name}_{axis}": 0 for axis in "ntcxyz"}
     stride, channel = image.stride(), channel_dim(image, dims)
     values = stride[0], stride[1] if channel == 2 else 0, stride[channel], *axes(stride[channel + 1 :])
     return {f"stride_{name}_{axis}": value for axis, value in zip("ntcxyz", values)}
 
 
-def coordinate_numbers(tensor: torch.Tensor | None) -> dict[str, int]:
-    """Strides of a tangent of coordinates, (N, T, ..., dims); 0 where there is none."""
-    values: tuple[int, ...] = (0,) * 6
-    if tensor is not None:
-        stride = tensor.stride()
-        values = stride[0], stride[-1], *axes(stride[2:-1]), stride[1]
-    return {f"stride_coord_{axis}": value for axis, value in zip("01234t", values)}
+def coordinate_numbers(tensor: torch.Tensor | None, dims: int) -> dict[str, int]:
+    """Strides of a tangent of coordinates, (N, T, ..., dims): images with a channel for each axis."""
+    return image_numbers("coord", None if tensor is None else tensor.movedim(-1, 2), dims)
 
 
 def source_numbers(source: int, params: torch.Tensor, control_points: torch.Tensor | None) -> dict[str, int]:
@@ -50,11 +48,15 @@ class Cut(NamedTuple):
     fields: dict[str, Any]
     """Fields of the ``Spec``."""
 
+    @property
+    def dims(self) -> int:
+        return self.fields["dims"]
+
     def plan(
         self,
         kernel: Any,
         tensors: tuple[torch.Tensor | None, ...],
-        images: dict[str, torch.Tensor],
+        images: Mapping[str, torch.Tensor | None],
         numbers: Mapping[str, int | None],
         **fields: Any,
     ) -> Plan:
@@ -63,12 +65,11 @@ class Cut(NamedTuple):
         ``images``: of which it is told strides and vectors, by its names for them. ``numbers``: further ones.
         ``fields``: further ones of its ``Spec``.
         """
-        dims = self.fields["dims"]
         given: dict[str, int | None] = {**self.numbers, **numbers}
         vectors = {}
         for name, image in images.items():
-            given |= image_numbers(name, image, dims)
-            vectors[f"vector_{name}"] = vector_width(image, dims)
+            given |= image_numbers(name, image, self.dims)
+            vectors[f"vector_{name}"] = 1 if image is None else vector_width(image, self.dims)
         device = next(tensor.device for tensor in tensors if tensor is not None)
         return Plan(
             kernel,

@@ -162,8 +162,12 @@ def search(
     return current, best, first
 
 
-def _pixels(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
-    yield from _scaled(fields, "rows", 1, 64)
+def _scaled(problem: Problem, fields: Fields, name: str, low: int, high: int) -> Iterator[dict[str, int]]:
+    """Twice and half as much of a field, if it is there."""
+    if name in fields:
+        for value in (fields[name] * 2, fields[name] // 2):
+            if low <= value <= high:
+                yield {**fields, name: value}
 
 
 def _shape(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
@@ -178,7 +182,7 @@ def _shape(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
 
 def _channels(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
     if problem.channels_last:
-        yield from _scaled(fields, "channels", 1, min(configs.power_of_2(problem.channels), 256))
+        yield from _scaled(problem, fields, "channels", 1, min(configs.power_of_2(problem.channels), 256))
 
 
 def _unroll(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
@@ -187,21 +191,9 @@ def _unroll(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
             yield {**fields, "unroll": unroll}
 
 
-def _warps(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
-    yield from _scaled(fields, "warps", 1, 16)
-
-
-def _waves(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
-    yield from _scaled(fields, "waves", 2, 64)
-
-
 def _group(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
     if problem.source == Source.TPS and not problem.kernel.startswith("grid"):
-        yield from _scaled(fields, "group", 1, 8)
-
-
-def _gather(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
-    yield from _scaled(fields, "candidates", 16, 4096)
+        yield from _scaled(problem, fields, "group", 1, 8)
 
 
 def _sum(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
@@ -209,15 +201,11 @@ def _sum(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
         yield {**fields, "sorted": 1 - fields["sorted"]}
 
 
-NEIGHBOURS = (_warps, _pixels, _shape, _channels, _unroll, _waves, _group, _gather, _sum)
-
-
-def _scaled(fields: Fields, name: str, low: int, high: int) -> Iterator[dict[str, int]]:
-    """Twice and half as much of a field, if it is there."""
-    if name in fields:
-        for value in (fields[name] * 2, fields[name] // 2):
-            if low <= value <= high:
-                yield {**fields, name: value}
+_warps = functools.partial(_scaled, name="warps", low=1, high=16)
+_rows = functools.partial(_scaled, name="rows", low=1, high=64)
+_waves = functools.partial(_scaled, name="waves", low=2, high=64)
+_candidates = functools.partial(_scaled, name="candidates", low=16, high=4096)
+NEIGHBOURS = (_warps, _rows, _shape, _channels, _unroll, _waves, _group, _candidates, _sum)
 
 
 def device_time(run: Callable[[], Any], device: torch.device, repeats: int = 9) -> float:
