@@ -84,21 +84,6 @@ class Gradients(NamedTuple):
 
 # --------------------------------------------------------------------------------------------- by pixel
 @triton.jit
-def add_weighted(sums, weight, offset, gradients, sizes, SPEC: tl.constexpr):
-    """``sums`` plus ``weight`` times d output at ``offset``.
-
-    A gradient of weight 0 adds nothing, not even a NaN.
-    """
-    new = ()
-    for k in tl.static_range(SPEC.unroll):
-        c, exists = channel_block(gradients.block * SPEC.unroll + k, sizes.channels, SPEC)
-        pointer = gradients.pointer + c * gradients.strides.c + offset
-        g = tl.load(pointer, (weight != 0.0) & exists, other=0.0).to(SPEC.compute)
-        new += (sums[k] + weight * g,)
-    return new
-
-
-@triton.jit
 def add_by_pixel(sums, map, visits, pixels, gradients, sizes, SPEC: tl.constexpr):
     """``sums`` plus what each pixel gets from the outputs that its lane visits."""
     VECTOR: tl.constexpr = SPEC.vector_output
@@ -120,9 +105,15 @@ def add_by_pixel(sums, map, visits, pixels, gradients, sizes, SPEC: tl.constexpr
                     weight *= scale
                     out = footprints.outputs_of(visits.first, (x, y, z), sizes, SPEC)
                     at = offset_of(out, strides, VECTOR, SPEC)
-                sums = add_weighted(
-                    sums, weight, tl.multiple_of(at, (VECTOR, VECTOR)), gradients, sizes, SPEC
-                )
+                at = tl.multiple_of(at, (VECTOR, VECTOR))
+                new = ()
+                for k in tl.static_range(SPEC.unroll):
+                    c, exists = channel_block(gradients.block * SPEC.unroll + k, sizes.channels, SPEC)
+                    pointer = gradients.pointer + c * gradients.strides.c + at
+                    # a gradient of weight 0 adds nothing, not even a NaN
+                    g = tl.load(pointer, (weight != 0.0) & exists, other=0.0).to(SPEC.compute)
+                    new += (sums[k] + weight * g,)
+                sums = new
     return sums
 
 

@@ -115,17 +115,6 @@ def sort_keys_kernel(
 
 # ------------------------------------------------------------------------------------------------- sums
 @triton.jit
-def weight_and_slope(place, q, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
-    """The weight with which a place reads pixel ``q``, and for ``coord_tangent`` its derivative."""
-    taps = axis_taps(place, size, AXIS, SPEC)
-    weight = at_pixel(q, taps, taps.weight, SPEC)
-    slope = tl.zeros(weight.shape, SPEC.compute)
-    if SPEC.coord_tangent:
-        slope = at_pixel(q, taps, axis_slopes(place, size, AXIS, SPEC), SPEC)
-    return weight, slope
-
-
-@triton.jit
 def load_place(outputs, i, read, AXIS: tl.constexpr, SPEC: tl.constexpr):
     FRACTIONS: tl.constexpr = 2 * SPEC.dims if SPEC.coord_tangent else SPEC.dims
     index = tl.load(outputs.indices + (i * SPEC.dims + AXIS), read, other=0)
@@ -139,19 +128,20 @@ def output_weight(outputs, i, read, q, sizes, SPEC: tl.constexpr):
     For ``coord_tangent`` it is the weight's tangent: sum over axes of m_a slope_a times the other axes'
     weights.
     """
-    x, x_slope = weight_and_slope(load_place(outputs, i, read, 0, SPEC), q[0], sizes.input[0], 0, SPEC)
-    y, y_slope = weight_and_slope(load_place(outputs, i, read, 1, SPEC), q[1], sizes.input[1], 1, SPEC)
-    m = outputs.fractions + (i * (2 * SPEC.dims) + SPEC.dims)
-    if SPEC.coord_tangent:
-        plane = tl.load(m, read, other=0.0) * x_slope * y + tl.load(m + 1, read, other=0.0) * x * y_slope
-    else:
-        plane = x * y
-    weight = plane
-    if SPEC.dims == 3:
-        z, z_slope = weight_and_slope(load_place(outputs, i, read, 2, SPEC), q[2], sizes.input[2], 2, SPEC)
-        weight = plane * z
+    weight = tl.full(i.shape, 1.0, SPEC.compute)
+    tangent = tl.zeros(i.shape, SPEC.compute)
+    for axis in tl.static_range(SPEC.dims):
+        size = sizes.input[axis]
+        place = load_place(outputs, i, read, axis, SPEC)
+        taps = axis_taps(place, size, axis, SPEC)
+        along = at_pixel(q[axis], taps, taps.weight, SPEC)
         if SPEC.coord_tangent:
-            weight += tl.load(m + 2, read, other=0.0) * z_slope * x * y
+            m = tl.load(outputs.fractions + (i * (2 * SPEC.dims) + (SPEC.dims + axis)), read, other=0.0)
+            slope = at_pixel(q[axis], taps, axis_slopes(place, size, axis, SPEC), SPEC)
+            tangent = tangent * along + weight * (m * slope)
+        weight *= along
+    if SPEC.coord_tangent:
+        weight = tangent
     return tl.where(read, weight, 0.0)
 
 

@@ -229,9 +229,8 @@ def distances_of(map, first, pixels, sizes, SPEC: tl.constexpr):
         x = fixed_coordinate(map.high[r], map.low[r], u, SPEC.dims) - (pixels.low[r].to(tl.int64) << 32)
         x -= (pixels.q[r] - pixels.low[r]).to(tl.int64) << 32
         for k in tl.static_range(SPEC.dims):
-            further = (2 * (first[k] - anchor[k])).to(
-                tl.uint32
-            )  # not negative: half of the product is unsigned
+            # not negative: half of the product is unsigned
+            further = (2 * (first[k] - anchor[k])).to(tl.uint32)
             x += further.to(tl.int64) * rounded_entry(map, r, k)
         distances += (x.to(SPEC.compute) * 2.0**-32,)
     return distances

@@ -212,29 +212,26 @@ def device_time(run: Callable[[], Any], device: torch.device, repeats: int = 9) 
     """Milliseconds of a run on the device: the median of ``repeats``."""
     from .launch import on_device  # not before: it imports triton
 
+    module: Any = torch.get_device_module(device)
     with on_device(device):  # whose streams the events are recorded on
-        return _device_time(run, torch.get_device_module(device), device, repeats)
-
-
-def _device_time(run: Callable[[], Any], module: Any, device: torch.device, repeats: int) -> float:
-    run()  # compiles
-    module.synchronize(device)
-    begin = time.perf_counter()
-    run()
-    module.synchronize(device)
-    # as long as the host takes to send a run: the device must not wait for it
-    wait = int(min(time.perf_counter() - begin, 0.01) * 2e9)
-    pairs = []
-    for _ in range(repeats):
-        pair = module.Event(enable_timing=True), module.Event(enable_timing=True)
-        if hasattr(module, "_sleep"):
-            module._sleep(wait)
-        pair[0].record()
+        run()  # compiles
+        module.synchronize(device)
+        begin = time.perf_counter()
         run()
-        pair[1].record()
-        pairs.append(pair)
-    module.synchronize(device)
-    return statistics.median(start.elapsed_time(end) for start, end in pairs)
+        module.synchronize(device)
+        # as long as the host takes to send a run: the device must not wait for it
+        wait = int(min(time.perf_counter() - begin, 0.01) * 2e9)
+        pairs = []
+        for _ in range(repeats):
+            pair = module.Event(enable_timing=True), module.Event(enable_timing=True)
+            if hasattr(module, "_sleep"):
+                module._sleep(wait)
+            pair[0].record()
+            run()
+            pair[1].record()
+            pairs.append(pair)
+        module.synchronize(device)
+        return statistics.median(start.elapsed_time(end) for start, end in pairs)
 
 
 # What tells how long a run takes. ``bench.tune`` compiles here first, in many processes, and times nothing.
