@@ -122,7 +122,7 @@ def add_visits(sums, found, visits, pixels, gradients, sizes, SPEC: tl.constexpr
     """``add_by_pixel``; of sub-samples of a homography cell by cell, as each has its own."""
     map = found.map
     if SPEC.antialias and SPEC.source == PROJECTIVE:
-        begin, end = footprints.cells_of(visits, sizes, SPEC)
+        begin, end = footprints.cells_of(visits, SPEC)
         for cell_y in range(begin[1], end[1]):
             for cell_x in range(begin[0], end[0]):
                 grid, part = footprints.grid_of_cell(

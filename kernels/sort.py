@@ -33,7 +33,7 @@ from .device.tiles import (
 )
 from .host import configs, parameters
 from .host.cut import coordinate_numbers, cut, source_numbers
-from .host.launch import INT32_MAX, compute_dtypes, index_dtype
+from .host.launch import INT32_MAX, Plan, compute_dtypes, index_dtype, planned
 from .host.parameters import channel_dim
 from .modes import Interpolation, Source
 from .spec import SPECIALIZATION, Image, Params, Place, Sizes, Strides, Tiling, constant
@@ -292,34 +292,33 @@ def _pixel_axes(tensor: torch.Tensor, dims: int) -> list[tuple[int, int]]:
     return joined or [(1, 0)]
 
 
-def _keys(
+@planned
+def _keys_plan(
+    keys: torch.Tensor,
+    indices: torch.Tensor,
+    fractions: torch.Tensor,
+    coord_tangent: torch.Tensor | None,
     params: torch.Tensor,
     control_points: torch.Tensor | None,
-    coord_tangent: torch.Tensor | None,
-    keys: torch.Tensor,
-    places: tuple[torch.Tensor, torch.Tensor],
     images: int,
     sizes: tuple[torch.Size, torch.Size],
-    modes: tuple[int, int, int, bool],
-    compute: tl.dtype,
     small: bool,
-) -> None:
-    """Fills ``keys`` and ``places``, indices and fractions."""
+    *modes: Any,
+) -> Plan:
     batch = keys.numel() // sizes[1].numel()
-    problem = configs.Problem.of("sorted keys", modes, batch, 1, sizes[1], places[1])
+    problem = configs.Problem.of("sorted keys", modes, batch, 1, sizes[1], fractions)
     index = index_dtype(params, coord_tangent) if small else tl.int64
-    work = cut(problem, configs.choose(keys.device, problem), modes, sizes, compute, index)
-    tensors = keys, *places, coord_tangent, *parameters.pointers(params, control_points)
-    plan = work.plan(
+    tile = configs.choose(keys.device, problem)
+    work = cut(problem, tile, modes, sizes, compute_dtypes(fractions)[0], index)
+    return work.plan(
         sort_keys_kernel,
-        tensors,
+        (keys, indices, fractions, coord_tangent, *parameters.pointers(params, control_points)),
         {},
         source_numbers(modes[0], params, control_points)
         | coordinate_numbers(coord_tangent, work.dims)
         | {"transforms": batch // images},
         coord_tangent=coord_tangent is not None,
     )
-    plan(*(tensor for tensor in tensors if tensor is not None))
 
 
 def _sort(keys: torch.Tensor, length: int, cells: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -335,33 +334,32 @@ def _sort(keys: torch.Tensor, length: int, cells: int) -> tuple[torch.Tensor, to
     return torch.cat(orders), torch.cat(starts)
 
 
-def _sums(
+@planned
+def _sums_plan(
     grad_output: torch.Tensor,
     grad_input: torch.Tensor,
-    lists: tuple[torch.Tensor, ...],
+    indices: torch.Tensor,
+    fractions: torch.Tensor,
+    order: torch.Tensor,
+    starts: torch.Tensor,
     length: int,
-    modes: tuple[int, int, int, bool],
-    compute: tl.dtype,
     small: bool,
-    coord_tangent: bool,
-) -> None:
-    """Fills ``grad_input``. ``lists``: places, order and starts."""
+    *modes: Any,
+) -> Plan:
     dims, (images, channels), size = grad_input.dim() - 2, grad_input.shape[:2], grad_input.shape[2:]
-    stride_c, outputs = grad_output.stride(channel_dim(grad_output, dims)), lists[2].numel()
+    last, outputs = grad_output.stride(channel_dim(grad_output, dims)) == 1, order.numel()
     # By then all sources are alike. A pixel adds up one output at a time: registers are for channels, however
     # many taps there are.
     kind = Source.GRID, Interpolation.BILINEAR
-    problem = configs.Problem.of(
-        "sorted sum", kind, images, channels, size, grad_output, stride_c == 1, backward=True
-    )._replace(dims=2)
+    problem = configs.Problem.of("sorted sum", kind, images, channels, size, grad_output, last, backward=True)
+    problem = problem._replace(dims=2)
     index = index_dtype(grad_output, grad_input) if small else tl.int64
-    tile = configs.choose(grad_input.device, problem)
+    tile, compute = configs.choose(grad_input.device, problem), compute_dtypes(fractions)[0]
     work = cut(problem, tile, (Source.GRID, *modes[1:]), (size, size), compute, index)
     output_sizes, output_strides = zip(*_pixel_axes(grad_output, dims))
-    tensors = grad_output, grad_input, *lists
-    plan = work.plan(
+    return work.plan(
         sort_sums_kernel,
-        tensors,
+        (grad_output, grad_input, indices, fractions, order, starts),
         {"input": grad_input, "output": grad_output},
         {
             **{f"stride_output_{axis}": stride for axis, stride in enumerate((*output_strides, 0, 0, 0)[:4])},
@@ -372,9 +370,8 @@ def _sums(
             "lists": triton.cdiv(outputs, length),
         },
         axes=len(output_sizes),
-        coord_tangent=coord_tangent,
+        coord_tangent=fractions.shape[1] > dims,
     )
-    plan(*tensors)
 
 
 def sorted_backward(
@@ -401,7 +398,6 @@ def sorted_backward(
     if outputs == 0 or (coord_tangent is not None and interpolation == Interpolation.NEAREST):
         grad_input.zero_()
         return
-    compute, compute_torch = compute_dtypes(grad_output, params)
     modes = source, interpolation, padding, align_corners
     fractions = dims if coord_tangent is None else 2 * dims
     small = max(outputs * fractions, cells) < INT32_MAX
@@ -411,23 +407,15 @@ def sorted_backward(
         count = min(at_once, images - first)
         key = torch.int32 if count * cells < INT32_MAX else torch.int64
         keys = grad_input.new_empty(count * outputs, dtype=key)
-        places = (
-            grad_input.new_empty((count * outputs, dims), dtype=torch.int32),
-            grad_input.new_empty((count * outputs, fractions), dtype=compute_torch),
-        )
-        _keys(
-            params if params.shape[0] == 1 else params[part],
-            control_points,
-            None if coord_tangent is None else coord_tangent[part],
-            keys,
-            places,
-            count,
-            (grad_input.shape[2:], size),
-            modes,
-            compute,
-            small,
-        )
+        indices = grad_input.new_empty((count * outputs, dims), dtype=torch.int32)
+        compute = compute_dtypes(grad_output, params)[1]
+        places = indices, grad_input.new_empty((count * outputs, fractions), dtype=compute)
+        tangents = () if coord_tangent is None else (coord_tangent[part],)
+        pointers = parameters.pointers(params if params.shape[0] == 1 else params[part], control_points)
+
+        tensors = keys, *places, *(tangents or (None,)), pointers[0], control_points
+        plan = _keys_plan(tensors, count, (grad_input.shape[2:], size), small, *modes)
+        plan(keys, *places, *tangents, *pointers)
         length = min(count * outputs, LIST_LENGTH)
-        lists = *places, *_sort(keys, length, count * cells)
-        along = coord_tangent is not None
-        _sums(grad_output[part], grad_input[part], lists, length, modes, compute, small, along)
+        lists = grad_output[part], grad_input[part], *places, *_sort(keys, length, count * cells)
+        _sums_plan(lists, length, small, *modes)(*lists)

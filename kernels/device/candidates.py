@@ -265,7 +265,7 @@ def coordinates_of_first(map, first, sizes, SPEC: tl.constexpr):
 
 
 @triton.jit
-def candidate_places(map, start, further, sizes, SPEC: tl.constexpr):
+def candidate_places(map, start, further, SPEC: tl.constexpr):
     """The places of the output ``further`` outputs from each lane's first, whose coordinates start gives."""
     places = ()
     for r in tl.static_range(SPEC.dims):
@@ -283,7 +283,7 @@ def candidate_weight(map, visits, start, further, pixels, sizes, SPEC: tl.conste
         return distance_weight(map, visits.distances, further, SPEC)
     else:
         if goes_by_steps(SPEC):
-            places = candidate_places(map, start, further, sizes, SPEC)
+            places = candidate_places(map, start, further, SPEC)
         else:
             out = ()
             for axis in tl.static_range(SPEC.dims):

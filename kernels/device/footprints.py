@@ -245,7 +245,7 @@ def outputs_within(most):
 
 
 @triton.jit
-def cells_of(visits, sizes, SPEC: tl.constexpr):
+def cells_of(visits, SPEC: tl.constexpr):
     """The cells of the pixels of ``grid_of`` that are visited: the first, and the one after the last."""
     begin = ()
     end = ()
