@@ -96,6 +96,7 @@ def visits_of(map, bounds, pixels, part, sizes, SPEC: tl.constexpr):
     ranges = preimage(map, center, radius, sizes, SPEC)
     first = ()
     most = ()
+    cost = 1.0
     for axis in tl.static_range(SPEC.dims):
         begin, last = ranges[axis]
         if SPEC.antialias:
@@ -104,9 +105,9 @@ def visits_of(map, bounds, pixels, part, sizes, SPEC: tl.constexpr):
         count = tl.where(pixels.exists, last - begin + 1, 0)
         count = tl.maximum(tl.max(tl.max(count, 1), 0), 0)
         most += (count,)
+        cost *= count.to(SPEC.compute)
         # all of them outputs: one too many has weight 0
         first += (tl.maximum(tl.minimum(begin, part[1][axis] - count), part[0][axis]),)
-    cost = product(most, SPEC)
     if SPEC.antialias and SPEC.source == PROJECTIVE:  # the grid is finer than any output's sub-samples
         cost = footprints.outputs_within(most)
     if goes_by_steps(SPEC):
@@ -149,14 +150,6 @@ def shows_tile(pixels, number, bounds, sizes, SPEC: tl.constexpr):
             tile = (pixels.low[axis], pixels.high[axis])
             shows = shows & (is_apart(tile, number[axis], near, sizes.input[axis], axis, SPEC) == 0)
     return shows
-
-
-@triton.jit
-def product(numbers, SPEC: tl.constexpr):
-    result = numbers[0].to(SPEC.compute) * numbers[1].to(SPEC.compute)
-    if SPEC.dims == 3:
-        result *= numbers[2].to(SPEC.compute)
-    return result
 
 
 @triton.jit

@@ -407,16 +407,17 @@ def coordinates_of(params, work, out, mask, sizes, SPEC: tl.constexpr):
 
     Normalised; of a flow, the displacement in pixels. NaN and infinities are possible.
     """
-    n, t = work.outputs[0]
     if SPEC.source == GRID or SPEC.source == FLOW:
         stride_n, component, stride_x, stride_y, stride_z = params.strides
         strides = Strides(stride_n, 0, component, (stride_x, stride_y, stride_z))
-        return (dense_load(params.pointer + n * stride_n, strides, out, mask, SPEC),)
+        begin = params.pointer + work.outputs[0][0] * stride_n
+        return (dense_load(begin, strides, out, mask, SPEC),)
     else:
         pixels = normalised_pixels(out, sizes, SPEC)
         if SPEC.source == TPS:
             return tps_coordinates(params, work.outputs, pixels, SPEC)
-        elif SPEC.source == AFFINE:
+        elif SPEC.source == AFFINE:  # whose map goes from pixels to pixels
+            n, t = work.outputs[0]
             return (matrix_coordinates(load_matrix(params, n, t, SPEC), pixels, SPEC),)
         else:
             return (matrix_coordinates(work.map, pixels, SPEC),)

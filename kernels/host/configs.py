@@ -200,15 +200,13 @@ def _replaced(chosen: Any, fields: Mapping[str, int]) -> Any:
 
 def choose(device: torch.device, problem: Problem) -> Tile:
     """The tile for a problem."""
-    _, source, interpolation, dims, images, channels, rows, columns, element_size, channels_last, backward = (
-        problem
-    )
-    taps = (
-        1 if interpolation == Interpolation.NEAREST else 4 if interpolation == Interpolation.BICUBIC else 2
-    ) ** dims
+    channels, columns, element_size = problem.channels, problem.columns, problem.element_size
+    spline = problem.source == Source.TPS
+    along = {Interpolation.NEAREST: 1, Interpolation.BICUBIC: 4}
+    taps = along.get(Interpolation(problem.interpolation), 2) ** problem.dims
     if device.type == "cpu":
-        tile = _interpreter_tile(channels, rows, columns)
-    elif channels_last and channels >= 8:
+        tile = _interpreter_tile(channels, problem.rows, columns)
+    elif problem.channels_last and channels >= 8:
         # Lanes along the channels, one 16-byte load each; two pixels per lane keep several gathers in
         # flight, more of them would not fit the registers once there are many taps.
         vector = 16 // element_size
@@ -219,17 +217,17 @@ def choose(device: torch.device, problem: Problem) -> Tile:
     else:
         # Two pixels per lane share the set-up of a program, the loads of its parameters. Backward they keep
         # twice the sums: that pays where few channels share the set-up, and does not fit beside a spline's.
-        few_sums = problem.kernel.startswith("backward") and channels <= 4 and source != Source.TPS
-        pixels = 256 if taps <= 8 and (few_sums or not backward) else 128
+        few_sums = problem.kernel.startswith("backward") and channels <= 4 and not spline
+        pixels = 256 if taps <= 8 and (few_sums or not problem.backward) else 128
         columns_tile = min(power_of_2(columns), _patch_columns(element_size))
         unroll = channels if channels <= 4 else 4
         if taps > 8:
             unroll = min(unroll, 2 if taps <= 16 else 1)
         tile = Tile(pixels // columns_tile, columns_tile, 1, max(unroll, 1), 4, 1, 1)
     # Outputs that share a spline's basis: four, as many as keep their coordinates in the registers.
-    group = 4 if source == Source.TPS and 4 <= images < 2**31 else 1
+    group = 4 if spline and 4 <= problem.images < 2**31 else 1
     tile, fields = _settled(device, problem, tile._replace(group=group))
-    if source != Source.TPS:
+    if not spline:
         tile = tile._replace(group=1)
     return _shared(device, problem, tile, fields)
 
