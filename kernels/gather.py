@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .device import footprints
-from .device.arithmetic import PROJECTIVE, rounded
+from .device.arithmetic import PROJECTIVE, rounded, widened
 from .device.candidates import (
     NOWHERE,
     Pixels,
@@ -102,7 +102,7 @@ def add_weighted(sums, weight, offset, gradients, sizes, SPEC: tl.constexpr):
     for k in tl.static_range(SPEC.unroll):
         c, exists = channel_block(gradients.block * SPEC.unroll + k, sizes.channels, SPEC)
         pointer = gradients.pointer + c * gradients.strides.c + offset
-        g = tl.load(pointer, (weight != 0.0) & exists, other=0.0).to(SPEC.compute)
+        g = widened(tl.load(pointer, (weight != 0.0) & exists, other=0.0), SPEC)
         new += (sums[k] + weight * g,)
     return new
 
@@ -249,7 +249,7 @@ def add_places(sums, places, scale, mask, out, pixels, gradients, sizes, SPEC: t
     for k in tl.static_range(SPEC.unroll):
         c, exists = channel_block(gradients.block * SPEC.unroll + k, sizes.channels, SPEC)
         pointer = gradients.pointer + offset + c * gradients.strides.c
-        values += (tl.load(pointer, hit & exists, other=0.0).to(SPEC.compute),)
+        values += (widened(tl.load(pointer, hit & exists, other=0.0), SPEC),)
     for z in range(first_z, last_z + 1):
         for y in range(first_y, last_y + 1):
             for x in range(first_x, last_x + 1):
@@ -360,7 +360,7 @@ def goes_by_rows(spec):
 @triton.constexpr_function
 def mild_unroll(spec):
     """Blocks of channels at a time: what fits the registers beside nine weights that are kept."""
-    most = 2 if plain(spec.channels) > 1 else 8 if plain(spec.one_block) else 4
+    most = 8 if plain(spec.channels) == 1 and plain(spec.one_block) else 4
     unroll = plain(spec.unroll)
     return unroll if unroll % most else min(unroll, most)
 
@@ -381,7 +381,7 @@ def add_row(sums, weights, nothing, offset, gradients, block, sizes, SPEC: tl.co
                 pointer = (plane + offset) + along_x
             else:
                 pointer = plane + tl.multiple_of(offset + along_x, (VECTOR, VECTOR))
-            g = tl.load(pointer, (weights[i] > nothing) & exists, other=0.0).to(SPEC.compute)
+            g = widened(tl.load(pointer, (weights[i] > nothing) & exists, other=0.0), SPEC)
             new += (sums[k] + weights[i] * g,)
         sums = new
     return sums

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .device import footprints, sources
-from .device.arithmetic import rounded
+from .device.arithmetic import rounded, widened
 from .device.bounds import has_interior_path
 from .device.filling import filled, outside_of
 from .device.interpolation import slopes_of_axes, taps_of_axes
@@ -186,7 +186,7 @@ def backward_block(
             for k in tl.static_range(SPEC.unroll):
                 c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
                 value = tl.load(target + c * grad_output.strides.c, kept & exists, other=0.0)
-                values += (value.to(SPEC.compute),)
+                values += (widened(value, SPEC),)
             if SPEC.source_grad:
                 for k in tl.static_range(SPEC.unroll):
                     c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
@@ -223,7 +223,7 @@ def averaged_backward_block(grad_output, input, sums, params, work, step, sizes,
         for block in range(work.blocks[0], work.blocks[1]):
             for k in tl.static_range(SPEC.unroll):
                 c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
-                g = tl.load(target + c * grad_output.strides.c, kept & exists, other=0.0).to(SPEC.compute)
+                g = widened(tl.load(target + c * grad_output.strides.c, kept & exists, other=0.0), SPEC)
                 plane = image + c * input.strides.c
                 by_place = add_coordinate_gradient(
                     by_place, g * footprint.share, plane, taps, slopes, input.strides, exists, SPEC

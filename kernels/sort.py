@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .derivatives import coord_tangent_of
 from .device import sources
-from .device.arithmetic import rounded
+from .device.arithmetic import rounded, widened
 from .device.cells import cell_of, cell_row, pixel_count, row_parts
 from .device.interpolation import at_pixel, axis_slopes, axis_taps, tap_count
 from .device.tiles import (
@@ -198,7 +198,7 @@ def add_outputs(sums, position, read, q, outputs, block, sizes, SPEC: tl.constex
     new = ()
     for k in tl.static_range(SPEC.unroll):
         c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
-        g = tl.load(target + c * outputs.stride_c, (weight != 0) & exists, other=0.0).to(SPEC.compute)
+        g = widened(tl.load(target + c * outputs.stride_c, (weight != 0) & exists, other=0.0), SPEC)
         new += (sums[k] + weight * g,)
     return new
 

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..modes import Interpolation
 from ..spec import plain
-from .arithmetic import NEAREST
+from .arithmetic import NEAREST, widened
 from .interpolation import tap_count, taps_in_a_row, taps_z
 from .tiles import offset_of
 
@@ -39,7 +39,7 @@ def load_tap(
     """Tap k of a plane's channels, 0 where it is not to be read."""
     pointer = tap_pointer(plane, taps, k, strides, VECTOR, SPEC, INTERIOR)
     inside = exists & taps[2].inside[k[2]] & taps[1].inside[k[1]] & taps[0].inside[k[0]]
-    return tl.load(pointer, inside, other=0.0).to(SPEC.compute)
+    return widened(tl.load(pointer, inside, other=0.0), SPEC)
 
 
 @triton.jit

@@ -191,13 +191,16 @@ def choose(device: torch.device, problem: Problem) -> Tile:
     if device.type == "cpu":
         tile = _interpreter_tile(channels, rows, columns)
     elif channels_last and channels >= 8:
-        # Lanes along the channels, one 16-byte load each; two pixels per lane keep several gathers in
-        # flight, more of them would not fit the registers once there are many taps.
+        # Lanes along the channels, one 16-byte load each. All lanes of a pixel compute the same weights, so
+        # that forward no more of them share a pixel than read a cache line, and each reads further lines too.
+        # Otherwise two pixels a lane keep several gathers in flight. Neither fits beside many taps.
         vector = 16 // element_size
-        width = min(power_of_2(channels), 32 * vector, 128)
-        pixels = max(128 * vector // width * (2 if taps <= 8 else 1), 8)
+        lanes = 8 if taps <= 8 and not backward else 32
+        width = min(power_of_2(channels), lanes * vector, 128)
+        unroll = min(-(-channels // width), 4) if lanes == 8 else 1
+        pixels = max(128 * vector // width * (2 if taps <= 8 and unroll == 1 else 1), 8)
         columns_tile = min(power_of_2(columns), pixels)
-        tile = Tile(pixels // columns_tile, columns_tile, width, 1, 4, 1, 1)
+        tile = Tile(pixels // columns_tile, columns_tile, width, unroll, 4, 1, 1)
     else:
         # Two pixels per lane share the set-up of a program, the loads of its parameters. Backward they keep
         # twice the sums: that pays where few channels share the set-up, and does not fit beside a spline's.
@@ -233,14 +236,15 @@ def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]
     if device.type == "cpu":
         tile, search = _interpreter_tile(channels, rows, columns), Gather(16, 64, 64)
     elif problem.channels_last and channels >= 8:
-        # Sixteen pixels of 32 channels at a time: a lane's vectors of up to four such blocks share a weight.
-        width = min(power_of_2(channels), 32)
-        unroll = min(-(-channels // width), 4 if problem.element_size == 4 else 2)
-        pixels = 512 // width
+        # Four lanes a pixel, as each computes its nine weights: two pixels of 32 channels each.
+        vector = 16 // problem.element_size
+        width = min(power_of_2(channels), 4 * vector)
+        unroll = min(-(-channels // width), 16 // vector)
+        pixels = 16 if unroll > 1 else 512 // width
         columns_tile = min(power_of_2(columns), pixels)
         tile = Tile(pixels // columns_tile, columns_tile, width, unroll, 1, 1, 1)
         # as many outputs as give every lane 16 bytes
-        search = Gather(1, max(8, 32 * (16 // problem.element_size) // width), 512)
+        search = Gather(1, max(8, 32 * vector // width), 512)
     else:
         # Sixteen sums a lane, or four pixels.
         unroll = min(max(channels, 1), 8)
