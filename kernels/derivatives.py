@@ -19,44 +19,40 @@ import triton
 import triton.language as tl
 
 from .device import sources
-from .device.arithmetic import rounded
-from .device.direction import interpolate_grad_tangent, interpolate_tangent, scatter_tangent, weight_tangents
+from .device.direction import interpolate_grad_tangent, interpolate_tangent, scatter_tangent
 from .device.interpolation import curvatures_of_axes, slopes_of_axes, taps_of_axes
 from .device.programs import image_of, kept_pixels, output_of, pixels_of, work_of
-from .device.sampling import interpolate, interpolate_grad
-from .device.tiles import channel_block, offset_of
+from .device.sampling import add_product, interpolate, interpolate_grad
+from .device.tiles import channel_block, load_blocks, offset_of, store_blocks
 from .host import parameters
-from .host.launch import Plan, compute_dtypes, planned, vector_width
-from .host.parameters import coordinate_strides, image_strides, num_controls, output_strides, source_strides
-from .sample import cut
-from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling
+from .host.cut import coordinate_numbers, source_numbers
+from .host.launch import Plan, compute_dtypes, planned
+from .sample import cut_samples
+from .spec import SPECIALIZATION, Image, Params, Sizes, Strides, Tiling
 
 
 @triton.jit
-def coord_tangent_of(coord, stride_t, n, t, out, mask, sizes, SPEC: tl.constexpr):
+def coord_tangent_of(coord, n, t, out, mask, sizes, SPEC: tl.constexpr):
     """How far the coordinates of an output move, in pixels of the input; 0 outside ``mask``.
 
-    coord: a number for each axis of each output pixel, in the source's unit, of each transform.
+    coord: images of each transform, with a channel for each axis, in the source's unit.
     """
-    of_transform = Params(coord.pointer + t * stride_t, coord.strides, coord.control, coord.num_controls)
-    return sources.scaled_to_pixels(sources.dense_load(of_transform, n, out, mask, SPEC), sizes, SPEC)
+    begin = coord.pointer + n * coord.strides.n + t * coord.strides.t
+    return sources.scaled_to_pixels(sources.dense_load(begin, coord.strides, out, mask, SPEC), sizes, SPEC)
 
 
 # ----------------------------------------------------------------------------------------- forward mode
 @triton.jit
-def jvp_block(images, coord, stride_coord_t, params, work, sizes, SPEC: tl.constexpr):
-    """The derivative of the samples of a block of pixels. images: input, its tangent, output."""
-    input, tangent, output = images
+def jvp_block(input, tangent, coord, output, params, work, sizes, SPEC: tl.constexpr):
+    """The derivative of the samples of a block of pixels."""
     out, mask, places = pixels_of(work, 0, params, sizes, SPEC)
     offset = offset_of(out, output.strides.pixel, SPEC.vector_output, SPEC)
     for g in tl.static_range(SPEC.group):
         n, t = work.outputs[g]
         taps = taps_of_axes(places[g], sizes, SPEC)
         if SPEC.coord_tangent:
-            m = coord_tangent_of(coord, stride_coord_t, n, t, out, mask, sizes, SPEC)
-            tangents = weight_tangents(slopes_of_axes(places[g], sizes, SPEC), m, SPEC)
-        image = image_of(input, n, SPEC.vector_input)
-        tangent_image = image_of(tangent, n, SPEC.vector_tangent)
+            m = coord_tangent_of(coord, n, t, out, mask, sizes, SPEC)
+            slopes = slopes_of_axes(places[g], sizes, SPEC)
         target = output_of(output, n, t, offset, SPEC)
         kept = kept_pixels(mask, work.b + g, sizes)
         for block in range(work.blocks[0], work.blocks[1]):
@@ -66,15 +62,13 @@ def jvp_block(images, coord, stride_coord_t, params, work, sizes, SPEC: tl.const
                 c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
                 value = tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute)
                 if SPEC.tangent:
-                    plane = tangent_image + c * tangent.strides.c
+                    plane = image_of(tangent, n, SPEC.vector_tangent) + c * tangent.strides.c
                     value += interpolate(plane, taps, tangent.strides, exists, SPEC.vector_tangent, SPEC)
                 if SPEC.coord_tangent:
-                    plane = image + c * input.strides.c
-                    value += interpolate_tangent(plane, taps, tangents, input.strides, exists, SPEC)
+                    plane = image_of(input, n, SPEC.vector_input) + c * input.strides.c
+                    value += interpolate_tangent(plane, taps, slopes, m, input.strides, exists, SPEC)
                 values += (value,)
-            for k in tl.static_range(SPEC.unroll):
-                c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
-                tl.store(target + c * output.strides.c, rounded(values[k], output.pointer), kept & exists)
+            store_blocks(values, target, output.strides.c, block, kept, sizes.channels, SPEC.unroll, SPEC)
 
 
 @triton.jit(**SPECIALIZATION)
@@ -82,7 +76,7 @@ def sample_jvp_kernel(
     input_ptr, tangent_ptr, coord_ptr, output_ptr, source_ptr, control_ptr,
     stride_input_n, stride_input_c, stride_input_x, stride_input_y, stride_input_z,
     stride_tangent_n, stride_tangent_c, stride_tangent_x, stride_tangent_y, stride_tangent_z,
-    stride_coord_0, stride_coord_1, stride_coord_2, stride_coord_3, stride_coord_4, stride_coord_t,
+    stride_coord_n, stride_coord_t, stride_coord_c, stride_coord_x, stride_coord_y, stride_coord_z,
     stride_output_n, stride_output_t, stride_output_c, stride_output_x, stride_output_y, stride_output_z,
     stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4, num_controls,
     in_width, in_height, in_depth, out_width, out_height, out_depth, batch, transforms, channels,
@@ -91,7 +85,8 @@ def sample_jvp_kernel(
 ):  # fmt: skip
     """output = sample(tangent, source) + the derivative of sample(input, source) along coord.
 
-    input_ptr and coord_ptr are read only for ``coord_tangent``, tangent_ptr only for ``tangent``.
+    input_ptr and coord_ptr are read only for ``coord_tangent``, tangent_ptr only for ``tangent``; else they
+    may be None.
     """
     in_size = (in_width, in_height, in_depth)
     sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels, (1, 1, 1))
@@ -104,18 +99,19 @@ def sample_jvp_kernel(
     output = Image(output_ptr, Strides(stride_output_n, stride_output_t, stride_output_c, stride_output))
     stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
     params = Params(source_ptr, stride_source, control_ptr, num_controls)
-    stride_coord = (stride_coord_0, stride_coord_1, stride_coord_2, stride_coord_3, stride_coord_4)
-    coord = Params(coord_ptr, stride_coord, control_ptr, num_controls)
+    stride_coord = (stride_coord_x, stride_coord_y, stride_coord_z)
+    coord = Image(coord_ptr, Strides(stride_coord_n, stride_coord_t, stride_coord_c, stride_coord))
 
     work = work_of(params, sizes, tiling, SPEC)
-    jvp_block((input, tangent, output), coord, stride_coord_t, params, work, sizes, SPEC)
+    jvp_block(input, tangent, coord, output, params, work, sizes, SPEC)
 
 
 # ---------------------------------------------------------------------------------- second derivatives
 @triton.jit
-def hvp_block(images, by_coord_ptr, coord, stride_coord_t, params, work, sizes, SPEC: tl.constexpr):
-    """The change of both gradients by a block of pixels. images: d output, input, its tangent, d input."""
-    grad_output, input, tangent, grad_input = images
+def hvp_block(
+    grad_output, input, tangent, coord, grad_input, by_coord_ptr, params, work, sizes, SPEC: tl.constexpr
+):  # fmt: skip
+    """The change of both gradients by a block of pixels."""
     out, mask, places = pixels_of(work, 0, params, sizes, SPEC)
     offset = offset_of(out, grad_output.strides.pixel, SPEC.vector_output, SPEC)
     for g in tl.static_range(SPEC.group):
@@ -123,55 +119,40 @@ def hvp_block(images, by_coord_ptr, coord, stride_coord_t, params, work, sizes, 
         taps = taps_of_axes(places[g], sizes, SPEC)
         slopes = slopes_of_axes(places[g], sizes, SPEC)
         if SPEC.coord_tangent:
-            m = coord_tangent_of(coord, stride_coord_t, n, t, out, mask, sizes, SPEC)
+            m = coord_tangent_of(coord, n, t, out, mask, sizes, SPEC)
             curvatures = curvatures_of_axes(places[g], SPEC)
-            tangents = weight_tangents(slopes, m, SPEC)
-        image = image_of(input, n, SPEC.vector_input)
-        tangent_image = image_of(tangent, n, SPEC.vector_tangent)
-        grad_image = image_of(grad_input, n, SPEC.vector_grad)
         target = output_of(grad_output, n, t, offset, SPEC)
         kept = kept_pixels(mask, work.b + g, sizes)
         # held by channel until the end, as in the backward kernel
         zero = tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute)
-        by_x = zero
-        by_y = zero
-        by_z = zero
+        by_place = (zero, zero, zero)
         for block in range(work.blocks[0], work.blocks[1]):
             # all loads before the first atomic, as there
-            values = ()
-            for k in tl.static_range(SPEC.unroll):
-                c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
-                value = tl.load(target + c * grad_output.strides.c, kept & exists, other=0.0)
-                values += (value.to(SPEC.compute),)
+            values = load_blocks(target, grad_output.strides.c, block, kept, sizes.channels, SPEC)
             for k in tl.static_range(SPEC.unroll):
                 c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
                 if SPEC.coord_grad and SPEC.tangent:
-                    plane = tangent_image + c * tangent.strides.c
-                    x, y, z = interpolate_grad(
+                    plane = image_of(tangent, n, SPEC.vector_tangent) + c * tangent.strides.c
+                    slope = interpolate_grad(
                         plane, taps, slopes, tangent.strides, exists, SPEC.vector_tangent, SPEC
                     )
-                    by_x += values[k] * x
-                    by_y += values[k] * y
-                    by_z += values[k] * z
+                    by_place = add_product(by_place, values[k], slope)
                 if SPEC.coord_grad and SPEC.coord_tangent:
-                    plane = image + c * input.strides.c
-                    x, y, z = interpolate_grad_tangent(
+                    plane = image_of(input, n, SPEC.vector_input) + c * input.strides.c
+                    slope_tangent = interpolate_grad_tangent(
                         plane, taps, slopes, curvatures, m, input.strides, exists, SPEC
                     )
-                    by_x += values[k] * x
-                    by_y += values[k] * y
-                    by_z += values[k] * z
+                    by_place = add_product(by_place, values[k], slope_tangent)
             if SPEC.input_grad:
                 for k in tl.static_range(SPEC.unroll):
                     c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
-                    plane = grad_image + c * grad_input.strides.c
-                    scatter_tangent(plane, values[k], taps, tangents, grad_input.strides, kept & exists, SPEC)
+                    plane = image_of(grad_input, n, SPEC.vector_grad) + c * grad_input.strides.c
+                    inside = kept & exists
+                    scatter_tangent(plane, values[k], taps, slopes, m, grad_input.strides, inside, SPEC)
         if SPEC.coord_grad:
-            total = (
-                tl.sum(by_x, 1, keep_dims=True),
-                tl.sum(by_y, 1, keep_dims=True),
-                tl.sum(by_z, 1, keep_dims=True),
-            )
+            total = ()
+            for axis in tl.static_range(SPEC.dims):
+                total += (tl.sum(by_place[axis], 1, keep_dims=True),)
             total = sources.scaled_to_pixels(total, sizes, SPEC)
             sources.dense_store(by_coord_ptr, total, out, kept, work.b + g, work.split, sizes, SPEC, True)
 
@@ -182,7 +163,7 @@ def sample_hvp_kernel(
     stride_output_n, stride_output_t, stride_output_c, stride_output_x, stride_output_y, stride_output_z,
     stride_input_n, stride_input_c, stride_input_x, stride_input_y, stride_input_z,
     stride_tangent_n, stride_tangent_c, stride_tangent_x, stride_tangent_y, stride_tangent_z,
-    stride_coord_0, stride_coord_1, stride_coord_2, stride_coord_3, stride_coord_4, stride_coord_t,
+    stride_coord_n, stride_coord_t, stride_coord_c, stride_coord_x, stride_coord_y, stride_coord_z,
     stride_grad_n, stride_grad_c, stride_grad_x, stride_grad_y, stride_grad_z,
     stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4, num_controls,
     in_width, in_height, in_depth, out_width, out_height, out_depth, batch, transforms, channels,
@@ -191,10 +172,10 @@ def sample_hvp_kernel(
 ):  # fmt: skip
     """How d input and d coordinates change along (tangent, coord), either or both.
 
-    input_ptr: read only for ``coord_grad`` with ``coord_tangent``. tangent_ptr: only for ``coord_grad`` with
-    ``tangent``. grad_input_ptr: zeros in the compute type, added to only for ``input_grad``, with
-    ``coord_tangent``. by_coord_ptr: (splits, batch, [D,] H, W, dims) in the compute type, written only for
-    ``coord_grad``.
+    What is not touched may be None. input_ptr: read only for ``coord_grad`` with ``coord_tangent``.
+    tangent_ptr: only for ``coord_grad`` with ``tangent``. grad_input_ptr: zeros in the compute type, added to
+    only for ``input_grad``, with ``coord_tangent``. by_coord_ptr: (splits, batch, [D,] H, W, dims) in the
+    compute type, written only for ``coord_grad``.
     """
     in_size = (in_width, in_height, in_depth)
     sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels, (1, 1, 1))
@@ -211,20 +192,11 @@ def sample_hvp_kernel(
     grad_input = Image(grad_input_ptr, Strides(stride_grad_n, 0, stride_grad_c, stride_grad))
     stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
     params = Params(source_ptr, stride_source, control_ptr, num_controls)
-    stride_coord = (stride_coord_0, stride_coord_1, stride_coord_2, stride_coord_3, stride_coord_4)
-    coord = Params(coord_ptr, stride_coord, control_ptr, num_controls)
+    stride_coord = (stride_coord_x, stride_coord_y, stride_coord_z)
+    coord = Image(coord_ptr, Strides(stride_coord_n, stride_coord_t, stride_coord_c, stride_coord))
 
     work = work_of(params, sizes, tiling, SPEC)
-    hvp_block(
-        (grad_output, input, tangent, grad_input),
-        by_coord_ptr,
-        coord,
-        stride_coord_t,
-        params,
-        work,
-        sizes,
-        SPEC,
-    )
+    hvp_block(grad_output, input, tangent, coord, grad_input, by_coord_ptr, params, work, sizes, SPEC)
 
 
 # ------------------------------------------------------------------------------------------- launchers
@@ -238,45 +210,18 @@ def _jvp_plan(
     coord_tangent: torch.Tensor | None,
     *modes: Any,
 ) -> Plan:
-    gathered, image, other = _jvp_images(input, tangent, coord_tangent)
-    dims = gathered.dim() - 2
-    tensors = tuple(tensor for tensor in (gathered, other, coord_tangent, output) if tensor is not None)
-    work = cut("forward mode", gathered, output, params, tensors, modes, backward=False, stepped=False)
-    return Plan(
-        sample_jvp_kernel,
-        work.launches(),
-        gathered.device,
-        image,
-        other,
-        gathered if coord_tangent is None else coord_tangent,
-        output,
-        *parameters.pointers(params, control_points),
-        *image_strides(image, dims),
-        *image_strides(other, dims),
-        *coordinate_strides(coord_tangent),
-        *output_strides(output, dims),
-        *source_strides(modes[0], params),
-        num_controls(control_points),
-        **work.numbers,
-        SPEC=Spec(
-            **work.spec,
-            vector_input=vector_width(image, dims),
-            vector_output=vector_width(output, dims),
-            vector_tangent=vector_width(other, dims),
-            tangent=tangent is not None,
-            coord_tangent=coord_tangent is not None,
-        ),
-        num_warps=work.warps,
-    )
-
-
-def _jvp_images(
-    input: torch.Tensor | None, tangent: torch.Tensor | None, coord_tangent: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What decides how the work is cut; the kernel's image and its tangent, another where there is none."""
     gathered = tangent if coord_tangent is None else input
     assert gathered is not None
-    return gathered, gathered if input is None else input, gathered if tangent is None else tangent
+    tensors = input, tangent, coord_tangent, output
+    work = cut_samples("forward mode", gathered, output, params, tensors, modes, stepped=False)
+    return work.plan(
+        sample_jvp_kernel,
+        (*tensors, *parameters.pointers(params, control_points)),
+        {"input": input, "tangent": tangent, "output": output},
+        source_numbers(modes[0], params, control_points) | coordinate_numbers(coord_tangent, work.dims),
+        tangent=tangent is not None,
+        coord_tangent=coord_tangent is not None,
+    )
 
 
 def sample_jvp(
@@ -299,9 +244,8 @@ def sample_jvp(
     """
     tensors = output, input, tangent, params, control_points, coord_tangent
     plan = _jvp_plan(tensors, source, interpolation, padding, align_corners)
-    gathered, image, other = _jvp_images(input, tangent, coord_tangent)
-    direction = gathered if coord_tangent is None else coord_tangent
-    plan(image, other, direction, output, *parameters.pointers(params, control_points))
+    given = input, tangent, coord_tangent, output, *parameters.pointers(params, control_points)
+    plan(*(tensor for tensor in given if tensor is not None))
 
 
 @planned
@@ -313,69 +257,29 @@ def _hvp_plan(
     control_points: torch.Tensor | None,
     coord_tangent: torch.Tensor | None,
     grad_input: torch.Tensor | None,
-    source: int,
-    interpolation: int,
-    padding: int,
-    align_corners: bool,
     coord_grad: bool,
+    *modes: Any,
 ) -> tuple[Plan, tuple[int, ...], torch.dtype]:
     """And the shape and type of the gradient by the coordinates."""
-    image, other, gathered = _hvp_images(input, tangent, grad_input)
-    dims = image.dim() - 2
-    given = image, other, gathered, coord_tangent, grad_output
-    work = cut(
-        "second derivatives",
-        gathered,
-        grad_output,
-        params,
-        tuple(tensor for tensor in given if tensor is not None),
-        (source, interpolation, padding, align_corners),
-        backward=True,
-        dense=True,
-        stepped=False,
+    gathered = next(tensor for tensor in (grad_input, input, tangent) if tensor is not None)
+    tensors = grad_output, input, tangent, coord_tangent, grad_input
+    work = cut_samples(
+        "second derivatives", gathered, grad_output, params, tensors, modes, True, dense=True, stepped=False
     )
-    plan = Plan(
+    buffer = grad_output if coord_grad else None  # in its place
+    plan = work.plan(
         sample_hvp_kernel,
-        work.launches(),
-        image.device,
-        grad_output,
-        image,
-        other,
-        gathered if coord_tangent is None else coord_tangent,
-        gathered,
-        gathered,  # or the buffer of the gradient by the coordinates
-        *parameters.pointers(params, control_points),
-        *output_strides(grad_output, dims),
-        *image_strides(image, dims),
-        *image_strides(other, dims),
-        *coordinate_strides(coord_tangent),
-        *image_strides(gathered, dims),
-        *source_strides(source, params),
-        num_controls(control_points),
-        **work.numbers,
-        SPEC=Spec(
-            **work.spec,
-            vector_input=vector_width(image, dims),
-            vector_output=vector_width(grad_output, dims),
-            vector_grad=vector_width(gathered, dims),
-            vector_tangent=vector_width(other, dims),
-            input_grad=grad_input is not None,
-            coord_grad=coord_grad,
-            tangent=tangent is not None,
-            coord_tangent=coord_tangent is not None,
-        ),
-        num_warps=work.warps,
+        (*tensors, buffer, *parameters.pointers(params, control_points)),
+        {"output": grad_output, "input": input, "tangent": tangent, "grad": grad_input},
+        source_numbers(modes[0], params, control_points) | coordinate_numbers(coord_tangent, work.dims),
+        input_grad=grad_input is not None,
+        coord_grad=coord_grad,
+        tangent=tangent is not None,
+        coord_tangent=coord_tangent is not None,
     )
-    shape = (work.splits, image.shape[0], work.numbers["transforms"], *grad_output.shape[-dims:], dims)
+    outputs = gathered.shape[0], work.numbers["transforms"]
+    shape = (work.splits, *outputs, *grad_output.shape[-work.dims :], work.dims)
     return plan, shape, compute_dtypes(gathered, params)[1]
-
-
-def _hvp_images(
-    input: torch.Tensor | None, tangent: torch.Tensor | None, grad_input: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The kernel's image, its tangent and what is added to, each another where there is none."""
-    image = next(tensor for tensor in (input, tangent, grad_input) if tensor is not None)
-    return image, image if tangent is None else tangent, image if grad_input is None else grad_input
 
 
 def sample_hvp(
@@ -399,19 +303,10 @@ def sample_hvp(
     asked for; ``input`` is needed only for this one, and only with ``coord_tangent``.
     """
     tensors = grad_output, input, tangent, params, control_points, coord_tangent, grad_input
-    modes = source, interpolation, padding, align_corners
-    plan, shape, dtype = _hvp_plan(tensors, *modes, coord_grad)
-    image, other, gathered = _hvp_images(input, tangent, grad_input)
-    buffer = image.new_empty(shape, dtype=dtype) if coord_grad else None
-    plan(
-        grad_output,
-        image,
-        other,
-        gathered if coord_tangent is None else coord_tangent,
-        gathered,
-        gathered if buffer is None else buffer,
-        *parameters.pointers(params, control_points),
-    )
+    plan, shape, dtype = _hvp_plan(tensors, coord_grad, source, interpolation, padding, align_corners)
+    buffer = grad_output.new_empty(shape, dtype=dtype) if coord_grad else None
+    given = grad_output, input, tangent, coord_tangent, grad_input, buffer
+    plan(*(tensor for tensor in given if tensor is not None), *parameters.pointers(params, control_points))
     if buffer is None:
         return None
     return buffer[0] if shape[0] == 1 else buffer.sum(0)

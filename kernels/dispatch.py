@@ -105,20 +105,9 @@ def sample_double_backward(
 def _prefers_sorted(
     grad_output: torch.Tensor, grad_input: torch.Tensor, source: int, interpolation: int
 ) -> bool:
-    dims, (images, channels) = grad_input.dim() - 2, grad_input.shape[:2]
-    problem = configs.Problem(
-        kernel="sum",
-        source=source,
-        interpolation=interpolation,
-        dims=dims,
-        images=images,
-        channels=channels,
-        rows=grad_output.shape[-dims:-1].numel(),
-        columns=grad_output.shape[-1],
-        element_size=grad_input.element_size(),
-        channels_last=grad_input.stride(1) == 1,
-        backward=True,
-    )
+    (images, channels), size = grad_input.shape[:2], grad_output.shape[2 - grad_input.dim() :]
+    modes, last = (source, interpolation), grad_input.stride(1) == 1
+    problem = configs.Problem.of("sum", modes, images, channels, size, grad_input, last, backward=True)
     return configs.prefers_sorted(grad_output.device, problem)
 
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .device import footprints
-from .device.arithmetic import PROJECTIVE, rounded, widened
+from .device.arithmetic import PROJECTIVE, widened
 from .device.candidates import (
     NOWHERE,
     Pixels,
@@ -38,37 +38,28 @@ from .device.candidates import (
     visits_of,
     whole,
 )
-from .device.copies import (
-    copy_at,
-    copy_number,
-    has_copies,
-    is_apart,
-)
+from .device.copies import copy_at, copy_number, has_copies, is_apart
 from .device.interpolation import axis_taps, radius_of, tap_count, weight_of_pixel
 from .device.mild import first_outputs, has_mild_way, mild_map, row_weights, tile_begins
 from .device.padding import extends_edges, is_periodic
 from .device.tiles import (
     blocks_of,
+    box_of,
     channel_block,
     first_row,
+    load_blocks,
     offset_of,
     pixels_from,
     place_of_program,
-    row_range,
     steps_from,
+    store_blocks,
+    zero_blocks,
 )
 from .host import configs
-from .host.launch import Plan, compute_dtypes, index_dtype, planned, vector_width
-from .host.parameters import (
-    axes,
-    channel_dim,
-    has_fixed_point,
-    image_strides,
-    output_strides,
-    source_strides,
-)
-from .modes import modes_of, paddings_of
-from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling, constant, plain
+from .host.cut import cut, source_numbers
+from .host.launch import Plan, compute_dtypes, index_dtype, planned
+from .host.parameters import channel_dim
+from .spec import SPECIALIZATION, Image, Params, Sizes, Strides, Tiling, constant, plain
 
 # Blocks of outputs whose bounds are computed at a time.
 BLOCKS = constant(128)
@@ -93,21 +84,6 @@ class Gradients(NamedTuple):
 
 # --------------------------------------------------------------------------------------------- by pixel
 @triton.jit
-def add_weighted(sums, weight, offset, gradients, sizes, SPEC: tl.constexpr):
-    """``sums`` plus ``weight`` times d output at ``offset``.
-
-    A gradient of weight 0 adds nothing, not even a NaN.
-    """
-    new = ()
-    for k in tl.static_range(SPEC.unroll):
-        c, exists = channel_block(gradients.block * SPEC.unroll + k, sizes.channels, SPEC)
-        pointer = gradients.pointer + c * gradients.strides.c + offset
-        g = widened(tl.load(pointer, (weight != 0.0) & exists, other=0.0), SPEC)
-        new += (sums[k] + weight * g,)
-    return new
-
-
-@triton.jit
 def add_by_pixel(sums, map, visits, pixels, gradients, sizes, SPEC: tl.constexpr):
     """``sums`` plus what each pixel gets from the outputs that its lane visits."""
     VECTOR: tl.constexpr = SPEC.vector_output
@@ -129,9 +105,15 @@ def add_by_pixel(sums, map, visits, pixels, gradients, sizes, SPEC: tl.constexpr
                     weight *= scale
                     out = footprints.outputs_of(visits.first, (x, y, z), sizes, SPEC)
                     at = offset_of(out, strides, VECTOR, SPEC)
-                sums = add_weighted(
-                    sums, weight, tl.multiple_of(at, (VECTOR, VECTOR)), gradients, sizes, SPEC
-                )
+                at = tl.multiple_of(at, (VECTOR, VECTOR))
+                new = ()
+                for k in tl.static_range(SPEC.unroll):
+                    c, exists = channel_block(gradients.block * SPEC.unroll + k, sizes.channels, SPEC)
+                    pointer = gradients.pointer + c * gradients.strides.c + at
+                    # a gradient of weight 0 adds nothing, not even a NaN
+                    g = widened(tl.load(pointer, (weight != 0.0) & exists, other=0.0), SPEC)
+                    new += (sums[k] + weight * g,)
+                sums = new
     return sums
 
 
@@ -140,7 +122,7 @@ def add_visits(sums, found, visits, pixels, gradients, sizes, SPEC: tl.constexpr
     """``add_by_pixel``; of sub-samples of a homography cell by cell, as each has its own."""
     map = found.map
     if SPEC.antialias and SPEC.source == PROJECTIVE:
-        begin, end = footprints.cells_of(visits, sizes, SPEC)
+        begin, end = footprints.cells_of(visits, SPEC)
         for cell_y in range(begin[1], end[1]):
             for cell_x in range(begin[0], end[0]):
                 grid, part = footprints.grid_of_cell(
@@ -161,9 +143,7 @@ def may_touch(map, block, column_blocks, pixels, sizes, SPEC: tl.constexpr):
     RADIUS: tl.constexpr = radius_of(SPEC)
     x = (block % column_blocks) * SPEC.block_columns
     row = (block // column_blocks).to(SPEC.index) * SPEC.block_rows
-    first_yz, last_yz = row_range(row, SPEC.block_rows, sizes.output, SPEC)
-    first = (x,) + first_yz
-    last = (tl.minimum(x + SPEC.block_columns, sizes.output[0]) - 1,) + last_yz
+    first, last = box_of(x, row, SPEC.block_columns, SPEC.block_rows, sizes.output, SPEC)
     bounds = footprints.bounds_of(map, first, last, sizes, SPEC)
     touches = block >= 0
     for axis in tl.static_range(SPEC.dims):
@@ -244,12 +224,8 @@ def add_places(sums, places, scale, mask, out, pixels, gradients, sizes, SPEC: t
         first_z, last_z = range_of_all(z0, z1, hit)
     first_x, last_x = range_of_all(x0, x1, hit)
     first_y, last_y = range_of_all(y0, y1, hit)
-    offset = offset_of(out, gradients.strides.pixel, SPEC.vector_output, SPEC)
-    values = ()
-    for k in tl.static_range(SPEC.unroll):
-        c, exists = channel_block(gradients.block * SPEC.unroll + k, sizes.channels, SPEC)
-        pointer = gradients.pointer + offset + c * gradients.strides.c
-        values += (widened(tl.load(pointer, hit & exists, other=0.0), SPEC),)
+    begin = gradients.pointer + offset_of(out, gradients.strides.pixel, SPEC.vector_output, SPEC)
+    values = load_blocks(begin, gradients.strides.c, gradients.block, hit, sizes.channels, SPEC)
     for z in range(first_z, last_z + 1):
         for y in range(first_y, last_y + 1):
             for x in range(first_x, last_x + 1):
@@ -324,27 +300,15 @@ def add_transform(sums, found, pixels, gradients, sizes, SPEC: tl.constexpr):
 def pixels_of_tile(column, row, sizes, SPEC: tl.constexpr):
     """The ``Pixels`` of the block at ``column`` and ``row``."""
     q, exists = pixels_from(column, row, sizes.input, SPEC.rows, SPEC.columns, SPEC)
-    first_yz, last_yz = row_range(row, SPEC.rows, sizes.input, SPEC)
-    last_x = tl.minimum(column + SPEC.columns, sizes.input[0]) - 1
-    return Pixels(q, exists, (column,) + first_yz, (last_x,) + last_yz)
-
-
-@triton.jit
-def no_sums(UNROLL: tl.constexpr, SPEC: tl.constexpr):
-    """Of a block of pixels and UNROLL of channels: zeros."""
-    sums = ()
-    for _ in tl.static_range(UNROLL):
-        sums += (tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute),)
-    return sums
+    first, last = box_of(column, row, SPEC.columns, SPEC.rows, sizes.input, SPEC)
+    return Pixels(q, exists, first, last)
 
 
 @triton.jit
 def store(sums, target, block, pixels, sizes, UNROLL: tl.constexpr, SPEC: tl.constexpr):
     """Writes UNROLL blocks of channels into the image ``target``."""
     begin = target.pointer + offset_of(pixels.q, target.strides.pixel, SPEC.vector_grad, SPEC)
-    for k in tl.static_range(UNROLL):
-        c, exists = channel_block(block * UNROLL + k, sizes.channels, SPEC)
-        tl.store(begin + c * target.strides.c, rounded(sums[k], target.pointer), pixels.exists & exists)
+    store_blocks(sums, begin, target.strides.c, block, pixels.exists, sizes.channels, UNROLL, SPEC)
 
 
 # -------------------------------------------------------------------------------------------- mild maps
@@ -394,7 +358,7 @@ def add_nine(mild, at, pixels, gradients, block, sizes, SPEC: tl.constexpr):
     first, distances = first_outputs(mild, at, pixels, sizes, SPEC)
     begin = offset_of(first, gradients.strides.pixel, VECTOR, SPEC)
     along_y = tl.cast(gradients.strides.pixel[1], SPEC.index)
-    sums = no_sums(mild_unroll(SPEC), SPEC)
+    sums = zero_blocks(mild_unroll(SPEC), SPEC)
     # 0, which the compiler cannot know: to compare anew for each block costs less than to keep flags
     nothing = tl.where(sizes.channels + block < 0, 1.0, 0.0)
     if goes_by_rows(SPEC):
@@ -425,7 +389,7 @@ def write_mild(mild, tile, gradients, target, sizes, SPEC: tl.constexpr):
                 store(sums, target, block, pixels, sizes, UNROLL, SPEC)
         else:
             for block in range(first_block, end):
-                store(no_sums(UNROLL, SPEC), target, block, pixels, sizes, UNROLL, SPEC)
+                store(zero_blocks(UNROLL, SPEC), target, block, pixels, sizes, UNROLL, SPEC)
 
 
 @triton.jit(**SPECIALIZATION)
@@ -471,7 +435,7 @@ def gather_backward_kernel(
             if finds_once(SPEC):
                 found = find_candidates(map, bounds, pixels, sizes, SPEC)
             for block in range(tile.blocks[0], tile.blocks[1]):
-                sums = no_sums(SPEC.unroll, SPEC)
+                sums = zero_blocks(SPEC.unroll, SPEC)
                 for t in range(transforms):
                     if not SPEC.one_transform:
                         map, bounds = map_and_bounds(params, n, tl.cast(t, tl.int64), sizes, SPEC)
@@ -484,84 +448,32 @@ def gather_backward_kernel(
 
 
 @planned
-def _plan(
-    grad_output: torch.Tensor,
-    params: torch.Tensor,
-    grad_input: torch.Tensor,
-    source: int,
-    interpolation: int,
-    padding: int,
-    align_corners: bool,
-) -> Plan:
-    dims = grad_input.dim() - 2
-    batch, channels = grad_input.shape[:2]
-    columns, rows = grad_input.shape[-1], grad_input.shape[-dims:-1].numel()
-    problem = configs.Problem(
-        kernel="gather",
-        source=source,
-        images=batch,
-        channels=channels,
-        rows=rows,
-        columns=columns,
-        element_size=grad_output.element_size(),
-        channels_last=grad_output.stride(channel_dim(grad_output, dims)) == 1,
-        interpolation=interpolation,
-        dims=dims,
-        backward=True,
+def _plan(grad_output: torch.Tensor, params: torch.Tensor, grad_input: torch.Tensor, *modes: Any) -> Plan:
+    dims, (images, channels) = grad_input.dim() - 2, grad_input.shape[:2]
+    channel = channel_dim(grad_output, dims)
+    sizes = grad_input.shape[2:], grad_output.shape[-dims:]
+    last = grad_output.stride(channel) == 1
+    problem = configs.Problem.of(
+        "gather", modes, images, channels, sizes[0], grad_output, last, backward=True
     )
     tile, search = configs.choose_gather(grad_output.device, problem)
-    block = tile.channels * tile.unroll
-    blocks = triton.cdiv(channels, block)
-    split_blocks = triton.cdiv(blocks, tile.splits)
-    splits = triton.cdiv(blocks, split_blocks)
-    column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows * tile.steps)
-    transforms = grad_output.shape[1] if grad_output.dim() > grad_input.dim() else 1
-    compute = compute_dtypes(grad_input, params)[0]
-    sizes = grad_input.shape[2:], grad_output.shape[-dims:]
-    index = index_dtype(grad_output, grad_input, params, rows=max(rows, sizes[1][:-1].numel()))
-    return Plan(
+    rows = max(problem.rows, sizes[1][:-1].numel())
+    index = index_dtype(grad_output, grad_input, params, rows=rows)
+    work = cut(problem, tile, modes, sizes, compute_dtypes(grad_input, params)[0], index, tile.steps)
+    transforms = grad_output.shape[1] if channel == 2 else 1
+    return work.plan(
         gather_backward_kernel,
-        batch * splits * column_tiles * row_tiles,
-        grad_input.device,
-        grad_output,
-        grad_input,
-        params,
-        *output_strides(grad_output, dims),
-        *image_strides(grad_input, dims),
-        *source_strides(source, params),
-        *axes(sizes[0]),
-        *axes(sizes[1]),
-        batch=batch,
-        transforms=transforms,
-        channels=channels,
-        column_tiles=column_tiles,
-        row_tiles=row_tiles,
-        splits=splits,
-        split_blocks=split_blocks,
-        steps=tile.steps,
-        SPEC=Spec(
-            source=int(source),
-            **modes_of(interpolation),
-            padding=paddings_of(padding, dims),
-            align_corners=int(align_corners),
-            dims=dims,
-            compute=compute,
-            index=index,
-            fixed_point=has_fixed_point(source, compute, *sizes, interpolation),
-            rows=tile.rows,
-            columns=tile.columns,
-            channels=tile.channels,
-            unroll=tile.unroll,
-            even_channels=channels % block == 0,
-            one_block=blocks == 1,
-            one_transform=transforms == 1,
-            vector_output=vector_width(grad_output, dims),
-            vector_grad=vector_width(grad_input, dims),
-            block_rows=search.out_rows,
-            block_columns=search.out_columns,
-            most_candidates=search.candidates,
-        ),
-        num_warps=tile.warps,
+        (grad_output, grad_input, params),
+        {"output": grad_output, "grad": grad_input},
+        {
+            **source_numbers(modes[0], params, None),
+            "stride_sampled_x": grad_output.stride(-1),
+            "transforms": transforms,
+        },
+        one_transform=transforms == 1,
+        block_rows=search.out_rows,
+        block_columns=search.out_columns,
+        most_candidates=search.candidates,
     )
 
 

@@ -9,56 +9,48 @@ import triton.language as tl
 
 from .device import sources
 from .device.arithmetic import rounded
-from .device.tiles import first_row, offset_of, pixels_from, place_of_program
+from .device.programs import work_of
+from .device.tiles import offset_of, pixels_from
 from .host import configs, parameters
+from .host.cut import cut, image_numbers, source_numbers
 from .host.launch import Plan, compute_dtypes, index_dtype, planned
-from .host.parameters import axes, num_controls, source_strides
-from .modes import Interpolation
-from .spec import SPECIALIZATION, Params, Sizes, Spec, Tiling, Work
+from .modes import Interpolation, Padding
+from .spec import SPECIALIZATION, Params, Sizes, Strides, Tiling
 
 
 @triton.jit(**SPECIALIZATION)
 def grid_kernel(
     grid_ptr, partial_ptr, source_ptr, control_ptr,
-    stride_grid_n, stride_grid_k, stride_grid_x, stride_grid_y, stride_grid_z,
+    stride_grid_n, stride_grid_c, stride_grid_x, stride_grid_y, stride_grid_z,
     stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4, num_controls,
     out_width, out_height, out_depth, batch, transforms, column_tiles, row_tiles,
     SPEC: tl.constexpr,
 ):  # fmt: skip
     """Writes the grid; for ``source_grad``, reads its gradient there and reduces it to the source's.
 
-    grid_ptr: (batch, [D,] H, W, dims), stride_grid_k by component. partial_ptr: as in
+    grid_ptr: (batch, [D,] H, W, dims), an image with a channel for each axis. partial_ptr: as in
     ``sample_backward_kernel``.
     """
-    sizes = Sizes((1, 1, 1), (out_width, out_height, out_depth), batch, transforms, 1, (1, 1, 1))
+    size = (out_width, out_height, out_depth)
+    sizes = Sizes(size, size, batch, transforms, 1, (1, 1, 1))  # no matter what image the grid is for
     stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
     params = Params(source_ptr, stride_source, control_ptr, num_controls)
-    column_tile, row_tile, split, b = place_of_program(Tiling(column_tiles, row_tiles, 1, 1, 1))
-    column = column_tile * SPEC.columns
-    row = first_row(row_tile, SPEC.rows, SPEC)
-    outputs = sources.outputs_of(b, sizes, SPEC)
-    matrix = sources.load_matrix(params, outputs[0][0], outputs[0][1], SPEC)
-    tile = row_tile * column_tiles + column_tile
-    work = Work(
-        b, outputs, matrix, column, row, 1, (), (0, 1), False, split, tile, column_tiles * row_tiles
-    )  # fmt: skip
-    out, mask = pixels_from(column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
-    stride_grid = (stride_grid_x, stride_grid_y, stride_grid_z)
-    target = grid_ptr + b.to(tl.int64) * stride_grid_n + offset_of(out, stride_grid, 1, SPEC)
-    stride_k = tl.cast(stride_grid_k, SPEC.index)  # twice of it may pass 2^31
+    work = work_of(params, sizes, Tiling(column_tiles, row_tiles, 1, 1, 1), SPEC)
+    out, mask = pixels_from(work.column, work.row, size, SPEC.rows, SPEC.columns, SPEC)
+    strides = Strides(stride_grid_n, 0, stride_grid_c, (stride_grid_x, stride_grid_y, stride_grid_z))
+    begin = grid_ptr + work.b.to(tl.int64) * stride_grid_n
     if SPEC.source_grad:
-        gradient = ()
-        for k in tl.static_range(SPEC.dims):
-            gradient += (tl.load(target + stride_k * k, mask, other=0.0).to(SPEC.compute),)
+        gradients = (sources.dense_load(begin, strides, out, mask, SPEC),)
         sums = sources.zero_sums(SPEC)
-        sums = sources.add_gradient(
-            partial_ptr, sums, params, work, b * 0, (gradient,), out, mask, sizes, SPEC
-        )
-        sources.store_sums(partial_ptr, sums, work, (1.0, 1.0, 1.0), sizes, SPEC)
+        step = work.b * 0
+        sums = sources.add_gradient(partial_ptr, sums, params, work, step, gradients, out, mask, sizes, SPEC)
+        sources.store_sums(partial_ptr, sums, work, sizes, SPEC)
     else:
         coordinates = sources.coordinates_of(params, work, out, mask, sizes, SPEC)
+        offset = offset_of(out, strides.pixel, 1, SPEC)
         for k in tl.static_range(SPEC.dims):
-            tl.store(target + stride_k * k, rounded(coordinates[0][k], grid_ptr), mask)
+            target = begin + (offset + tl.cast(stride_grid_c, SPEC.index) * k)  # twice of it may pass 2^31
+            tl.store(target, rounded(coordinates[0][k], grid_ptr), mask)
 
 
 @planned
@@ -71,61 +63,27 @@ def _plan(
     backward: bool,
     control_grad: bool,
 ) -> tuple[Plan, parameters.Sums]:
-    dims = grid.shape[-1]
-    size = grid.shape[1:-1]
-    columns, rows = size[-1], size[:-1].numel()
-    problem = configs.Problem(
-        kernel="grid backward" if backward else "grid",
-        source=source,
-        images=grid.shape[0],
-        channels=1,
-        rows=rows,
-        columns=columns,
-        element_size=grid.element_size(),
-        channels_last=False,
-        interpolation=Interpolation.NEAREST,
-        dims=dims,
-        backward=backward,
-    )
-    tile = configs.choose(grid.device, problem)
-    column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
-    tiles = column_tiles * row_tiles
+    modes = source, Interpolation.NEAREST, Padding.ZEROS, align_corners
+    size, kernel = grid.shape[1:-1], "grid backward" if backward else "grid"
+    problem = configs.Problem.of(kernel, modes, grid.shape[0], 1, size, grid, backward=backward)
     compute = compute_dtypes(params) if control_points is None else compute_dtypes(params, control_points)
-    stride = grid.stride()
-    plan = Plan(
+    index = index_dtype(grid, rows=problem.rows)
+    tile = configs.choose(grid.device, problem)._replace(group=1)
+    work = cut(problem, tile, modes, (size, size), compute[0], index)
+    plan = work.plan(
         grid_kernel,
-        grid.shape[0] * tiles,
-        grid.device,
-        grid,
-        grid,  # or the buffer of the sums
-        *parameters.pointers(params, control_points),
-        stride[0],
-        stride[-1],
-        *axes(stride[1:-1]),
-        *source_strides(source, params),
-        num_controls(control_points),
-        *axes(size),
-        batch=grid.shape[0],
-        transforms=params.shape[1] if params.dim() == 4 else 1,
-        column_tiles=column_tiles,
-        row_tiles=row_tiles,
-        SPEC=Spec(
-            source=int(source),
-            interpolation=int(Interpolation.NEAREST),
-            padding=(0,) * dims,
-            align_corners=int(align_corners),
-            dims=dims,
-            compute=compute[0],
-            index=index_dtype(grid, rows=rows),
-            rows=tile.rows,
-            columns=tile.columns,
-            source_grad=backward,
-            control_grad=control_grad,
-        ),
-        num_warps=tile.warps,
+        (grid, grid, *parameters.pointers(params, control_points)),  # the second: or the buffer of the sums
+        {},
+        {
+            **source_numbers(source, params, control_points),
+            **image_numbers("grid", grid.movedim(-1, 1), len(size)),
+            "transforms": params.shape[1] if params.dim() == 4 else 1,
+        },
+        fixed_point=False,
+        source_grad=backward,
+        control_grad=control_grad,
     )
-    controls = num_controls(control_points) if control_grad else 0
-    return plan, parameters.Sums(grid.shape[0], 1, tiles, compute[1], controls)
+    return plan, work.sums(compute[1], control_points if control_grad else None)
 
 
 def grid_forward(

@@ -13,7 +13,7 @@ and d p goes on to the source (``sources.add_gradient``). Pixels are a column an
 block: shapes are [pixels, 1], [1, channels] and [pixels, channels].
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -26,20 +26,13 @@ from .device.filling import filled, outside_of
 from .device.interpolation import slopes_of_axes, taps_of_axes
 from .device.programs import image_of, kept_pixels, output_of, pixels_of, work_of
 from .device.sampling import add_coordinate_gradient, gradient_of, interpolate, scatter
-from .device.tiles import channel_block, offset_of, pixels_from
+from .device.tiles import channel_block, load_blocks, offset_of, pixels_from, store_blocks, zero_blocks
 from .host import configs, parameters
-from .host.launch import INT32_MAX, Plan, compute_dtypes, index_dtype, planned, vector_width
-from .host.parameters import (
-    axes,
-    channel_dim,
-    has_fixed_point,
-    image_strides,
-    num_controls,
-    output_strides,
-    source_strides,
-)
-from .modes import MOST_STEPS, Source, modes_of, paddings_of
-from .spec import SPECIALIZATION, Image, Params, Sizes, Spec, Strides, Tiling
+from .host.cut import Cut, cut, source_numbers
+from .host.launch import INT32_MAX, Plan, compute_dtypes, index_dtype, planned
+from .host.parameters import channel_dim
+from .modes import MOST_STEPS, Source
+from .spec import SPECIALIZATION, Image, Params, Sizes, Strides, Tiling
 
 
 # ---------------------------------------------------------------------------------------------- forward
@@ -64,16 +57,11 @@ def forward_block(
             for k in tl.static_range(SPEC.unroll):
                 c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
                 plane = image + c * input.strides.c
-                values += (
-                    interpolate(plane, taps, input.strides, exists, SPEC.vector_input, SPEC, INTERIOR),
-                )
-            for k in tl.static_range(SPEC.unroll):
-                c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
+                value = interpolate(plane, taps, input.strides, exists, SPEC.vector_input, SPEC, INTERIOR)
                 if SPEC.fill and not INTERIOR:
-                    sample = filled(values[k], outside, fill, n, c, exists, SPEC)
-                else:
-                    sample = values[k]
-                tl.store(target + c * output.strides.c, rounded(sample, output.pointer), kept & exists)
+                    value = filled(value, outside, fill, n, c, exists, SPEC)
+                values += (value,)
+            store_blocks(values, target, output.strides.c, block, kept, sizes.channels, SPEC.unroll, SPEC)
 
 
 @triton.jit
@@ -94,9 +82,7 @@ def averaged_block(input, output, fill, params, work, step, sizes, SPEC: tl.cons
     """The averages of one block of pixels over their sub-samples."""
     out, mask, footprint, image, target = sub_samples_of(input, output, work, step, sizes, SPEC)
     for block in range(work.blocks[0], work.blocks[1]):
-        values = ()
-        for _ in tl.static_range(SPEC.unroll):
-            values += (tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute),)
+        values = zero_blocks(SPEC.unroll, SPEC)
         for number in range(footprint.most):
             sample = footprints.sample_of(number, footprint, out, SPEC)
             places = footprints.places_of_sample(params, work, sample, footprint, step, mask, SPEC)
@@ -182,11 +168,7 @@ def backward_block(
         by_place = (zero, zero, zero)
         for block in range(work.blocks[0], work.blocks[1]):
             # all loads before the first atomic, behind which the compiler may not move them
-            values = ()
-            for k in tl.static_range(SPEC.unroll):
-                c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
-                value = tl.load(target + c * grad_output.strides.c, kept & exists, other=0.0)
-                values += (widened(value, SPEC),)
+            values = load_blocks(target, grad_output.strides.c, block, kept, sizes.channels, SPEC)
             if SPEC.source_grad:
                 for k in tl.static_range(SPEC.unroll):
                     c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
@@ -280,106 +262,42 @@ def sample_backward_kernel(
                 grad_output, input, grad_input, partial_ptr, sums, params, work, step, sizes, SPEC, False
             )
     if SPEC.source_grad:
-        sources.store_sums(partial_ptr, sums, work, sources.matrix_scales(sizes, SPEC), sizes, SPEC)
+        sources.store_sums(partial_ptr, sums, work, sizes, SPEC, sources.is_affine(SPEC))
 
 
 # -------------------------------------------------------------------------------------------- launchers
-class Cut(NamedTuple):
-    """How a launcher cuts its work: programs of one group of outputs, and what a kernel is told of it."""
-
-    batch: int
-    programs: int
-    splits: int
-    numbers: dict[str, int]
-    """Sizes and counts, the kernel's arguments."""
-    spec: dict[str, Any]
-    """Fields of its ``Spec``."""
-    warps: int
-
-    def launches(self) -> int:
-        """Programs in all."""
-        return triton.cdiv(self.batch, self.spec["group"]) * self.programs
-
-
-def cut(
+def cut_samples(
     kernel: str,
     gathered: torch.Tensor,
     output: torch.Tensor,
     params: torch.Tensor,
-    tensors: tuple[torch.Tensor, ...],
+    tensors: tuple[torch.Tensor | None, ...],
     modes: tuple[int, int, int, bool],
-    backward: bool,
+    backward: bool = False,
     dense: bool = False,
     stepped: bool = True,
 ) -> Cut:
-    """The tile that ``configs`` chooses for a problem, and all that follows from it.
+    """The tile that ``configs`` chooses for samples, and all that follows from it.
 
     ``gathered`` is the image that is read or added to at the sampled coordinates: its layout decides.
-    ``dense``: a gradient by the coordinates is written out as it is, whatever the source. ``stepped``: the
-    kernel goes through several blocks of pixels.
+    ``tensors``: of which offsets are taken. ``dense``: a gradient by the coordinates is written out as it is,
+    whatever the source. ``stepped``: the kernel goes through several blocks of pixels.
     """
-    source, interpolation, padding, align_corners = modes
-    dims = gathered.dim() - 2
-    batch = output.shape[: channel_dim(output, dims)].numel()
-    channels, columns, rows = gathered.shape[1], output.shape[-1], output.shape[-dims:-1].numel()
-    problem = configs.Problem(
-        kernel=kernel,
-        source=source,
-        images=batch,
-        channels=channels,
-        rows=rows,
-        columns=columns,
-        element_size=gathered.element_size(),
-        # a spline's partial sums are many: its tiles are of pixels, not of channels
-        channels_last=gathered.stride(1) == 1 and not (source == Source.TPS and backward and not dense),
-        interpolation=interpolation,
-        dims=dims,
-        backward=backward,
-    )
+    source, dims = modes[0], gathered.dim() - 2
+    batch, size = output.shape[: channel_dim(output, dims)].numel(), output.shape[-dims:]
+    # a spline's partial sums are many: its tiles are of pixels, not of channels
+    last = gathered.stride(1) == 1 and not (source == Source.TPS and backward and not dense)
+    problem = configs.Problem.of(kernel, modes, batch, gathered.shape[1], size, gathered, last, backward)
     tile = configs.choose(gathered.device, problem)
-    block = tile.channels * tile.unroll
-    blocks = triton.cdiv(channels, block)
-    split_blocks = triton.cdiv(blocks, tile.splits)
-    splits = triton.cdiv(blocks, split_blocks)
     # a spline's partial sums are those of one block of pixels, and its basis outweighs what steps share
     steps = 1 if not stepped or source == Source.TPS else min(tile.steps, MOST_STEPS)
-    column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows * steps)
-    compute = compute_dtypes(gathered, params)[0]
-    index = index_dtype(*tensors, params, rows=rows)
-    if (dense or source in parameters.DENSE) and output.shape[-dims:].numel() * dims > INT32_MAX:
+    index = index_dtype(*tensors, params, rows=problem.rows)
+    if (dense or source in parameters.DENSE) and size.numel() * dims > INT32_MAX:
         index = tl.int64  # the gradient's buffer holds what an expanded grid does not
-    sizes = gathered.shape[2:], output.shape[-dims:]
-    numbers = {
-        **dict(zip(("in_width", "in_height", "in_depth"), axes(sizes[0]))),
-        **dict(zip(("out_width", "out_height", "out_depth"), axes(sizes[1]))),
-        "batch": batch,
-        "transforms": batch // gathered.shape[0],
-        "channels": channels,
-        "column_tiles": column_tiles,
-        "row_tiles": row_tiles,
-        "splits": splits,
-        "split_blocks": split_blocks,
-        "steps": steps,
-    }
-    spec = {
-        "source": int(source),
-        **modes_of(interpolation),
-        "padding": paddings_of(padding, dims),
-        "align_corners": int(align_corners),
-        "dims": dims,
-        "compute": compute,
-        "index": index,
-        "fixed_point": has_fixed_point(source, compute, *sizes, interpolation),
-        "rows": tile.rows,
-        "columns": tile.columns,
-        "channels": tile.channels,
-        "unroll": tile.unroll,
-        "group": tile.group,
-        "even_channels": channels % block == 0,
-        # a group's outputs keep their loops, without which all their loads are held in registers at once
-        "one_block": blocks == 1 and tile.group == 1,
-    }
-    return Cut(batch, column_tiles * row_tiles * splits, splits, numbers, spec, tile.warps)
+    compute, _ = compute_dtypes(gathered, params)
+    work = cut(problem, tile, modes, (gathered.shape[2:], size), compute, index, steps)
+    work.numbers["transforms"] = batch // gathered.shape[0]
+    return work
 
 
 @planned
@@ -391,29 +309,15 @@ def _forward_plan(
     fill: torch.Tensor | None,
     *modes: Any,
 ) -> Plan:
-    dims = input.dim() - 2
-    work = cut("forward", input, output, params, (input, output), modes, backward=False)
-    return Plan(
+    work = cut_samples("forward", input, output, params, (input, output), modes)
+    stride_n, stride_c = (None, None) if fill is None else fill.stride()
+    of_source = source_numbers(modes[0], params, control_points)
+    return work.plan(
         sample_forward_kernel,
-        work.launches(),
-        input.device,
-        input,
-        output,
-        *parameters.pointers(params, control_points),
-        fill,
-        *image_strides(input, dims),
-        *output_strides(output, dims),
-        *source_strides(modes[0], params),
-        num_controls(control_points),
-        *((None, None) if fill is None else fill.stride()),
-        **work.numbers,
-        SPEC=Spec(
-            **work.spec,
-            vector_input=vector_width(input, dims),
-            vector_output=vector_width(output, dims),
-            fill=fill is not None,
-        ),
-        num_warps=work.warps,
+        (input, output, *parameters.pointers(params, control_points), fill),
+        {"input": input, "output": output},
+        {**of_source, "stride_fill_n": stride_n, "stride_fill_c": stride_c},
+        fill=fill is not None,
     )
 
 
@@ -449,61 +353,28 @@ def _backward_plan(
     params: torch.Tensor,
     control_points: torch.Tensor | None,
     grad_input: torch.Tensor | None,
-    source: int,
-    interpolation: int,
-    padding: int,
-    align_corners: bool,
     params_grad: bool,
     control_grad: bool,
+    *modes: Any,
 ) -> tuple[Plan, parameters.Sums | None]:
-    dims = input.dim() - 2
     gathered = input if grad_input is None else grad_input
-    wanted = (
-        ("image", grad_input is not None),
-        ("parameters", params_grad),
-        ("control points", control_grad),
-    )
-    work = cut(
-        " ".join(("backward", *(name for name, asked in wanted if asked))),
-        gathered,
-        grad_output,
-        params,
-        (input, gathered, grad_output),
-        (source, interpolation, padding, align_corners),
-        backward=True,
-    )
-    sums = None
-    if params_grad:
-        controls = num_controls(control_points) if control_grad else 0
-        compute = compute_dtypes(input, params)[1]
-        sums = parameters.Sums(work.batch, work.splits, work.programs, compute, controls)
-    plan = Plan(
+    wanted = {"image": grad_input is not None, "parameters": params_grad, "control points": control_grad}
+    kernel = " ".join(("backward", *(name for name, asked in wanted.items() if asked)))
+    tensors = input, gathered, grad_output
+    work = cut_samples(kernel, gathered, grad_output, params, tensors, modes, backward=True)
+    plan = work.plan(
         sample_backward_kernel,
-        work.launches(),
-        input.device,
-        grad_output,
-        input,
-        gathered,
-        gathered,  # or the buffer of the sums
-        *parameters.pointers(params, control_points),
-        *output_strides(grad_output, dims),
-        *image_strides(input, dims),
-        *image_strides(gathered, dims),
-        *source_strides(source, params),
-        num_controls(control_points),
-        **work.numbers,
-        SPEC=Spec(
-            **work.spec,
-            vector_input=vector_width(input, dims),
-            vector_output=vector_width(grad_output, dims),
-            vector_grad=vector_width(gathered, dims),
-            input_grad=grad_input is not None,
-            source_grad=params_grad,
-            control_grad=params_grad and control_grad,
-        ),
-        num_warps=work.warps,
+        # the second gradient: or the buffer of the sums
+        (grad_output, input, gathered, gathered, *parameters.pointers(params, control_points)),
+        {"output": grad_output, "input": input, "grad": gathered},
+        source_numbers(modes[0], params, control_points),
+        input_grad=grad_input is not None,
+        source_grad=params_grad,
+        control_grad=params_grad and control_grad,
     )
-    return plan, sums
+    if not params_grad:
+        return plan, None
+    return plan, work.sums(compute_dtypes(input, params)[1], control_points if control_grad else None)
 
 
 def sample_backward(
@@ -525,7 +396,7 @@ def sample_backward(
     """
     tensors = grad_output, input, params, control_points, grad_input
     modes = source, interpolation, padding, align_corners
-    plan, sums = _backward_plan(tensors, *modes, params_grad, control_grad)
+    plan, sums = _backward_plan(tensors, params_grad, control_grad, *modes)
     gathered = input if grad_input is None else grad_input
     buffer = None if sums is None else parameters.gradient_buffer(source, params, sums)
     target = gathered if buffer is None else buffer

@@ -18,32 +18,25 @@ import triton
 import triton.language as tl
 
 from .derivatives import coord_tangent_of
-from .device import sources
-from .device.arithmetic import rounded, widened
 from .device.cells import cell_of, cell_row, pixel_count, row_parts
 from .device.interpolation import at_pixel, axis_slopes, axis_taps, tap_count
+from .device.programs import kept_pixels, pixels_of, work_of
 from .device.tiles import (
     blocks_of,
-    channel_block,
-    existing,
     first_row,
+    load_blocks,
     offset_of,
     pixels_from,
     place_of_program,
+    store_blocks,
+    zero_blocks,
 )
 from .host import configs, parameters
-from .host.launch import INT32_MAX, compute_dtypes, index_dtype, launch, vector_width
-from .host.parameters import (
-    axes,
-    channel_dim,
-    coordinate_strides,
-    has_fixed_point,
-    image_strides,
-    num_controls,
-    source_strides,
-)
-from .modes import Interpolation, Source, paddings_of
-from .spec import SPECIALIZATION, Image, Params, Place, Sizes, Spec, Strides, Tiling, Work, constant
+from .host.cut import coordinate_numbers, cut, source_numbers
+from .host.launch import INT32_MAX, Plan, compute_dtypes, index_dtype, planned
+from .host.parameters import channel_dim
+from .modes import Interpolation, Source
+from .spec import SPECIALIZATION, Image, Params, Place, Sizes, Strides, Tiling, constant
 
 # Images are done together as long as their outputs are not more than this: beyond, memory would grow and
 # nothing be gained.
@@ -77,7 +70,7 @@ class Outputs(NamedTuple):
 def sort_keys_kernel(
     keys_ptr, indices_ptr, fractions_ptr, coord_ptr, source_ptr, control_ptr,
     stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4, num_controls,
-    stride_coord_0, stride_coord_1, stride_coord_2, stride_coord_3, stride_coord_4, stride_coord_t,
+    stride_coord_n, stride_coord_t, stride_coord_c, stride_coord_x, stride_coord_y, stride_coord_z,
     in_width, in_height, in_depth, out_width, out_height, out_depth, batch, transforms,
     column_tiles, row_tiles,
     SPEC: tl.constexpr,
@@ -95,26 +88,19 @@ def sort_keys_kernel(
     sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, 1, (1, 1, 1))
     stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
     params = Params(source_ptr, stride_source, control_ptr, num_controls)
-    stride_coord = (stride_coord_0, stride_coord_1, stride_coord_2, stride_coord_3, stride_coord_4)
-    coord = Params(coord_ptr, stride_coord, control_ptr, num_controls)
+    stride_coord = (stride_coord_x, stride_coord_y, stride_coord_z)
+    coord = Image(coord_ptr, Strides(stride_coord_n, stride_coord_t, stride_coord_c, stride_coord))
 
-    column_tile, row_tile, split, group = place_of_program(Tiling(column_tiles, row_tiles, 1, 1, 1))
-    b = group * SPEC.group
-    outputs = sources.outputs_of(b, sizes, SPEC)
-    map = sources.map_of(params, outputs[0][0], outputs[0][1], sizes, SPEC)
-    column = column_tile * SPEC.columns
-    row = first_row(row_tile, SPEC.rows, SPEC)
-    work = Work(b, outputs, map, column, row, 1, (), (0, 1), False, split, 0, 1)
-    out, mask = pixels_from(column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
-    places = sources.places_at(params, work, out, mask, sizes, SPEC)
+    work = work_of(params, sizes, Tiling(column_tiles, row_tiles, 1, 1, 1), SPEC)
+    out, mask, places = pixels_of(work, 0, params, sizes, SPEC)
     pixel = offset_of(out, (1, out_width, out_width.to(SPEC.index) * out_height), 1, SPEC)
     nothing = (batch // transforms).to(KEY) * pixel_count(sizes.input, SPEC).to(KEY)
     for g in tl.static_range(SPEC.group):
-        n, t = outputs[g]
-        kept = existing(mask, b + g, batch)
+        n, t = work.outputs[g]
+        kept = kept_pixels(mask, work.b + g, sizes)
         cell, read = cell_of(places[g], sizes, SPEC, KEY)
         key = tl.where(read, n.to(KEY) * pixel_count(sizes.input, SPEC).to(KEY) + cell, nothing)
-        first = (b + g).to(tl.int64) * pixel_count(sizes.output, SPEC)
+        first = (work.b + g).to(tl.int64) * pixel_count(sizes.output, SPEC)
         tl.store(keys_ptr + first + pixel, key, kept)
         index = indices_ptr + first * SPEC.dims + pixel * SPEC.dims
         fraction = fractions_ptr + first * FRACTIONS + pixel * FRACTIONS
@@ -122,23 +108,12 @@ def sort_keys_kernel(
             tl.store(index + k, places[g][k][0], kept)
             tl.store(fraction + k, places[g][k][1], kept)
         if SPEC.coord_tangent:
-            m = coord_tangent_of(coord, stride_coord_t, n, t, out, kept, sizes, SPEC)
+            m = coord_tangent_of(coord, n, t, out, kept, sizes, SPEC)
             for k in tl.static_range(SPEC.dims):
                 tl.store(fraction + (SPEC.dims + k), m[k], kept)
 
 
 # ------------------------------------------------------------------------------------------------- sums
-@triton.jit
-def weight_and_slope(place, q, size, AXIS: tl.constexpr, SPEC: tl.constexpr):
-    """The weight with which a place reads pixel ``q``, and for ``coord_tangent`` its derivative."""
-    taps = axis_taps(place, size, AXIS, SPEC)
-    weight = at_pixel(q, taps, taps.weight, SPEC)
-    slope = tl.zeros(weight.shape, SPEC.compute)
-    if SPEC.coord_tangent:
-        slope = at_pixel(q, taps, axis_slopes(place, size, AXIS, SPEC), SPEC)
-    return weight, slope
-
-
 @triton.jit
 def load_place(outputs, i, read, AXIS: tl.constexpr, SPEC: tl.constexpr):
     FRACTIONS: tl.constexpr = 2 * SPEC.dims if SPEC.coord_tangent else SPEC.dims
@@ -153,19 +128,20 @@ def output_weight(outputs, i, read, q, sizes, SPEC: tl.constexpr):
     For ``coord_tangent`` it is the weight's tangent: sum over axes of m_a slope_a times the other axes'
     weights.
     """
-    x, x_slope = weight_and_slope(load_place(outputs, i, read, 0, SPEC), q[0], sizes.input[0], 0, SPEC)
-    y, y_slope = weight_and_slope(load_place(outputs, i, read, 1, SPEC), q[1], sizes.input[1], 1, SPEC)
-    m = outputs.fractions + (i * (2 * SPEC.dims) + SPEC.dims)
-    if SPEC.coord_tangent:
-        plane = tl.load(m, read, other=0.0) * x_slope * y + tl.load(m + 1, read, other=0.0) * x * y_slope
-    else:
-        plane = x * y
-    weight = plane
-    if SPEC.dims == 3:
-        z, z_slope = weight_and_slope(load_place(outputs, i, read, 2, SPEC), q[2], sizes.input[2], 2, SPEC)
-        weight = plane * z
+    weight = tl.full(i.shape, 1.0, SPEC.compute)
+    tangent = tl.zeros(i.shape, SPEC.compute)
+    for axis in tl.static_range(SPEC.dims):
+        size = sizes.input[axis]
+        place = load_place(outputs, i, read, axis, SPEC)
+        taps = axis_taps(place, size, axis, SPEC)
+        along = at_pixel(q[axis], taps, taps.weight, SPEC)
         if SPEC.coord_tangent:
-            weight += tl.load(m + 2, read, other=0.0) * z_slope * x * y
+            m = tl.load(outputs.fractions + (i * (2 * SPEC.dims) + (SPEC.dims + axis)), read, other=0.0)
+            slope = at_pixel(q[axis], taps, axis_slopes(place, size, axis, SPEC), SPEC)
+            tangent = tangent * along + weight * (m * slope)
+        weight *= along
+    if SPEC.coord_tangent:
+        weight = tangent
     return tl.where(read, weight, 0.0)
 
 
@@ -195,11 +171,10 @@ def add_outputs(sums, position, read, q, outputs, block, sizes, SPEC: tl.constex
     i = (tl.load(outputs.order + position, read, other=0) - outputs.before).to(SPEC.index)
     weight = output_weight(outputs, i, read, q, sizes, SPEC)
     target = outputs.gradients + output_offset(i, outputs.sizes, outputs.strides, SPEC)
+    gradients = load_blocks(target, outputs.stride_c, block, weight != 0, sizes.channels, SPEC)
     new = ()
     for k in tl.static_range(SPEC.unroll):
-        c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
-        g = widened(tl.load(target + c * outputs.stride_c, (weight != 0) & exists, other=0.0), SPEC)
-        new += (sums[k] + weight * g,)
+        new += (sums[k] + weight * gradients[k],)
     return new
 
 
@@ -207,14 +182,6 @@ def add_outputs(sums, position, read, q, outputs, block, sizes, SPEC: tl.constex
 def at(values, chosen):
     """The one entry of a column that is ``chosen``."""
     return tl.sum(tl.sum(tl.where(chosen, values, 0), 1), 0)
-
-
-@triton.jit
-def zero_block(SPEC: tl.constexpr):
-    sums = ()
-    for _ in tl.static_range(SPEC.unroll):
-        sums += (tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute),)
-    return sums
 
 
 @triton.jit
@@ -239,7 +206,7 @@ def add_row(sums, begin, end, q, outputs, block, sizes, SPEC: tl.constexpr):
         pixel = (at(q[0], chosen), at(q[1], chosen))
         if SPEC.dims == 3:
             pixel += (at(q[2], chosen),)
-        shares = zero_block(SPEC)
+        shares = zero_blocks(SPEC.unroll, SPEC)
         stop = at(end, chosen)
         for start in range(at(begin, chosen) + steps, stop, PIXELS):
             shares = add_outputs(
@@ -293,7 +260,7 @@ def sort_sums_kernel(
     target += offset_of(q, grad_input.strides.pixel, SPEC.vector_input, SPEC)
     first, last = blocks_of(split, tiling, channels, SPEC)
     for block in range(first, last):
-        sums = zero_block(SPEC)
+        sums = zero_blocks(SPEC.unroll, SPEC)
         for number in range(lists):
             part = tl.cast(number, tl.int64)
             listed = Outputs(
@@ -305,9 +272,7 @@ def sort_sums_kernel(
             for cell in range(CELL_ROWS):
                 begin, end = cell_row(starts, q, cell, sizes, mask, SPEC)
                 sums = add_row(sums, begin, end, q, listed, block, sizes, SPEC)
-        for k in tl.static_range(SPEC.unroll):
-            c, exists = channel_block(block * SPEC.unroll + k, channels, SPEC)
-            tl.store(target + c * stride_input_c, rounded(sums[k], grad_input_ptr), mask & exists)
+        store_blocks(sums, target, stride_input_c, block, mask, channels, SPEC.unroll, SPEC)
 
 
 # ------------------------------------------------------------------------------------------- launchers
@@ -327,65 +292,32 @@ def _pixel_axes(tensor: torch.Tensor, dims: int) -> list[tuple[int, int]]:
     return joined or [(1, 0)]
 
 
-def _keys(
+@planned
+def _keys_plan(
+    keys: torch.Tensor,
+    indices: torch.Tensor,
+    fractions: torch.Tensor,
+    coord_tangent: torch.Tensor | None,
     params: torch.Tensor,
     control_points: torch.Tensor | None,
-    coord_tangent: torch.Tensor | None,
-    keys: torch.Tensor,
-    places: tuple[torch.Tensor, torch.Tensor],
-    input_size: torch.Size,
     images: int,
-    size: torch.Size,
-    source: int,
+    sizes: tuple[torch.Size, torch.Size],
     small: bool,
-    shared: dict[str, Any],
-) -> None:
-    """Fills ``keys`` and ``places``, indices and fractions."""
-    columns, rows = size[-1], size[:-1].numel()
-    batch = keys.numel() // size.numel()
-    problem = configs.Problem(
-        kernel="sorted keys",
-        source=source,
-        images=batch,
-        channels=1,
-        rows=rows,
-        columns=columns,
-        element_size=places[1].element_size(),
-        channels_last=False,
-        interpolation=shared["interpolation"],
-        dims=len(size),
-        backward=False,
-    )
+    *modes: Any,
+) -> Plan:
+    batch = keys.numel() // sizes[1].numel()
+    problem = configs.Problem.of("sorted keys", modes, batch, 1, sizes[1], fractions)
+    index = index_dtype(params, coord_tangent) if small else tl.int64
     tile = configs.choose(keys.device, problem)
-    column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
-    tangents = () if coord_tangent is None else (coord_tangent,)
-    launch(
+    work = cut(problem, tile, modes, sizes, compute_dtypes(fractions)[0], index)
+    return work.plan(
         sort_keys_kernel,
-        triton.cdiv(batch, tile.group) * column_tiles * row_tiles,
-        keys.device,
-        keys,
-        *places,
-        places[1] if coord_tangent is None else coord_tangent,
-        *parameters.pointers(params, control_points),
-        *source_strides(source, params),
-        num_controls(control_points),
-        *coordinate_strides(coord_tangent),
-        *axes(input_size),
-        *axes(size),
-        batch=batch,
-        transforms=batch // images,
-        column_tiles=column_tiles,
-        row_tiles=row_tiles,
-        SPEC=Spec(
-            source=int(source),
-            index=index_dtype(params, *tangents) if small else tl.int64,
-            fixed_point=has_fixed_point(source, shared["compute"], input_size, size),
-            rows=tile.rows,
-            columns=tile.columns,
-            group=tile.group,
-            **shared,
-        ),
-        num_warps=tile.warps,
+        (keys, indices, fractions, coord_tangent, *parameters.pointers(params, control_points)),
+        {},
+        source_numbers(modes[0], params, control_points)
+        | coordinate_numbers(coord_tangent, work.dims)
+        | {"transforms": batch // images},
+        coord_tangent=coord_tangent is not None,
     )
 
 
@@ -402,79 +334,43 @@ def _sort(keys: torch.Tensor, length: int, cells: int) -> tuple[torch.Tensor, to
     return torch.cat(orders), torch.cat(starts)
 
 
-def _sums(
+@planned
+def _sums_plan(
     grad_output: torch.Tensor,
     grad_input: torch.Tensor,
-    places: tuple[torch.Tensor, torch.Tensor],
+    indices: torch.Tensor,
+    fractions: torch.Tensor,
     order: torch.Tensor,
     starts: torch.Tensor,
     length: int,
     small: bool,
-    shared: dict[str, Any],
-) -> None:
-    """Fills ``grad_input``."""
-    dims, (images, channels) = grad_input.dim() - 2, grad_input.shape[:2]
-    columns, rows = grad_input.shape[-1], grad_input.shape[2:-1].numel()
-    stride_output_c = grad_output.stride(channel_dim(grad_output, dims))
-    problem = configs.Problem(
-        kernel="sorted sum",
-        source=Source.GRID,  # by then all are alike
-        images=images,
-        channels=channels,
-        rows=rows,
-        columns=columns,
-        element_size=grad_output.element_size(),
-        channels_last=stride_output_c == 1,
-        # a pixel adds up one output at a time: registers are for channels, however many taps there are
-        interpolation=Interpolation.BILINEAR,
-        dims=2,
-        backward=True,
-    )
-    tile = configs.choose(grad_input.device, problem)
-    block = tile.channels * tile.unroll
-    blocks = triton.cdiv(channels, block)
-    split_blocks = triton.cdiv(blocks, tile.splits)
-    splits = triton.cdiv(blocks, split_blocks)
-    column_tiles, row_tiles = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
+    *modes: Any,
+) -> Plan:
+    dims, (images, channels), size = grad_input.dim() - 2, grad_input.shape[:2], grad_input.shape[2:]
+    last, outputs = grad_output.stride(channel_dim(grad_output, dims)) == 1, order.numel()
+    # By then all sources are alike. A pixel adds up one output at a time: registers are for channels, however
+    # many taps there are.
+    kind = Source.GRID, Interpolation.BILINEAR
+    problem = configs.Problem.of("sorted sum", kind, images, channels, size, grad_output, last, backward=True)
+    problem = problem._replace(dims=2)
+    index = index_dtype(grad_output, grad_input) if small else tl.int64
+    tile, compute = configs.choose(grad_input.device, problem), compute_dtypes(fractions)[0]
+    work = cut(problem, tile, (Source.GRID, *modes[1:]), (size, size), compute, index)
     output_sizes, output_strides = zip(*_pixel_axes(grad_output, dims))
-    launch(
+    return work.plan(
         sort_sums_kernel,
-        images * column_tiles * row_tiles * splits,
-        grad_input.device,
-        grad_output,
-        grad_input,
-        *places,
-        order,
-        starts,
-        grad_output.stride(0),
-        stride_output_c,
-        *(*output_strides, 0, 0, 0)[:4],
-        *(*output_sizes, 0, 0)[:3],
-        *image_strides(grad_input, dims),
-        *axes(grad_input.shape[2:]),
-        images=images,
-        outputs=order.numel() // images,
-        channels=channels,
-        length=length,
-        lists=triton.cdiv(order.numel(), length),
-        column_tiles=column_tiles,
-        row_tiles=row_tiles,
-        splits=splits,
-        split_blocks=split_blocks,
-        SPEC=Spec(
-            source=int(Source.GRID),
-            index=index_dtype(grad_output, grad_input) if small else tl.int64,
-            rows=tile.rows,
-            columns=tile.columns,
-            channels=tile.channels,
-            unroll=tile.unroll,
-            even_channels=channels % block == 0,
-            vector_output=vector_width(grad_output, dims),
-            vector_input=vector_width(grad_input, dims),
-            axes=len(output_sizes),
-            **shared,
-        ),
-        num_warps=tile.warps,
+        (grad_output, grad_input, indices, fractions, order, starts),
+        {"input": grad_input, "output": grad_output},
+        {
+            **{f"stride_output_{axis}": stride for axis, stride in enumerate((*output_strides, 0, 0, 0)[:4])},
+            **{f"output_size_{axis}": count for axis, count in enumerate((*output_sizes, 0, 0)[:3])},
+            "images": images,
+            "outputs": outputs // images,
+            "length": length,
+            "lists": triton.cdiv(outputs, length),
+        },
+        axes=len(output_sizes),
+        coord_tangent=fractions.shape[1] > dims,
     )
 
 
@@ -502,15 +398,7 @@ def sorted_backward(
     if outputs == 0 or (coord_tangent is not None and interpolation == Interpolation.NEAREST):
         grad_input.zero_()
         return
-    compute, compute_torch = compute_dtypes(grad_output, params)
-    shared = {
-        "interpolation": int(interpolation),
-        "padding": paddings_of(padding, dims),
-        "align_corners": int(align_corners),
-        "dims": dims,
-        "compute": compute,
-        "coord_tangent": coord_tangent is not None,
-    }
+    modes = source, interpolation, padding, align_corners
     fractions = dims if coord_tangent is None else 2 * dims
     small = max(outputs * fractions, cells) < INT32_MAX
     at_once = max(1, min(OUTPUTS_AT_ONCE // outputs, (INT32_MAX - 1) // cells))
@@ -519,23 +407,15 @@ def sorted_backward(
         count = min(at_once, images - first)
         key = torch.int32 if count * cells < INT32_MAX else torch.int64
         keys = grad_input.new_empty(count * outputs, dtype=key)
-        places = (
-            grad_input.new_empty((count * outputs, dims), dtype=torch.int32),
-            grad_input.new_empty((count * outputs, fractions), dtype=compute_torch),
-        )
-        _keys(
-            params if params.shape[0] == 1 else params[part],
-            control_points,
-            None if coord_tangent is None else coord_tangent[part],
-            keys,
-            places,
-            grad_input.shape[2:],
-            count,
-            size,
-            source,
-            small,
-            shared,
-        )
+        indices = grad_input.new_empty((count * outputs, dims), dtype=torch.int32)
+        compute = compute_dtypes(grad_output, params)[1]
+        places = indices, grad_input.new_empty((count * outputs, fractions), dtype=compute)
+        tangents = () if coord_tangent is None else (coord_tangent[part],)
+        pointers = parameters.pointers(params if params.shape[0] == 1 else params[part], control_points)
+
+        tensors = keys, *places, *(tangents or (None,)), pointers[0], control_points
+        plan = _keys_plan(tensors, count, (grad_input.shape[2:], size), small, *modes)
+        plan(keys, *places, *tangents, *pointers)
         length = min(count * outputs, LIST_LENGTH)
-        order, starts = _sort(keys, length, count * cells)
-        _sums(grad_output[part], grad_input[part], places, order, starts, length, small, shared)
+        lists = grad_output[part], grad_input[part], *places, *_sort(keys, length, count * cells)
+        _sums_plan(lists, length, small, *modes)(*lists)

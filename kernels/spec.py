@@ -192,33 +192,23 @@ class Taps(NamedTuple):
 _AXES = "xyz"
 CHANNEL_STRIDES = tuple(f"stride_{tensor}_c" for tensor in ("input", "output", "grad", "tangent"))
 ROW_STRIDES = ("stride_input_x", "stride_grad_x", "stride_tangent_x", "stride_sampled_x")
+_POINTERS = ("source", "control", "fill", "partial", "coord", "by_coord", "indices", "fractions")
+_COUNTS = ("num_controls", "batch", "transforms", "channels", "images", "outputs", "length", "lists")
+_TILES = ("column_tiles", "row_tiles", "splits", "split_blocks", "steps")
 UNSPECIALIZED = (
-    *(f"{pointer}_ptr" for pointer in ("source", "control", "fill", "partial", "coord", "by_coord")),
-    *(f"stride_source_{i}" for i in range(5)),
-    *(f"stride_coord_{i}" for i in (*range(5), "t")),
+    *(f"{pointer}_ptr" for pointer in _POINTERS),
     *(
         f"stride_{tensor}_{axis}"
         for tensor in ("input", "output", "grad", "tangent")
         for axis in "nt" + _AXES
     ),
+    *(f"stride_{tensor}_{axis}" for tensor in ("coord", "grid", "fill") for axis in "ntc" + _AXES),
+    *(f"stride_source_{i}" for i in range(5)),
     *(f"stride_output_{axis}" for axis in range(4)),
     *(f"output_size_{axis}" for axis in range(3)),
-    *(f"stride_grid_{axis}" for axis in "nk" + _AXES),
-    *(f"stride_fill_{axis}" for axis in "nc"),
     *(f"{image}_{size}" for image in ("in", "out") for size in ("width", "height", "depth")),
-    *(
-        "indices_ptr",
-        "fractions_ptr",
-        "num_controls",
-        "batch",
-        "transforms",
-        "channels",
-        "images",
-        "outputs",
-        "length",
-        "lists",
-    ),
-    *("column_tiles", "row_tiles", "splits", "split_blocks", "steps"),
+    *_COUNTS,
+    *_TILES,
 )
 SPECIALIZATION: dict[str, Any] = {
     "do_not_specialize": [name for name in UNSPECIALIZED if name not in ROW_STRIDES],

@@ -308,7 +308,7 @@ def count(target, kernel, dtype, *args, **options):
     tensors = [torch.empty(8192, dtype=dtype, device="meta") for _ in range(2)]
     launches = []
     with specialisations.compiling(target, launches):
-        launch.launch(kernel, 1, tensors[0].device, *tensors, *args, **options)
+        launch.Plan(kernel, 1, tensors[0].device, *tensors, *args, **options)(*tensors)
     return traffic(report._read(launches[0].compiled)[0])
 
 F32, I32 = torch.float32, torch.int32

@@ -86,13 +86,16 @@ def test_compiled_code_is_right_and_stays_in_its_tensors(cases):
 STRAY = """
 import torch, triton, triton.language as tl
 from bench import execution, executor, specialisations
-from stn_triton.kernels.host.launch import launch
+from stn_triton.kernels.host.launch import Plan
 
 @triton.jit
 def shift(source, target, n, by, N: tl.constexpr, TOGETHER: tl.constexpr):
     i = tl.program_id(0) * N + tl.arange(0, N)
     x = tl.load(source + i + by, i < n)
     tl.store(target + i, x + tl.sum(x, 0) if TOGETHER else x, i < n)
+
+def launch(kernel, programs, device, source, target, *args, **kwargs):
+    Plan(kernel, programs, device, source, target, *args, **kwargs)(source, target)
 
 x, y = torch.randn(1024), torch.zeros(1024)
 with execution.executing() as runs:

@@ -351,20 +351,20 @@ def stepped_places(starts, step, SPEC: tl.constexpr):
 
 
 @triton.jit
-def block_places(work, step, out, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr):
-    """``affine_places`` of a program's block ``step``, whose pixels are ``out``.
+def block_places(map, starts, step, out, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr):
+    """``affine_places`` of the block ``step`` blocks below ``starts``, whose pixels are ``out``.
 
     INTERIOR: fixed point holds them.
     """
     if not has_starts(SPEC):
-        return affine_places(work.map, out, sizes, SPEC)
+        return affine_places(map, out, sizes, SPEC)
     elif INTERIOR:
-        return stepped_places(work.starts, step, SPEC)
+        return stepped_places(starts, step, SPEC)
     else:
-        if work.map.fits:
-            places = stepped_places(work.starts, step, SPEC)
+        if map.fits:
+            places = stepped_places(starts, step, SPEC)
         else:
-            places = float_places(work.map, out, sizes, SPEC)
+            places = float_places(map, out, sizes, SPEC)
         return places
 
 

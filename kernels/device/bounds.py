@@ -19,7 +19,7 @@ from .affine import doubled, steps_per_unit
 from .arithmetic import INFINITY, PROJECTIVE, larger, smaller
 from .interpolation import tap_count
 from .sources import normalised, pixels_per_unit
-from .tiles import row_count, row_range
+from .tiles import box_of, row_count
 
 # Sixteen roundings of float32: more than any coordinate or bound below goes through. float64 has fewer.
 ROUNDING = constant(2.0**-19)
@@ -154,11 +154,9 @@ def is_interior(map, column, row, rows, sizes, SPEC: tl.constexpr):
 
     The bounds hold for the coordinates as they are computed. False if in doubt, as with NaN.
     """
-    first_yz, last_yz = row_range(row, rows, sizes.output, SPEC)
-    first = (column,) + first_yz
-    columns = sizes.output[0] - column  # differences, as sums may pass 2^31
-    last = (column + tl.minimum(columns, SPEC.columns) - 1,) + last_yz
-    interior = (columns >= SPEC.columns) & (row_count(sizes.output, row, SPEC) - row >= rows)
+    first, last = box_of(column, row, SPEC.columns, rows, sizes.output, SPEC)
+    interior = sizes.output[0] - column >= SPEC.columns
+    interior = interior & (row_count(sizes.output, row, SPEC) - row >= rows)
     MARGINS: tl.constexpr = tap_margins(SPEC)
     low, high = box_in_units(first, last, sizes, SPEC)
     bounds = image_bounds(map, low, high, sizes, SPEC)

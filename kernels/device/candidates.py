@@ -10,19 +10,12 @@ import triton
 import triton.language as tl
 
 from ..modes import Interpolation
-from ..spec import Work, constant, plain
+from ..spec import constant, plain
 from . import footprints, sources
 from .affine import affine_places, doubled_pixels, fixed_coordinate, fixed_place, rounded_entry
 from .arithmetic import AFFINE, BILINEAR, INFINITY, PROJECTIVE, clamp, larger, smaller
 from .bounds import preimage
-from .copies import (
-    MOST_COPIES,
-    appearance,
-    copies_within,
-    copy_number,
-    has_copies,
-    is_apart,
-)
+from .copies import MOST_COPIES, appearance, copies_within, copy_number, has_copies, is_apart
 from .interpolation import cubic_weight, radius_of, weight_of_pixel
 from .padding import extends_edges, is_periodic
 
@@ -74,8 +67,8 @@ def map_places(map, out, sizes, SPEC: tl.constexpr):
     if SPEC.source == AFFINE:
         return affine_places(map, out, sizes, SPEC)
     else:
-        work = Work(0, (), map, 0, 0, 1, (), (0, 1), False, 0, 0, 1)
-        return sources.places_at((), work, out, True, sizes, SPEC)[0]
+        coordinates = sources.matrix_coordinates(map, sources.normalised_pixels(out, sizes, SPEC), SPEC)
+        return sources.places_by(coordinates, (), out, sizes, SPEC)
 
 
 # --------------------------------------------------------------------------------------------- by pixel
@@ -103,6 +96,7 @@ def visits_of(map, bounds, pixels, part, sizes, SPEC: tl.constexpr):
     ranges = preimage(map, center, radius, sizes, SPEC)
     first = ()
     most = ()
+    cost = 1.0
     for axis in tl.static_range(SPEC.dims):
         begin, last = ranges[axis]
         if SPEC.antialias:
@@ -111,9 +105,9 @@ def visits_of(map, bounds, pixels, part, sizes, SPEC: tl.constexpr):
         count = tl.where(pixels.exists, last - begin + 1, 0)
         count = tl.maximum(tl.max(tl.max(count, 1), 0), 0)
         most += (count,)
+        cost *= count.to(SPEC.compute)
         # all of them outputs: one too many has weight 0
         first += (tl.maximum(tl.minimum(begin, part[1][axis] - count), part[0][axis]),)
-    cost = product(most, SPEC)
     if SPEC.antialias and SPEC.source == PROJECTIVE:  # the grid is finer than any output's sub-samples
         cost = footprints.outputs_within(most)
     if goes_by_steps(SPEC):
@@ -156,14 +150,6 @@ def shows_tile(pixels, number, bounds, sizes, SPEC: tl.constexpr):
             tile = (pixels.low[axis], pixels.high[axis])
             shows = shows & (is_apart(tile, number[axis], near, sizes.input[axis], axis, SPEC) == 0)
     return shows
-
-
-@triton.jit
-def product(numbers, SPEC: tl.constexpr):
-    result = numbers[0].to(SPEC.compute) * numbers[1].to(SPEC.compute)
-    if SPEC.dims == 3:
-        result *= numbers[2].to(SPEC.compute)
-    return result
 
 
 @triton.jit
@@ -236,9 +222,8 @@ def distances_of(map, first, pixels, sizes, SPEC: tl.constexpr):
         x = fixed_coordinate(map.high[r], map.low[r], u, SPEC.dims) - (pixels.low[r].to(tl.int64) << 32)
         x -= (pixels.q[r] - pixels.low[r]).to(tl.int64) << 32
         for k in tl.static_range(SPEC.dims):
-            further = (2 * (first[k] - anchor[k])).to(
-                tl.uint32
-            )  # not negative: half of the product is unsigned
+            # not negative: half of the product is unsigned
+            further = (2 * (first[k] - anchor[k])).to(tl.uint32)
             x += further.to(tl.int64) * rounded_entry(map, r, k)
         distances += (x.to(SPEC.compute) * 2.0**-32,)
     return distances
@@ -273,7 +258,7 @@ def coordinates_of_first(map, first, sizes, SPEC: tl.constexpr):
 
 
 @triton.jit
-def candidate_places(map, start, further, sizes, SPEC: tl.constexpr):
+def candidate_places(map, start, further, SPEC: tl.constexpr):
     """The places of the output ``further`` outputs from each lane's first, whose coordinates start gives."""
     places = ()
     for r in tl.static_range(SPEC.dims):
@@ -291,7 +276,7 @@ def candidate_weight(map, visits, start, further, pixels, sizes, SPEC: tl.conste
         return distance_weight(map, visits.distances, further, SPEC)
     else:
         if goes_by_steps(SPEC):
-            places = candidate_places(map, start, further, sizes, SPEC)
+            places = candidate_places(map, start, further, SPEC)
         else:
             out = ()
             for axis in tl.static_range(SPEC.dims):

@@ -1,7 +1,6 @@
 """Derivatives of ``sampling``'s functions along a displacement m of the coordinates, in pixels.
 
-``tangents`` are what m does to the weights of each axis (``weight_tangents``); planes, taps and slopes as in
-``sampling``. ``MATH.md`` derives the sums.
+Planes, taps and slopes are as in ``sampling``. ``MATH.md`` derives the sums.
 """
 
 import triton
@@ -12,47 +11,25 @@ from .sampling import load_tap, tap_pointer
 
 
 @triton.jit
-def axis_tangents(slopes, m, SPEC: tl.constexpr):
-    """What moving a coordinate by ``m`` does to the weights of its axis."""
-    tangents = ()
-    for k in tl.static_range(tap_count(SPEC)):
-        tangents += (m * slopes[k],)
-    return tangents
-
-
-@triton.jit
-def weight_tangents(slopes, m, SPEC: tl.constexpr):
-    """``axis_tangents`` of x, y and z; in 2-D nothing moves along z."""
-    x = axis_tangents(slopes[0], m[0], SPEC)
-    y = axis_tangents(slopes[1], m[1], SPEC)
-    if SPEC.dims == 3:
-        return x, y, axis_tangents(slopes[2], m[2], SPEC)
-    else:
-        return x, y, (0.0,)
-
-
-@triton.jit
-def interpolate_tangent(plane, taps, tangents, strides, exists, SPEC: tl.constexpr):
-    """The derivative of ``interpolate`` along m, [pixels, channels]."""
+def tap_tangent(taps, slopes, m, k, SPEC: tl.constexpr):
+    """What m does to the weight of tap k = (kx, ky, kz)."""
     x, y, z = taps
-    zero = tl.zeros([x.index[0].shape[0], plane.shape[1]], SPEC.compute)
-    tangent = zero
+    plane = m[0] * slopes[0][k[0]] * y.weight[k[1]] + x.weight[k[0]] * (m[1] * slopes[1][k[1]])
+    if SPEC.dims == 3:
+        return plane * z.weight[k[2]] + x.weight[k[0]] * y.weight[k[1]] * (m[2] * slopes[2][k[2]])
+    else:
+        return plane
+
+
+@triton.jit
+def interpolate_tangent(plane, taps, slopes, m, strides, exists, SPEC: tl.constexpr):
+    """The derivative of ``interpolate`` along m, [pixels, channels]."""
+    tangent = tl.zeros([taps[0].index[0].shape[0], plane.shape[1]], SPEC.compute)
     for kz in tl.static_range(taps_z(SPEC)):
-        plane_tangent = zero
-        plane_value = zero
         for ky in tl.static_range(tap_count(SPEC)):
-            row_tangent = zero
-            row_value = zero
             for kx in tl.static_range(tap_count(SPEC)):
                 pixel = load_tap(plane, taps, (kx, ky, kz), strides, exists, SPEC.vector_input, SPEC, False)
-                row_tangent += pixel * tangents[0][kx]
-                row_value += pixel * x.weight[kx]
-            plane_tangent += row_tangent * y.weight[ky]
-            plane_tangent += row_value * tangents[1][ky]
-            plane_value += row_value * y.weight[ky]
-        tangent += plane_tangent * z.weight[kz]
-        if SPEC.dims == 3:
-            tangent += plane_value * tangents[2][kz]
+                tangent += tap_tangent(taps, slopes, m, (kx, ky, kz), SPEC) * pixel
     return tangent
 
 
@@ -108,17 +85,13 @@ def interpolate_grad_tangent(plane, taps, slopes, curvatures, m, strides, exists
 
 
 @triton.jit
-def scatter_tangent(plane, g, taps, tangents, strides, exists, SPEC: tl.constexpr):
+def scatter_tangent(plane, g, taps, slopes, m, strides, exists, SPEC: tl.constexpr):
     """The transpose of ``interpolate_tangent``, as ``scatter`` is ``interpolate``'s."""
     x, y, z = taps
     for kz in tl.static_range(taps_z(SPEC)):
         for ky in tl.static_range(tap_count(SPEC)):
-            weight_yz = y.weight[ky] * z.weight[kz]
-            tangent_yz = tangents[1][ky] * z.weight[kz]
-            if SPEC.dims == 3:
-                tangent_yz += y.weight[ky] * tangents[2][kz]
             for kx in tl.static_range(tap_count(SPEC)):
                 pointer = tap_pointer(plane, taps, (kx, ky, kz), strides, SPEC.vector_grad, SPEC, False)
                 inside = exists & x.inside[kx] & y.inside[ky] & z.inside[kz]
-                weight = tangents[0][kx] * weight_yz + x.weight[kx] * tangent_yz
-                tl.atomic_add(pointer, g * weight, inside, sem="relaxed")
+                tangent = tap_tangent(taps, slopes, m, (kx, ky, kz), SPEC)
+                tl.atomic_add(pointer, g * tangent, inside, sem="relaxed")

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 
 from ..modes import MOST_SAMPLES
-from ..spec import Sizes, Work, constant
+from ..spec import Sizes, constant
 from . import sources
-from .affine import affine_map, doubled, moved_starts, steps_per_unit
+from .affine import affine_map, block_places, doubled, moved_starts, steps_per_unit
 from .arithmetic import AFFINE, INFINITY, PROJECTIVE, clamp, divided, larger, true_divide
 from .bounds import box_in_units, image_bounds
 
@@ -192,14 +192,11 @@ def sample_of(number, footprint, out, SPEC: tl.constexpr):
 @triton.jit
 def places_of_sample(params, work, sample, footprint, step, mask, SPEC: tl.constexpr):
     """Where the sub-samples of a program's block ``step`` are read."""
-    starts = work.starts
     if SPEC.source == AFFINE:
-        starts = moved_starts(starts, work.map, sample.number, SPEC)
-    moved = Work(
-        work.b, work.outputs, work.map, work.column, work.row, work.steps, starts, work.blocks,
-        work.interior, work.split, work.program, work.programs,
-    )  # fmt: skip
-    return sources.places_of(params, moved, step, sample.out, mask, footprint.grid, SPEC)[0]
+        starts = moved_starts(work.starts, work.map, sample.number, SPEC)
+        return block_places(work.map, starts, step, sample.out, footprint.grid, SPEC, False)
+    else:
+        return sources.places_at(params, work, sample.out, mask, footprint.grid, SPEC)[0]
 
 
 # ------------------------------------------------------------------------------------------ the gather
@@ -248,7 +245,7 @@ def outputs_within(most):
 
 
 @triton.jit
-def cells_of(visits, sizes, SPEC: tl.constexpr):
+def cells_of(visits, SPEC: tl.constexpr):
     """The cells of the pixels of ``grid_of`` that are visited: the first, and the one after the last."""
     begin = ()
     end = ()

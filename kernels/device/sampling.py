@@ -108,6 +108,12 @@ def add_differences(sums, g, plane, taps, strides, exists, SPEC: tl.constexpr, I
 
 
 @triton.jit
+def add_product(sums, g, values):
+    """``sums`` plus g times ``values``, for x, y and z."""
+    return sums[0] + g * values[0], sums[1] + g * values[1], sums[2] + g * values[2]
+
+
+@triton.jit
 def add_coordinate_gradient(
     sums, g, plane, taps, slopes, strides, exists, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False
 ):  # fmt: skip
@@ -115,10 +121,8 @@ def add_coordinate_gradient(
     if has_differences(SPEC):
         return add_differences(sums, g, plane, taps, strides, exists, SPEC, INTERIOR)
     else:
-        by_x, by_y, by_z = interpolate_grad(
-            plane, taps, slopes, strides, exists, SPEC.vector_input, SPEC, INTERIOR
-        )
-        return sums[0] + g * by_x, sums[1] + g * by_y, sums[2] + g * by_z
+        slope = interpolate_grad(plane, taps, slopes, strides, exists, SPEC.vector_input, SPEC, INTERIOR)
+        return add_product(sums, g, slope)
 
 
 @triton.jit

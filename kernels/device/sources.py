@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..modes import Source
-from ..spec import plain
+from ..spec import Strides, plain
 from .affine import (
     affine_map,
     affine_places,
@@ -114,16 +114,14 @@ def scaled_to_pixels(values, sizes, SPEC: tl.constexpr):
 
 # -------------------------------------------------------------------------------- dense grid and flow
 @triton.jit
-def dense_load(params, n, out, mask, SPEC: tl.constexpr):
-    """A number for each axis of each output pixel: (x, y[, z]). Strides by image, component, x, y and z."""
-    stride_n, component, stride_x, stride_y, stride_z = params.strides
-    offset = offset_of(out, (stride_x, stride_y, stride_z), 1, SPEC)
-    base = params.pointer + n * stride_n
+def dense_load(pointer, strides, out, mask, SPEC: tl.constexpr):
+    """The channels of each output pixel, a number for each axis: (x, y[, z])."""
+    offset = offset_of(out, strides.pixel, 1, SPEC)
     values = ()
     for k in tl.static_range(SPEC.dims):
-        # twice the components' stride may pass 2^31
-        pointer = base + (offset + tl.cast(component, SPEC.index) * k)
-        values += (tl.load(pointer, mask, other=0.0).to(SPEC.compute),)
+        # twice the channels' stride may pass 2^31
+        channel = pointer + (offset + tl.cast(strides.c, SPEC.index) * k)
+        values += (tl.load(channel, mask, other=0.0).to(SPEC.compute),)
     return values
 
 
@@ -264,29 +262,16 @@ def add_to_sums(sums, gradients, step, out, sizes, SPEC: tl.constexpr):
 
 
 @triton.jit
-def matrix_scales(sizes, SPEC: tl.constexpr):
-    """What ``store_sums`` multiplies by: an affine map's gradients were taken by pixel coordinates."""
-    scales = ()
-    for r in tl.static_range(matrix_rows(SPEC)):
-        if SPEC.source == AFFINE:
-            scales += (pixels_per_unit(sizes.input[r], SPEC),)
-        else:
-            scales += (1.0,)
-    return scales
-
-
-@triton.jit
-def store_sums(partial, sums, work, scales, sizes, SPEC: tl.constexpr):
+def store_sums(partial, sums, work, sizes, SPEC: tl.constexpr, BY_PIXELS: tl.constexpr = False):
     """This program's part of the buffer (batch, entries of the matrix, programs).
 
-    scales: for each axis of the input, what the gradients that were added are to be multiplied by.
+    BY_PIXELS: the gradients that were added are by pixel coordinates, not by normalised ones.
     """
     ROWS: tl.constexpr = matrix_rows(SPEC)
     out, _ = pixels_from(work.column, work.row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
     programs = tl.cast(work.programs, tl.int64)
     base = partial + work.b.to(tl.int64) * (ROWS * (SPEC.dims + 1)) * programs + work.program
     for r in tl.static_range(ROWS):
-        scale = scales[r]
         total = sums[SPEC.dims * r]
         for k in tl.static_range(SPEC.dims + 1):
             share = total
@@ -302,7 +287,9 @@ def store_sums(partial, sums, work, scales, sizes, SPEC: tl.constexpr):
             found = tl.sum(tl.sum(share, 1), 0)
             if k < SPEC.dims:
                 found = true_divide(found, steps_per_unit(sizes, k, SPEC).to(SPEC.compute), SPEC)
-            tl.store(base + programs * (r * (SPEC.dims + 1) + k), found * scale)
+            if BY_PIXELS:
+                found *= pixels_per_unit(sizes.input[r], SPEC)
+            tl.store(base + programs * (r * (SPEC.dims + 1) + k), found)
 
 
 # ------------------------------------------------------------------------------ thin-plate spline
@@ -418,15 +405,20 @@ def tps_backward(partial, params, work, gradients, pixels, sizes, SPEC: tl.const
 def coordinates_of(params, work, out, mask, sizes, SPEC: tl.constexpr):
     """The source's own coordinates of the pixels ``out``, (x, y[, z]) in the compute type, for each output.
 
-    Normalised; of a flow, the displacement in pixels. NaN and infinities are possible. Matrices: ``work.map``
-    holds their rows.
+    Normalised; of a flow, the displacement in pixels. NaN and infinities are possible.
     """
     if SPEC.source == GRID or SPEC.source == FLOW:
-        return (dense_load(params, work.outputs[0][0], out, mask, SPEC),)
+        stride_n, component, stride_x, stride_y, stride_z = params.strides
+        strides = Strides(stride_n, 0, component, (stride_x, stride_y, stride_z))
+        begin = params.pointer + work.outputs[0][0] * stride_n
+        return (dense_load(begin, strides, out, mask, SPEC),)
     else:
         pixels = normalised_pixels(out, sizes, SPEC)
         if SPEC.source == TPS:
             return tps_coordinates(params, work.outputs, pixels, SPEC)
+        elif SPEC.source == AFFINE:  # whose map goes from pixels to pixels
+            n, t = work.outputs[0]
+            return (matrix_coordinates(load_matrix(params, n, t, SPEC), pixels, SPEC),)
         else:
             return (matrix_coordinates(work.map, pixels, SPEC),)
 
@@ -467,7 +459,7 @@ def places_at(params, work, out, mask, sizes, SPEC: tl.constexpr):
 def places_of(params, work, step, out, mask, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
     """``places_at`` of a program's block ``step``, whose pixels are ``out``."""
     if SPEC.source == AFFINE:
-        return (block_places(work, step, out, sizes, SPEC, INTERIOR),)
+        return (block_places(work.map, work.starts, step, out, sizes, SPEC, INTERIOR),)
     elif SPEC.source == FLOW and has_starts(SPEC):
         coordinates = coordinates_of(params, work, out, mask, sizes, SPEC)
         return (places_by(coordinates[0], stepped_places(work.starts, step, SPEC), out, sizes, SPEC),)
@@ -479,7 +471,7 @@ def places_of(params, work, step, out, mask, sizes, SPEC: tl.constexpr, INTERIOR
 def add_gradient(partial, sums, params, work, step, gradients, out, mask, sizes, SPEC: tl.constexpr):
     """From gradients by the source's coordinates, 0 outside ``mask``, to this program's share of d params.
 
-    Of an affine map the gradients may be in any unit: ``store_sums`` scales them. Returns ``sums``, with a
+    Of an affine map they may be by pixel coordinates, which ``store_sums`` is told. Returns ``sums``, with a
     matrix's share added. The others' is stored here.
     """
     if SPEC.source == GRID or SPEC.source == FLOW:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import divided
+from .arithmetic import divided, rounded, widened
 
 
 @triton.jit
@@ -66,20 +66,21 @@ def pixels_from(column, row, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SP
 
 
 @triton.jit
-def row_range(row, rows, size, SPEC: tl.constexpr):
-    """The first and last (y[, z]) of ``rows`` rows from ``row``; all y where they go on in the next slice."""
+def box_of(column, row, columns, rows, size, SPEC: tl.constexpr):
+    """The first and last pixel of ``rows`` rows; along y all where they go on in the next slice."""
+    # differences, as sums may pass 2^31
+    last_x = column + tl.minimum(size[0] - column, columns) - 1
     if SPEC.dims == 3:
-        # no sum beyond the last row: it may pass 2^31
         last_row = row + tl.minimum(size[1].to(row.dtype) * size[2] - row, rows) - 1
         z = (row // size[1]).to(tl.int32)
         last_z = (last_row // size[1]).to(tl.int32)
         whole = last_z > z
         y = tl.where(whole, 0, (row % size[1]).to(tl.int32))
         last_y = tl.where(whole, size[1] - 1, (last_row % size[1]).to(tl.int32))
-        return (y, z), (last_y, last_z)
+        return (column, y, z), (last_x, last_y, last_z)
     else:
         first = row.to(tl.int32)
-        return (first,), (first + tl.minimum(size[1] - first, rows) - 1,)
+        return (column, first), (last_x, first + tl.minimum(size[1] - first, rows) - 1)
 
 
 @triton.jit
@@ -100,6 +101,33 @@ def channel_block(block, channels, SPEC: tl.constexpr):
     else:
         exists = c < channels
     return c.to(SPEC.index), exists
+
+
+@triton.jit
+def zero_blocks(COUNT: tl.constexpr, SPEC: tl.constexpr):
+    """Zeros for COUNT blocks of channels."""
+    values = ()
+    for _ in tl.static_range(COUNT):
+        values += (tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute),)
+    return values
+
+
+@triton.jit
+def load_blocks(pointer, stride_c, block, mask, channels, SPEC: tl.constexpr):
+    """``unroll`` blocks of channels of the pixels at ``pointer``, in the compute type; 0 outside ``mask``."""
+    values = ()
+    for k in tl.static_range(SPEC.unroll):
+        c, exists = channel_block(block * SPEC.unroll + k, channels, SPEC)
+        values += (widened(tl.load(pointer + c * stride_c, mask & exists, other=0.0), SPEC),)
+    return values
+
+
+@triton.jit
+def store_blocks(values, pointer, stride_c, block, mask, channels, COUNT: tl.constexpr, SPEC: tl.constexpr):
+    """Stores COUNT blocks of channels of the pixels at ``pointer``, rounded to its type."""
+    for k in tl.static_range(COUNT):
+        c, exists = channel_block(block * COUNT + k, channels, SPEC)
+        tl.store(pointer + c * stride_c, rounded(values[k], pointer), mask & exists)
 
 
 @triton.jit

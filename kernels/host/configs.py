@@ -5,7 +5,7 @@ table has been tuned for the architecture (``tables``) what it says instead. Not
 ``tuning``'s, when asked for.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -35,6 +35,24 @@ class Problem(NamedTuple):
     element_size: int
     channels_last: bool
     backward: bool
+
+    @classmethod
+    def of(
+        cls,
+        kernel: str,
+        modes: Sequence[int],
+        images: int,
+        channels: int,
+        size: torch.Size,
+        like: torch.Tensor,
+        channels_last: bool = False,
+        backward: bool = False,
+    ) -> "Problem":
+        """``images`` of a size. ``modes`` begin with source and interpolation; ``like`` has the elements."""
+        source, interpolation, *_ = modes
+        rows, columns, element = size[:-1].numel(), size[-1], like.element_size()
+        kind = kernel, source, interpolation, len(size)
+        return cls(*kind, images, channels, rows, columns, element, channels_last, backward)
 
     @property
     def key(self) -> str:
@@ -110,7 +128,7 @@ _forced: LocalBlocks[tuple[tuple[str | None, str, int], ...]] = LocalBlocks("for
 _seen: LocalBlocks[list[tuple[Problem, NamedTuple]]] = LocalBlocks("seen")
 
 _NOTHING: Mapping[str, int] = {}
-WAVES = 8  # programs wanted for each processor, see _splits and _steps
+WAVES = 8  # programs wanted for each processor, see _shared
 
 
 def override(kernel: str | None = None, **fields: int) -> Block[tuple[tuple[str | None, str, int], ...]]:
@@ -182,20 +200,18 @@ def _replaced(chosen: Any, fields: Mapping[str, int]) -> Any:
 
 def choose(device: torch.device, problem: Problem) -> Tile:
     """The tile for a problem."""
-    _, source, interpolation, dims, images, channels, rows, columns, element_size, channels_last, backward = (
-        problem
-    )
-    taps = (
-        1 if interpolation == Interpolation.NEAREST else 4 if interpolation == Interpolation.BICUBIC else 2
-    ) ** dims
+    channels, columns, element_size = problem.channels, problem.columns, problem.element_size
+    spline = problem.source == Source.TPS
+    along = {Interpolation.NEAREST: 1, Interpolation.BICUBIC: 4}
+    taps = along.get(Interpolation(problem.interpolation), 2) ** problem.dims
     if device.type == "cpu":
-        tile = _interpreter_tile(channels, rows, columns)
-    elif channels_last and channels >= 8:
+        tile = _interpreter_tile(channels, problem.rows, columns)
+    elif problem.channels_last and channels >= 8:
         # Lanes along the channels, one 16-byte load each. All lanes of a pixel compute the same weights, so
         # that forward no more of them share a pixel than read a cache line, and each reads further lines too.
         # Otherwise two pixels a lane keep several gathers in flight. Neither fits beside many taps.
         vector = 16 // element_size
-        lanes = 8 if taps <= 8 and not backward else 32
+        lanes = 8 if taps <= 8 and not problem.backward else 32
         width = min(power_of_2(channels), lanes * vector, 128)
         unroll = min(-(-channels // width), 4) if lanes == 8 else 1
         pixels = max(128 * vector // width * (2 if taps <= 8 and unroll == 1 else 1), 8)
@@ -204,26 +220,19 @@ def choose(device: torch.device, problem: Problem) -> Tile:
     else:
         # Two pixels per lane share the set-up of a program, the loads of its parameters. Backward they keep
         # twice the sums: that pays where few channels share the set-up, and does not fit beside a spline's.
-        few_sums = problem.kernel.startswith("backward") and channels <= 4 and source != Source.TPS
-        pixels = 256 if taps <= 8 and (few_sums or not backward) else 128
+        few_sums = problem.kernel.startswith("backward") and channels <= 4 and not spline
+        pixels = 256 if taps <= 8 and (few_sums or not problem.backward) else 128
         columns_tile = min(power_of_2(columns), _patch_columns(element_size))
         unroll = channels if channels <= 4 else 4
         if taps > 8:
             unroll = min(unroll, 2 if taps <= 16 else 1)
         tile = Tile(pixels // columns_tile, columns_tile, 1, max(unroll, 1), 4, 1, 1)
     # Outputs that share a spline's basis: four, as many as keep their coordinates in the registers.
-    group = 4 if source == Source.TPS and 4 <= images < 2**31 else 1
+    group = 4 if spline and 4 <= problem.images < 2**31 else 1
     tile, fields = _settled(device, problem, tile._replace(group=group))
-    if source != Source.TPS:
+    if not spline:
         tile = tile._replace(group=1)
-    if device.type != "cpu":
-        waves, outputs = fields.get("waves", WAVES), -(-images // tile.group)
-        if "splits" not in fields:
-            splits = _splits(device, outputs, channels, rows, columns, tile, waves)
-            tile = tile._replace(splits=splits)
-        if "steps" not in fields:
-            tile = tile._replace(steps=_steps(device, outputs, rows, columns, tile, waves))
-    return tile
+    return _shared(device, problem, tile, fields)
 
 
 def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]:
@@ -253,12 +262,7 @@ def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]
         tile = Tile(pixels // columns_tile, columns_tile, 1, unroll, 1, 1, 1)
         search = Gather(1, 32, 512)
     tile, fields = _settled(device, problem, tile)
-    if device.type != "cpu" and "splits" not in fields:
-        waves = fields.get("waves", WAVES)
-        tile = tile._replace(splits=_splits(device, problem.images, channels, rows, columns, tile, waves))
-    if device.type != "cpu" and "steps" not in fields:
-        waves = fields.get("waves", WAVES)
-        tile = tile._replace(steps=_steps(device, problem.images, rows, columns, tile, waves))
+    tile = _shared(device, problem, tile, fields)
     return tile, _settled(device, problem._replace(kernel="gather search"), search, tile._asdict())[0]
 
 
@@ -279,22 +283,22 @@ def prefers_sorted(device: torch.device, problem: Problem) -> bool:
     return bool(_settled(device, problem, Sum(0))[0].sorted)
 
 
-def _splits(
-    device: torch.device, images: int, channels: int, rows: int, columns: int, tile: Tile, waves: int
-) -> int:
-    """Programs over which the channels are divided: enough for ``waves`` to each processor, if there are.
+def _shared(device: torch.device, problem: Problem, tile: Tile, fields: Mapping[str, Any]) -> Tile:
+    """``tile`` with splits and steps that leave ``waves`` programs to each processor, if ``fields`` say none.
 
-    Every further program repeats the coordinates of its pixels, so that large images are not split.
+    Channels are split where pixels alone give fewer programs: each repeats the coordinates of its pixels, so
+    that large images are not split. Programs take steps where there are more; their blocks are then not far
+    apart.
     """
-    programs = images * -(-rows // tile.rows) * -(-columns // tile.columns)
-    wanted = -(-waves * _processors(device.type, device.index) // max(programs, 1))
-    return max(1, min(wanted, -(-channels // (tile.channels * tile.unroll))))
-
-
-def _steps(device: torch.device, images: int, rows: int, columns: int, tile: Tile, waves: int) -> int:
-    """As many as leave ``waves`` programs to each processor, and the blocks of a program not far apart."""
-    programs = images * -(-rows // tile.rows) * -(-columns // tile.columns)
-    return max(1, min(MOST_STEPS, programs // (waves * _processors(device.type, device.index))))
+    if device.type == "cpu":
+        return tile
+    wanted = fields.get("waves", WAVES) * _processors(device.type, device.index)
+    outputs = -(-problem.images // tile.group)
+    programs = outputs * -(-problem.rows // tile.rows) * -(-problem.columns // tile.columns)
+    blocks = -(-problem.channels // (tile.channels * tile.unroll))
+    splits = max(1, min(-(-wanted // max(programs, 1)), blocks))
+    steps = max(1, min(MOST_STEPS, programs // wanted))
+    return tile._replace(splits=fields.get("splits", splits), steps=fields.get("steps", steps))
 
 
 def _interpreter_tile(channels: int, rows: int, columns: int) -> Tile:

@@ -28,14 +28,14 @@ def compute_dtypes(*tensors: torch.Tensor) -> tuple[tl.dtype, torch.dtype]:
     return (tl.float64 if dtype == torch.float64 else tl.float32), dtype
 
 
-def index_dtype(*tensors: torch.Tensor, rows: int = 0) -> tl.dtype:
+def index_dtype(*tensors: torch.Tensor | None, rows: int = 0) -> tl.dtype:
     """The width of an offset within one image, for which the largest of all images decides.
 
     ``rows``: those of an output, depth * height, which tiles count; an expanded output may have more of them
     than it spans.
     """
-    spans = (rows, *map(image_span, tensors))
-    return tl.int32 if max(spans) <= INT32_MAX else tl.int64
+    span = max(image_span(tensor) for tensor in tensors if tensor is not None)
+    return tl.int32 if max(rows, span) <= INT32_MAX else tl.int64
 
 
 def vector_width(tensor: torch.Tensor, dims: int) -> int:
@@ -78,30 +78,22 @@ def run(kernel, programs: int, device: torch.device, *args, **kwargs):
 runner = run
 
 
-def launch(kernel, programs: int, device: torch.device, *args, **kwargs) -> None:
-    """Runs ``programs`` programs of a kernel. Every launch of the package goes through here or a ``Plan``."""
-    _check_programs(programs)
-    runner(kernel, programs, device, *args, **OPTIONS, **kwargs)
-
-
-def _check_programs(programs: int) -> None:
-    if programs > MOST_PROGRAMS:
-        raise ValueError(f"{programs} tiles of pixels are more than the 2^31 - 1 that can be done at once")
-
-
 # --------------------------------------------------------------------------------------------- plans
 class Plan:
-    """A launch without its tensors: what their layouts, dtypes and modes decide.
+    """A launch of ``programs`` programs without its tensors: what their layouts, dtypes and modes decide.
 
-    Arguments as of ``launch``; of the tensors among ``args`` only the places are kept, and a call names the
-    tensors in that order. Triton finds the compiled kernel by looking at every argument; here they are known
-    but for the pointers' alignment, so that it is asked once for each.
+    Every launch of the package is one. Of the tensors among ``args`` only the places are kept, and a call
+    names the tensors in that order. Triton finds the compiled kernel by looking at every argument; here they
+    are known but for the pointers' alignment, so that it is asked once for each.
     """
 
     __slots__ = ("args", "compiled", "device", "kernel", "kwargs", "module", "places", "programs", "rest")
 
     def __init__(self, kernel, programs: int, device: torch.device, *args, **kwargs) -> None:
-        _check_programs(programs)
+        if programs > MOST_PROGRAMS:
+            raise ValueError(
+                f"{programs} tiles of pixels are more than the 2^31 - 1 that can be done at once"
+            )
         self.kernel, self.programs, self.device = kernel, programs, device
         self.places = [i for i, argument in enumerate(args) if isinstance(argument, torch.Tensor)]
         self.args = [None if isinstance(argument, torch.Tensor) else argument for argument in args]

@@ -21,26 +21,6 @@ def channel_dim(tensor: torch.Tensor, dims: int) -> int:
     return tensor.dim() - dims - 1
 
 
-def image_strides(tensor: torch.Tensor, dims: int) -> tuple[int, ...]:
-    """Strides of (N, C, ...) by (image, channel, x, y, z)."""
-    stride = tensor.stride()
-    return stride[0], stride[-1 - dims], *axes(stride[-dims:])
-
-
-def output_strides(tensor: torch.Tensor, dims: int) -> tuple[int, ...]:
-    """Strides of (N, C, ...) or (N, T, C, ...) by (image, transform, channel, x, y, z)."""
-    n, *rest = image_strides(tensor, dims)
-    return n, tensor.stride(1) if channel_dim(tensor, dims) == 2 else 0, *rest
-
-
-def coordinate_strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
-    """Strides of (N, T, ..., dims) by (image, component, x, y, z, transform)."""
-    if tensor is None:
-        return (0,) * 6
-    stride = tensor.stride()
-    return stride[0], stride[-1], *axes(stride[2:-1]), stride[1]
-
-
 def source_strides(source: int, params: torch.Tensor) -> tuple[int, ...]:
     """The five strides of a source's parameters (``spec.Params``). A batch of 1 is broadcast."""
     strides = params.stride()

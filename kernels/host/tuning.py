@@ -162,8 +162,12 @@ def search(
     return current, best, first
 
 
-def _pixels(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
-    yield from _scaled(fields, "rows", 1, 64)
+def _scaled(problem: Problem, fields: Fields, name: str, low: int, high: int) -> Iterator[dict[str, int]]:
+    """Twice and half as much of a field, if it is there."""
+    if name in fields:
+        for value in (fields[name] * 2, fields[name] // 2):
+            if low <= value <= high:
+                yield {**fields, name: value}
 
 
 def _shape(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
@@ -178,7 +182,7 @@ def _shape(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
 
 def _channels(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
     if problem.channels_last:
-        yield from _scaled(fields, "channels", 1, min(configs.power_of_2(problem.channels), 256))
+        yield from _scaled(problem, fields, "channels", 1, min(configs.power_of_2(problem.channels), 256))
 
 
 def _unroll(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
@@ -187,21 +191,9 @@ def _unroll(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
             yield {**fields, "unroll": unroll}
 
 
-def _warps(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
-    yield from _scaled(fields, "warps", 1, 16)
-
-
-def _waves(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
-    yield from _scaled(fields, "waves", 2, 64)
-
-
 def _group(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
     if problem.source == Source.TPS and not problem.kernel.startswith("grid"):
-        yield from _scaled(fields, "group", 1, 8)
-
-
-def _gather(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
-    yield from _scaled(fields, "candidates", 16, 4096)
+        yield from _scaled(problem, fields, "group", 1, 8)
 
 
 def _sum(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
@@ -209,44 +201,37 @@ def _sum(problem: Problem, fields: Fields) -> Iterator[dict[str, int]]:
         yield {**fields, "sorted": 1 - fields["sorted"]}
 
 
-NEIGHBOURS = (_warps, _pixels, _shape, _channels, _unroll, _waves, _group, _gather, _sum)
-
-
-def _scaled(fields: Fields, name: str, low: int, high: int) -> Iterator[dict[str, int]]:
-    """Twice and half as much of a field, if it is there."""
-    if name in fields:
-        for value in (fields[name] * 2, fields[name] // 2):
-            if low <= value <= high:
-                yield {**fields, name: value}
+_warps = functools.partial(_scaled, name="warps", low=1, high=16)
+_rows = functools.partial(_scaled, name="rows", low=1, high=64)
+_waves = functools.partial(_scaled, name="waves", low=2, high=64)
+_candidates = functools.partial(_scaled, name="candidates", low=16, high=4096)
+NEIGHBOURS = (_warps, _rows, _shape, _channels, _unroll, _waves, _group, _candidates, _sum)
 
 
 def device_time(run: Callable[[], Any], device: torch.device, repeats: int = 9) -> float:
     """Milliseconds of a run on the device: the median of ``repeats``."""
     from .launch import on_device  # not before: it imports triton
 
+    module: Any = torch.get_device_module(device)
     with on_device(device):  # whose streams the events are recorded on
-        return _device_time(run, torch.get_device_module(device), device, repeats)
-
-
-def _device_time(run: Callable[[], Any], module: Any, device: torch.device, repeats: int) -> float:
-    run()  # compiles
-    module.synchronize(device)
-    begin = time.perf_counter()
-    run()
-    module.synchronize(device)
-    # as long as the host takes to send a run: the device must not wait for it
-    wait = int(min(time.perf_counter() - begin, 0.01) * 2e9)
-    pairs = []
-    for _ in range(repeats):
-        pair = module.Event(enable_timing=True), module.Event(enable_timing=True)
-        if hasattr(module, "_sleep"):
-            module._sleep(wait)
-        pair[0].record()
+        run()  # compiles
+        module.synchronize(device)
+        begin = time.perf_counter()
         run()
-        pair[1].record()
-        pairs.append(pair)
-    module.synchronize(device)
-    return statistics.median(start.elapsed_time(end) for start, end in pairs)
+        module.synchronize(device)
+        # as long as the host takes to send a run: the device must not wait for it
+        wait = int(min(time.perf_counter() - begin, 0.01) * 2e9)
+        pairs = []
+        for _ in range(repeats):
+            pair = module.Event(enable_timing=True), module.Event(enable_timing=True)
+            if hasattr(module, "_sleep"):
+                module._sleep(wait)
+            pair[0].record()
+            run()
+            pair[1].record()
+            pairs.append(pair)
+        module.synchronize(device)
+        return statistics.median(start.elapsed_time(end) for start, end in pairs)
 
 
 # What tells how long a run takes. ``bench.tune`` compiles here first, in many processes, and times nothing.
