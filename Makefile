@@ -19,18 +19,19 @@ if workers > 1 and importlib.util.find_spec("xdist"):
 endef
 export WORKERS
 
-# The supported versions of Triton before the newest, each beside the PyTorch at hand. Versions share the eight parts
+# The supported versions of Triton before the newest, each beside the PyTorch at hand. Versions share the 16 parts
 # of the subset of specialisations, as compiling takes long: the newest compiles what these leave.
 OLDER := 3.6 3.7 3.8
 REQUIREMENTS_3.6 := 'triton==3.6.*' 'numpy<2.4'
 REQUIREMENTS_3.7 := 'triton==3.7.*'
 REQUIREMENTS_3.8 := 'triton==3.8.*'
-PARTS_3.6 := 1 2 3
-PARTS_3.7 := 4
-PARTS_3.8 := 5
+PARTS_3.6 := 1 2 3 4 5 6
+PARTS_3.7 := 7 8
+PARTS_3.8 := 9 10
 PART = tests/test_compile.py::test_specialisations_compile
-EXECUTED = tests/test_compiled.py::test_compiled_code_is_right_and_stays_in_its_tensors[every_triton]
-OLDER_TESTS = tests/test_triton_versions.py '$(EXECUTED)' $(PARTS_$*:%='$(PART)[%]')
+# The oldest one's compiled code is executed too, as the newest's is.
+EXECUTED_3.6 = 'tests/test_compiled.py::test_compiled_code_is_right_and_stays_in_its_tensors[every_triton]'
+OLDER_TESTS = tests/test_triton_versions.py $(EXECUTED_$*) $(PARTS_$*:%='$(PART)[%]')
 # The parts as version:part; what a Triton that could not be had has not compiled, the newest compiles too.
 SHARED := $(foreach v,$(OLDER),$(PARTS_$v:%=$v:%))
 

@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # What decides a measurement, for trees that have no git.
-SOURCES = ("stn_triton/*.py", "kernels/*.py", "kernels/**/*.json", "bench/*.py")
+SOURCES = ("stn_triton/**/*.py", "kernels/**/*.py", "kernels/**/*.json", "bench/*.py")
 
 
 def accelerator() -> torch.device | None:

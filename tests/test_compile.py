@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARDS = 8
+SHARDS = 16
 
 
 def compile_specialisations(*arguments):

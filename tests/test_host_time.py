@@ -291,13 +291,16 @@ with host.launching_nowhere():
     effort = host.Effort(3, 8, 20)
     for step, function in host.passes(host.cases(torch.device("cpu"))["affine_grid_sample"]).items():
         bare = host.record(function).launch_bare
-        for _ in range(8):
+        for _ in range(20):
             ratio = host.microseconds(function, effort) / host.microseconds(bare, effort)
             found["ratio"][step] = min(ratio, found["ratio"].get(step, ratio))
             if ratio < 1.2:
                 break
 print(json.dumps(found))
 """
+
+
+once = pytest.mark.xdist_group("compiled")  # in one process, which compiles once
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +312,7 @@ def compiled():
     return json.loads(result.stdout)
 
 
+@once
 def test_a_kept_kernel_is_launched_as_triton_does(compiled):
     """The same kernel with the same arguments, of which Triton is asked once for each alignment."""
     for case in ("aligned", "unaligned"):
@@ -321,6 +325,7 @@ def test_a_kept_kernel_is_launched_as_triton_does(compiled):
     assert compiled["aligned again"] == [[aligned], []]
 
 
+@once
 def test_debugging_goes_through_triton(compiled):
     """Kernels are kept of Triton's usual settings only; under others it is asked each time."""
     (first, looked_up), (again, looked_up_again) = compiled["debug"]
@@ -330,6 +335,7 @@ def test_debugging_goes_through_triton(compiled):
     assert compiled["no debug"] == [compiled["aligned"][0][0], []]
 
 
+@once
 @pytest.mark.parametrize("step", PASSES)
 def test_a_call_takes_about_as_long_as_its_bare_launches(compiled, step):
     """0.7 to 1.5 of it by Triton's version, autograd included; with each launch planned anew 2 or more."""

@@ -232,7 +232,15 @@ def choose(device: torch.device, problem: Problem) -> Tile:
     tile, fields = _settled(device, problem, tile._replace(group=group))
     if not spline:
         tile = tile._replace(group=1)
-    return _shared(device, problem, tile, fields)
+    tile = _shared(device, problem, tile, fields)
+    # Where there are more programs than processors ask for, half the lanes do the work of each: four pixels
+    # share what a program sets up, and their loads are in flight together.
+    kernels, sources = ("forward", "backward parameters"), (Source.AFFINE, Source.PROJECTIVE)
+    shares = problem.kernel in kernels and problem.source in sources and channels <= 4 and taps <= 4
+    averages = problem.interpolation == Interpolation.AVERAGED  # whose samples share the set-up too
+    if shares and not averages and tile.steps > 1 and "warps" not in fields:
+        tile = tile._replace(warps=2)
+    return tile
 
 
 def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]:

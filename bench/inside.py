@@ -1,0 +1,140 @@
+"""What the hardware counted inside the kernels of some cases: ``python -m bench.inside --out DIR CASE...``.
+
+Runs ours and one rival on each case under NVIDIA's Nsight Compute, once, and prints a line for each kernel:
+device time, share of the memory's bandwidth, share of the cycles in which a scheduler issued, wavefronts of
+L1, registers, resident warps and what warps waited for. DIR/counters.csv has all that was counted. Nothing is
+timed here: kernels run with cold caches, one after the other, many times over. The clocks stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from . import machine, rivals, timing
+from .cases import CASES, Case, make_inputs
+
+SECTIONS = (
+    "SpeedOfLight",
+    "MemoryWorkloadAnalysis",
+    "MemoryWorkloadAnalysis_Tables",
+    "SchedulerStats",
+    "WarpStateStats",
+    "InstructionStats",
+    "LaunchStats",
+    "Occupancy",
+)
+# What is printed of it: a heading and the metric; of a name that this GPU has not, nothing.
+PRINTED = (
+    ("us", "gpu__time_duration.sum"),
+    ("DRAM %", "dram__throughput.avg.pct_of_peak_sustained_elapsed"),
+    ("L2 %", "lts__throughput.avg.pct_of_peak_sustained_elapsed"),
+    ("L1 %", "l1tex__throughput.avg.pct_of_peak_sustained_active"),
+    ("L1 hits %", "l1tex__t_sector_hit_rate.pct"),
+    ("issue %", "smsp__issue_active.avg.pct_of_peak_sustained_active"),
+    ("issue/cycle", "smsp__issue_active.avg.per_cycle_active"),
+    ("instructions", "smsp__inst_executed.sum"),
+    ("registers", "launch__registers_per_thread"),
+    ("warps %", "sm__warps_active.avg.pct_of_peak_sustained_active"),
+    ("programs", "launch__grid_size"),
+    ("threads", "launch__block_size"),
+)
+STALLS = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
+MARK = "bitwise_xor"  # an operator of PyTorch's that no case runs: its kernel begins a group
+
+
+def groups(cases: Sequence[Case], rival: str) -> list[tuple[Case, rivals.Rival]]:
+    """In the order in which they run: ours and the rival on each case."""
+    chosen = [rivals.OURS, *(one for one in rivals.RIVALS if one.name == rival)]
+    return [(case, one) for case in cases for one in chosen]
+
+
+def run(cases: Sequence[Case], rival: str, device: torch.device) -> None:
+    """In the process that is counted: each call once, after one that compiles, and a mark before each."""
+    mark = torch.zeros(1, dtype=torch.int32, device=device)
+    for case, one in groups(cases, rival):
+        with timing.own_stream(device):
+            try:
+                call = rivals.prepare(case, one, make_inputs(case, device))
+                call()
+            except rivals.Missing:
+                call = None
+            timing.synchronize(device)
+            torch.cuda.profiler.start()
+            mark.bitwise_xor_(mark)
+            if call is not None:
+                call()
+            timing.synchronize(device)
+            torch.cuda.profiler.stop()
+        del call
+        torch.cuda.empty_cache()
+
+
+def report(lines: Iterable[str], cases: Sequence[Case], rival: str) -> list[str]:
+    """The table of what ``ncu --csv --page raw`` wrote."""
+    rows = list(csv.DictReader(line for line in lines if line.startswith('"')))
+    units, rows = (rows[0], rows[1:]) if rows else ({}, [])  # a line of units follows the heads
+    waiting, found = iter(groups(cases, rival)), []
+    for row in rows:
+        name = row.get("Kernel Name", "")
+        if MARK in name.lower() or "BitwiseXor" in name:
+            case, one = next(waiting)
+            found.append(f"\n{case.id}: {one.name}")
+            continue
+        said = [f"{head} {row[key]} {units.get(key, '')}".strip() for head, key in PRINTED if row.get(key)]
+        stalls = {
+            key.removeprefix(STALLS[0]).removesuffix(STALLS[1]): float(value.replace(",", ""))
+            for key, value in row.items()
+            if key.startswith(STALLS[0]) and key.endswith(STALLS[1]) and value
+        }
+        most = sorted(stalls.items(), key=lambda item: -item[1])[:4]
+        said += ["waits: " + ", ".join(f"{what} {value:.1f}" for what, value in most)] if most else []
+        found.append(f"  {name[:60]}: " + "; ".join(said))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "cases", nargs="+", metavar="CASE", help="the beginning of an id that the sweep lists"
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/inside"), help="the folder for counters.csv")
+    parser.add_argument("--rival", default="eager", help="what runs beside ours")
+    parser.add_argument("--counted", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    cases = [case for case in CASES if any(case.id.startswith(text) for text in options.cases)]
+    device = machine.accelerator()
+    tool = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
+    if device is None or device.type != "cuda":
+        print("no NVIDIA GPU: nothing can be counted here", file=sys.stderr)
+        return 2
+    if options.counted:
+        run(cases, options.rival, device)
+        return 0
+    if tool is None:
+        print("Nsight Compute (ncu) is not installed", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "counters.csv"
+    command = [tool, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
+    for section in SECTIONS:
+        command += ["--section", section]
+    command += ["--log-file", str(file), "--target-processes", "application-only"]
+    command += [sys.executable, "-m", "bench.inside", "--counted", "--rival", options.rival, *options.cases]
+    code = subprocess.run(command, cwd=machine.ROOT, check=False).returncode
+    said = file.read_text(errors="replace").splitlines() if file.exists() else []
+    print("\n".join(report(said, cases, options.rival)))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
