@@ -116,7 +116,7 @@ def derivatives(function, tensors):
 def test_vmap(anywhere, device, name, mode):
     """Over any of the arguments and any of their dimensions: the samples and all derivatives."""
     tensors, size = arguments(name, device)
-    for what, function in derivatives(sampler(name, size, mode, "mixed"), tensors).items():
+    for what, function in derivatives(sampler(name, size, mode, "reflection"), tensors).items():
         choices = [(0, None), (None, 0), (1, 2)]
         if len(tensors) == 3:
             choices = [(*dims, None) for dims in choices] + [(None, None, 1), (0, None, 0), (1, 0, 0)]
@@ -238,7 +238,7 @@ def test_vmap_over_one_or_none(anywhere, device, name):
 def test_jacobians_and_hessians(anywhere, device, name, mode):
     """Of all arguments, by ``torch.func`` and by ``torch.autograd.functional``, in every order."""
     tensors, size = arguments(name, device, images=1)
-    function = sampler(name, size, mode, "mixed")
+    function = sampler(name, size, mode, "mixed" if mode == "bilinear" else "reflection")
     everything = tuple(range(len(tensors)))
 
     def loss(*args):
