@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from common import TAPPED, assert_close, number_of, pairwise, place, random_theta
+from conftest import ON_GPU
 
 from stn_triton import reference
 from stn_triton.kernels.device import affine, sources
@@ -25,6 +26,9 @@ from stn_triton.kernels.spec import SPECIALIZATION, Sizes, Spec, Work
 INTERPOLATIONS = pytest.mark.parametrize("interpolation", TAPPED, ids=lambda i: i.name.lower())
 PADDINGS = pytest.mark.parametrize("padding", list(Padding), ids=lambda p: p.name.lower())
 ALIGN = pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "centres"])
+LANES_OF_THEIR_OWN = pytest.mark.skipif(
+    ON_GPU, reason="lanes with a map each are no compiled kernel's: the interpreter takes thousands at once"
+)
 # Outputs get the lanes beyond this many candidates: never, or always.
 WAYS = {"by_pixel": 10**9, "by_output": 0}
 
@@ -509,6 +513,7 @@ def _aimed(matrices, in_size, size, align_corners, generator):
     ids=["affine", "affine-floats", "projective"],
 )
 @ALIGN
+@LANES_OF_THEIR_OWN
 def test_no_reader_is_left_out(device, source, fixed_point, align_corners):
     """Thousands of matrices: every output whose coordinates lie within a pixel of q is a candidate of q."""
     generator = torch.Generator().manual_seed(1)
@@ -532,6 +537,7 @@ def test_no_reader_is_left_out(device, source, fixed_point, align_corners):
 @pytest.mark.parametrize("flatness", [1e-2, 1e-3, 4e-4])
 @pytest.mark.parametrize("zoom", [0.05, 1.0, 100.0])
 @pytest.mark.parametrize("fixed_point", [True, False], ids=["fixed-point", "floats"])
+@LANES_OF_THEIR_OWN
 def test_minors_that_cancel(device, fixed_point, zoom, flatness):
     """Volumes flattened along z: along x their inverse is harmless, and made of minors that cancel.
 

@@ -218,13 +218,13 @@ def choose(device: torch.device, problem: Problem) -> Tile:
         unroll = min(-(-channels // width), 4) if lanes == 8 else 1
         pixels = max(128 * vector // width * (2 if taps <= 8 and unroll == 1 else 1), 8)
         columns_tile = min(power_of_2(columns), pixels)
-        warps = 4 if element_size < 4 else 8
+        warps = 8 if element_size == 4 and not problem.backward else 4
         tile = Tile(pixels // columns_tile, columns_tile, width, unroll, warps, 1, 1)
     else:
         # What lanes wait for, the image's pixels, is hidden by other warps: one pixel a lane leaves registers
-        # for most of them. Two pay for single channels, for bytes, where many channels share the coordinates,
-        # and where few have sums by the parameters; four for splines, which compute rather than wait.
-        two = channels == 1 or element_size == 1 or (channels <= 4) == problem.backward
+        # for most of them. Two pay for single channels, for bytes, and where many channels share the
+        # coordinates; four for splines, which compute rather than wait.
+        two = channels == 1 or element_size == 1 or (channels > 4 and not problem.backward)
         pixels = 256 if taps <= 8 and two and not spline else 128
         warps = 1 if spline and not problem.backward else 4
         columns_tile = min(power_of_2(columns), _tile_columns(problem))
@@ -286,7 +286,7 @@ def _tile_columns(problem: Problem) -> int:
     Up to a turn of 45 degrees rows of 16 are as good as longer ones, beyond better. Where images' rows begin
     anywhere in a sector, each row of a tile writes parts of two, and longer ones waste less.
     """
-    if problem.channels > 4 or problem.backward:
+    if problem.channels > 4:
         return _patch_columns(problem.element_size)
     whole = problem.columns * problem.element_size % 64 == 0
     return 16 if whole and problem.element_size > 1 and problem.dims == 2 else 32
