@@ -128,8 +128,8 @@ _forced: LocalBlocks[tuple[tuple[str | None, str, int], ...]] = LocalBlocks("for
 _seen: LocalBlocks[list[tuple[Problem, NamedTuple]]] = LocalBlocks("seen")
 
 _NOTHING: Mapping[str, int] = {}
-# Programs wanted for each processor (see _shared): of those that go through channels, which end at different
-# times, more than of others, which have more to set up.
+# Programs wanted for each processor (see _shared). Those that go through many channels take long, and the last
+# ones are waited for: more of them. Others have more to set up.
 WAVES, WAVES_OF_CHANNELS = 8, 32
 
 
@@ -302,7 +302,8 @@ def prefers_sorted(device: torch.device, problem: Problem) -> bool:
 
 def waves(problem: Problem) -> int:
     """Programs wanted for each processor."""
-    return WAVES_OF_CHANNELS if problem.channels > 4 or problem.kernel == "gather" else WAVES
+    few = 64 if problem.channels_last else 0 if problem.kernel == "gather" else 4
+    return WAVES_OF_CHANNELS if problem.channels > few else WAVES
 
 
 def _shared(device: torch.device, problem: Problem, tile: Tile, fields: Mapping[str, Any]) -> Tile:
