@@ -128,8 +128,8 @@ _forced: LocalBlocks[tuple[tuple[str | None, str, int], ...]] = LocalBlocks("for
 _seen: LocalBlocks[list[tuple[Problem, NamedTuple]]] = LocalBlocks("seen")
 
 _NOTHING: Mapping[str, int] = {}
-# Programs wanted for each processor (see _shared). Those that go through many channels take long, and the last
-# ones are waited for: more of them. Others have more to set up.
+# Programs wanted for each processor (see _shared). Those that go through many channels take long, and the
+# last ones are waited for: more of them. Others have more to set up.
 WAVES, WAVES_OF_CHANNELS = 8, 32
 
 
