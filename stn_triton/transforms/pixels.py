@@ -29,7 +29,7 @@ from ..checks import (
     check_device,
     check_spatial_size,
     check_tensor,
-    refuse,
+    refuse_numbers,
     refuse_type,
     to_number,
 )
@@ -268,7 +268,7 @@ def _to_pair(centre: object) -> tuple[float, float]:
         return 0.0, 0.0
     numbers = to_numbers(centre)
     if numbers is None or len(numbers) != 2:
-        refuse(TypeError, "centre", "a tensor, two numbers or None", repr(centre))
+        refuse_numbers("centre", centre, "a tensor, two numbers or None")
     return numbers[0], numbers[1]
 
 
