@@ -293,8 +293,8 @@ def crop(boxes: Tensor, input_size: Sequence[int]) -> Tensor:
 
         affine_grid_sample(image[None], crop(boxes, image.shape[-2:])[None], size, padding_mode="border")[0]
 
-    for boxes in the image, whose parameters and image get gradients here. Without ``sampling_ratio`` it is the
-    same with ``antialias=True`` (16 samples an axis at most), without ``aligned`` with ``boxes + 0.5``.
+    for boxes in the image, whose parameters and image get gradients here. Without ``sampling_ratio`` it is
+    the same with ``antialias=True`` (16 samples an axis at most), without ``aligned`` with ``boxes + 0.5``.
     (``spatial_scale`` is a factor of the boxes. Samples more than one pixel beyond the outermost centres
     roi_align takes for 0. Its larger ratios average several samples a pixel, as the mean over a crop of so
     many times the size does.)
