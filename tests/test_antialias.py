@@ -270,6 +270,24 @@ def test_tracing_says_what_is_wrong():
         torch.jit.trace(lambda image: stn.affine_grid_sample(image, theta, (2, 3), antialias=True), image)
 
 
+@pytest.mark.parametrize("exported", [False, True], ids=["model", "program"])
+def test_onnx_says_what_is_wrong(exported):
+    """Of a model, where the exporter's further ways fail too, and of a program that is not decomposed."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+
+    class Smaller(torch.nn.Module):
+        def forward(self, image):
+            theta = torch.eye(2, 3)[None]
+            return stn.affine_grid_sample(image, theta, (2, 3), antialias=True, fill=0.5 * exported)
+
+    model, image = Smaller().eval(), torch.randn(1, 1, 4, 6)
+    if exported:
+        model = torch.export.export(model, (image,))
+    with pytest.raises(Exception, match="antialias=True cannot be exported"):
+        torch.onnx.export(model, (image,), dynamo=True, opset_version=20, verbose=False)
+
+
 @pytest.mark.parametrize("padding", ["zeros", "border"])
 def test_each_sub_sample_takes_the_fill(device, either_backend, padding):
     """Averages of samples that are filled, with gradients or without, and of bytes."""
