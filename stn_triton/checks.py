@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import calls
 from .kernels.host.dtypes import INTEGERS
-from .kernels.modes import MOST_SAMPLES, Interpolation, Padding, padding_code, paddings_of
+from .kernels.modes import MOST_SAMPLES, NAMED_PADDINGS, Interpolation, Padding, padding_code, paddings_of
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 WHOLE_NUMBERS = INTEGERS | {torch.int8, torch.int32, torch.int64}
@@ -22,7 +22,7 @@ INTERPOLATIONS = {
     "nearest": Interpolation.NEAREST,
     "bicubic": Interpolation.BICUBIC,
 }
-PADDINGS = {padding.name.lower(): padding for padding in Padding}
+PADDINGS = {padding.name.lower(): padding for padding in NAMED_PADDINGS}
 # A mode, or one for each axis, x first.
 PaddingMode = str | tuple[str, ...]
 
