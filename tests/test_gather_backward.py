@@ -19,12 +19,13 @@ from stn_triton.kernels.device.arithmetic import AFFINE
 from stn_triton.kernels.device.bounds import box_in_units, image_bounds, preimage
 from stn_triton.kernels.gather import gather_backward
 from stn_triton.kernels.host import configs
-from stn_triton.kernels.modes import Interpolation, Padding, Source
+from stn_triton.kernels.modes import NAMED_PADDINGS, Interpolation, Padding, Source
 from stn_triton.kernels.sample import sample_backward
 from stn_triton.kernels.spec import SPECIALIZATION, Sizes, Spec, Work
 
 INTERPOLATIONS = pytest.mark.parametrize("interpolation", TAPPED, ids=lambda i: i.name.lower())
 PADDINGS = pytest.mark.parametrize("padding", list(Padding), ids=lambda p: p.name.lower())
+NAMED = pytest.mark.parametrize("padding", NAMED_PADDINGS, ids=lambda p: p.name.lower())
 ALIGN = pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "centres"])
 LANES_OF_THEIR_OWN = pytest.mark.skipif(
     ON_GPU, reason="lanes with a map each are no compiled kernel's: the interpreter takes thousands at once"
@@ -137,7 +138,7 @@ def test_which_maps_are_mild(monkeypatch):
 @pairwise
 @pytest.mark.parametrize("way", list(WAYS))
 @INTERPOLATIONS
-@PADDINGS
+@NAMED
 def test_volumes(device, interpolation, padding, way):
     """3-D, with tiles that go over from one slice to the next."""
     modes = interpolation, padding, False
@@ -262,7 +263,7 @@ def _irregular():
 
 
 @pytest.mark.parametrize("name", list(_irregular()))
-@PADDINGS
+@NAMED
 def test_maps_without_an_inverse(device, padding, name):
     """As shipped: every output counts once, and nothing but the truth is written."""
     params = _irregular()[name][None].to(device)
