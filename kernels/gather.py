@@ -514,7 +514,8 @@ def _plan(grad_output: torch.Tensor, params: torch.Tensor, grad_input: torch.Ten
     rows = max(problem.rows, sizes[1][:-1].numel())
     index = index_dtype(grad_output, grad_input, params, rows=rows)
     # a tile at a border that outputs are clamped to is much work: no program gets several
-    steps = 1 if Padding.BORDER in paddings_of(modes[2], dims) else tile.steps
+    clamps = not {Padding.BORDER, Padding.FRAMED}.isdisjoint(paddings_of(modes[2], dims))
+    steps = 1 if clamps else tile.steps
     work = cut(problem, tile, modes, sizes, compute_dtypes(grad_input, params)[0], index, steps)
     transforms = grad_output.shape[1] if channel == 2 else 1
     return work.plan(
