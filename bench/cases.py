@@ -66,7 +66,8 @@ class Case:
     backward to both. ``shape`` is the image's, (N, C, *spatial); ``size`` the output's spatial size. The
     image has ``dtype``, a grid as well; other parameters are float32. ``shared``: one set of parameters for
     the batch. ``zoom``: about how much of the image's width is seen. ``turn``: by how many degrees, 0 for
-    those of ``affine_matrices``. ``fill``: what taps outside read. ``antialias``: of affine maps.
+    those of ``affine_matrices``. ``fill``: what taps outside read. ``antialias``: of affine maps, and of
+    homographies that shrink alike everywhere. ``boxes``: so many crops of each image.
     """
 
     row: str
@@ -77,7 +78,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
     mode: str = "bilinear"
-    padding: str = "zeros"
+    padding: str | tuple[str, ...] = "zeros"
     align_corners: bool = False
     deterministic: bool = False
     shared: bool = False
@@ -85,6 +86,7 @@ class Case:
     turn: int = 0
     fill: float | None = None
     antialias: bool = False
+    boxes: int = 0
 
     @property
     def id(self) -> str:
@@ -92,8 +94,11 @@ class Case:
         if self.size != self.shape[2:]:
             words.append("to_" + "x".join(map(str, self.size)))
         words.append(dtype_name(self.dtype))
-        words += [self.mode] * (self.mode != "bilinear") + [self.padding] * (self.padding != "zeros")
-        words += ["fill"] * (self.fill is not None) + [f"{self.turn}deg"] * bool(self.turn)
+        words += [self.mode] * (self.mode != "bilinear")
+        if self.padding != "zeros":
+            words.append(self.padding if isinstance(self.padding, str) else "+".join(self.padding))
+        words += ["fill"] * (self.fill is not None) + [f"boxes_{self.boxes}"] * (self.boxes > 0)
+        words += [f"{self.turn}deg"] * bool(self.turn)
         flags = ("channels_last", "align_corners", "deterministic", "shared", "antialias")
         return "-".join(words + [flag for flag in flags if getattr(self, flag)])
 
@@ -103,13 +108,17 @@ class Case:
 
     @property
     def samples(self) -> tuple[int, ...]:
-        """An output pixel's along each axis, in the order of ``size``: alike in all maps."""
+        """An output pixel's along each axis, in the order of ``size``: alike in all maps and places."""
         if not self.antialias:
             return (1,) * self.dims
-        in_size, size = (torch.tensor(n[::-1], dtype=torch.float64) for n in (self.shape[2:], self.size))
-        pixels = affine_matrices(1, self.dims, self.zoom, self.turn)[0, :, :-1] * in_size[:, None] / size
-        lengths = pixels.norm(dim=0)
-        return tuple(min(max(math.ceil(length - 1e-3), 1), 16) for length in reversed(lengths.tolist()))
+        numbers = (step_lengths(self) - 1e-3).ceil().clamp(1, 16).amax(0)
+        return tuple(int(number) for number in reversed(numbers.tolist()))
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The shape of the samples."""
+        several = (self.boxes,) * (self.boxes > 0)
+        return self.shape[0], *several, self.shape[1], *self.size
 
     @property
     def gradients(self) -> tuple[bool, bool]:
@@ -128,7 +137,8 @@ class Case:
         channels = min(self.shape[1], 8)
         spatial = tuple(min(n, most + axis) for axis, n in enumerate(self.shape[2:]))
         size = spatial if self.size == self.shape[2:] else tuple(n - 3 for n in spatial)
-        return dataclasses.replace(self, shape=(min(self.shape[0], 2), channels, *spatial), size=size)
+        shape = min(self.shape[0], 2), channels, *spatial
+        return dataclasses.replace(self, shape=shape, size=size, boxes=min(self.boxes, 3))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -141,6 +151,8 @@ PHOTOGRAPHS = (8, 3, 1234, 1345)
 FILM = (32, 3, 1080, 1920)
 MAPS = (64, 256, 56, 56)
 SHRUNK = (64, 3, 448, 448)
+PANORAMAS = (8, 3, 1024, 2048)
+PYRAMID = (1, 256, 200, 304)  # a detector's features of an image of 800 x 1216
 BF16 = torch.bfloat16
 
 
@@ -229,6 +241,7 @@ _LISTED = [
     case("antialias", "affine", "forward", *SHRUNK, size=(112, 112), antialias=True),
     case("antialias", "affine", "step", *SHRUNK, size=(112, 112), antialias=True),
     case("antialias", "affine", "image", *SHRUNK, size=(112, 112), antialias=True, channels_last=True),
+    case("antialias", "projective", "forward", *SHRUNK, size=(112, 112), antialias=True, zoom=0.87),
     case("other", "projective", "forward", *FRAMES, align_corners=True),
     case("other", "flow", "forward", *FRAMES),
     case("other", "affine", "forward", *FRAMES, shared=True),
@@ -236,6 +249,8 @@ _LISTED = [
     case("other", "projective", "step", *FRAMES, align_corners=True),
     case("other", "flow", "step", *FRAMES),
     case("other", "flow", "forward", *FRAMES, shared=True),
+    case("other", "affine", "forward", *PANORAMAS, padding=("circular", "border"), zoom=1.2),
+    case("other", "affine", "forward", *PYRAMID, size=(7, 7), padding="border", boxes=512),
 ]
 
 
@@ -274,6 +289,29 @@ def affine_matrices(count: int, dims: int, zoom: float, turn: int = 0) -> Tensor
     return theta
 
 
+def crops(count: int, boxes: int, dims: int) -> Tensor:
+    """(count, boxes, dims, dims + 1) float64: boxes in the image, of a tenth to a third of its sides."""
+    spread = torch.linspace(0, 1, boxes, dtype=torch.float64)
+    along = torch.stack([(spread * (7 + 4 * k)) % 1 for k in range(dims)], -1)  # all over the image
+    half = 0.1 + 0.2 * along.roll(1, -1)
+    centre = (2 * along - 1) * (1 - half)
+    return torch.cat([half.diag_embed(), centre.unsqueeze(-1)], -1).expand(count, -1, -1, -1)
+
+
+def step_lengths(case: Case) -> Tensor:
+    """(places, dims) float64: the steps of an output pixel, x first, in input pixels, all over the output."""
+    in_size, size = (torch.tensor(n[::-1], dtype=torch.float64) for n in (case.shape[2:], case.size))
+    matrix = make_params(case)
+    linear = matrix[:, : case.dims, :-1]
+    if case.source == "projective":  # of A p + t over w: (A - place times the row of w) over w
+        lines = [torch.linspace(-1, 1, 17, dtype=torch.float64) for _ in case.size]
+        points = torch.cartesian_prod(*lines, torch.ones(1, dtype=torch.float64))
+        place = (points @ matrix.mT).unsqueeze(-1)
+        linear, last = matrix[:, None, :2, :2], matrix[:, None, 2:, :2]
+        linear = (linear - place[:, :, :2] / place[:, :, 2:] * last) / place[:, :, 2:]
+    return (linear * in_size[:, None] / size).norm(dim=-2).view(-1, case.dims)
+
+
 def waves(count: int, size: tuple[int, ...]) -> Tensor:
     """(count, *size, dims) float64: smooth displacements between -1 and 1, as flows have them."""
     axes = torch.meshgrid(*(torch.linspace(-3, 3, n, dtype=torch.float64) for n in size), indexing="ij")
@@ -285,6 +323,8 @@ def waves(count: int, size: tuple[int, ...]) -> Tensor:
 def make_params(case: Case) -> Tensor:
     """float64, on the CPU: theta, homography, points, flow in pixels, or a grid."""
     count = 1 if case.shared else case.shape[0]
+    if case.boxes:
+        return crops(count, case.boxes, case.dims)
     theta = affine_matrices(count, case.dims, case.zoom, case.turn)
     if case.source == "affine":
         return theta
@@ -313,7 +353,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
     dtype = case.dtype if case.source == "grid" else torch.float32
     params = make_params(case).to(dtype).to(device)
-    return Inputs(noise(*case.shape), params, noise(*case.shape[:2], *case.size))
+    return Inputs(noise(*case.shape), params, noise(*case.outputs))
 
 
 def lattice() -> Tensor:
@@ -332,7 +372,7 @@ def bytes_moved(case: Case, share: float) -> int:
     item = case.dtype.itemsize
     read = share * math.prod(case.shape) * item
     image = math.prod(case.shape) * item
-    output = math.prod(case.shape[:2]) * math.prod(case.size) * item
+    output = math.prod(case.outputs) * item
     params = params_bytes(case)
     forward = read + output + params
     by_image, by_params = case.gradients
@@ -358,4 +398,4 @@ def params_bytes(case: Case) -> int:
         "tps": 2 * CONTROLS**2,
         "flow": case.dims * math.prod(case.size),
     }
-    return 4 * count * numbers[case.source]
+    return 4 * count * max(case.boxes, 1) * numbers[case.source]

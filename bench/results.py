@@ -44,7 +44,8 @@ class Entry:
     """A case and what was measured of it.
 
     ``status``: "done", "failed" (``why``; or a rival's result is wrong or failed) or "running" (the process
-    ended in it). ``bytes``: the fewest that it moves; ``share_read``: of the image's pixels.
+    ended in it). ``bytes``: the fewest that it moves; ``share_read``: of the image's pixels;
+    ``bytes_of_floats``: of integers, the fewest for whoever samples a copy in float32, as torchvision does.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Entry:
     attempts: int = 1
     share_read: float | None = None
     bytes: int | None = None
+    bytes_of_floats: int | None = None
     measurements: list[Measurement] = dataclasses.field(default_factory=list)
 
     def times(self) -> dict[str, float]:
@@ -229,9 +231,21 @@ def table(results: Results) -> str:
     absent = sorted({m.why for entry in results.entries for m in entry.measurements if "imported" in m.why})
     lines += [f"missing: {why}" for why in absent]
     lines += [f"memory of {text}" for text in memory(results)]
+    lines += [f"bytes of {text}" for text in traffic(results)]
     if results.not_reached:
         lines.append(f"{len(results.not_reached)} cases not reached for want of time")
     return "\n".join(lines)
+
+
+def traffic(results: Results) -> list[str]:
+    """What images of integers move at least, beside a copy in float32 as torchvision samples it."""
+    found = []
+    for entry in results.entries:
+        if entry.bytes and entry.bytes_of_floats:
+            ours, floats = entry.bytes, entry.bytes_of_floats
+            shown = f"ours {ours / 1e6:.3g} MB, torchvision's floats {floats / 1e6:.3g} MB"
+            found.append(f"{entry.id}: {shown} ({floats / ours:.2f}x)")
+    return found
 
 
 def memory(results: Results) -> list[str]:

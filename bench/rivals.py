@@ -94,8 +94,12 @@ def grid_maker(case: Case, like: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda grid: grid
     if case.source == "affine":
         finer = [n * samples for n, samples in zip(case.size, case.samples, strict=True)]
-        shape = [1 if case.shared else case.shape[0], 1, *finer]
-        return functools.partial(F.affine_grid, size=shape, align_corners=case.align_corners)
+        shape = [(1 if case.shared else case.shape[0]) * max(case.boxes, 1), 1, *finer]
+        grid_of = functools.partial(F.affine_grid, size=shape, align_corners=case.align_corners)
+        return (lambda theta: grid_of(theta.flatten(0, 1))) if case.boxes else grid_of
+    if case.antialias:
+        size = tuple(n * samples for n, samples in zip(case.size, case.samples, strict=True))
+        case = dataclasses.replace(case, size=size, antialias=False)
     base = base_grid(case, like)
     if case.source == "flow":
         sizes = torch.tensor(case.shape[:1:-1], dtype=like.dtype, device=like.device)
@@ -123,14 +127,39 @@ def sample(case: Case, image: Tensor, grid: Tensor, samples: tuple[int, ...] = (
     if case.shared:
         grid = grid.expand(image.shape[0], *grid.shape[1:])
     wide = image if image.is_floating_point() else image.to(grid.dtype)
-    if case.fill is None:
+    if case.boxes:  # PyTorch has one output of an image: each gets a view of it, in a batch of copies
+        wide = wide.repeat_interleave(case.boxes, 0)
+    if case.fill is None and "circular" in paddings(case):
+        output = F.grid_sample(*unrolled(case, wide, grid), **modes(case) | {"padding_mode": "border"})
+    elif case.fill is None:
         output = F.grid_sample(wide, grid, **modes(case))
     else:
         output = F.grid_sample(torch.cat([wide, torch.ones_like(wide[:, :1])], 1), grid, **modes(case))
         output = output[:, :-1] + (1 - output[:, -1:]) * case.fill
     if case.antialias:  # PyTorch has nothing of the kind: the grid is the finer one of ``grid_maker``
         output = (F.avg_pool2d if case.dims == 2 else F.avg_pool3d)(output, samples or case.samples)
+    if case.boxes:
+        output = output.unflatten(0, (-1, case.boxes))
     return output if image.is_floating_point() else output.round().to(image.dtype)
+
+
+def paddings(case: Case) -> tuple[str, ...]:
+    """Of each axis, x first."""
+    return (case.padding,) * case.dims if isinstance(case.padding, str) else case.padding
+
+
+def unrolled(case: Case, image: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Circular padding in PyTorch's terms: coordinates are brought into the image, which gets a pixel more at
+    either end of such an axis. The other axes have border padding. Bilinear, edges at -1 and 1."""
+    if case.mode != "bilinear" or case.align_corners or not {"circular", "border"}.issuperset(paddings(case)):
+        raise Missing("circular padding beside border padding is made of PyTorch's for bilinear samples")
+    ends, axes = list[int](), list[Tensor]()
+    for size, padding, x in zip(image.shape[:1:-1], paddings(case), grid.unbind(-1), strict=True):
+        wraps = padding == "circular"
+        ends += [int(wraps)] * 2
+        pixel = ((x + 1) * size - 1) / 2
+        axes.append((2 * pixel.remainder(size) + 3) / (size + 2) - 1 if wraps else x)
+    return F.pad(image, ends, mode="circular"), torch.stack(axes, -1)
 
 
 # ------------------------------------------------------------------------------------------- the samplers
@@ -166,6 +195,7 @@ def eager(case: Case, inputs: Inputs, cudnn: bool = False) -> Sampler:
     if cudnn:
         half = case.dtype == torch.bfloat16
         fits = case.mode == "bilinear" and case.padding == "zeros" and case.align_corners
+        fits = fits and not case.boxes
         if inputs.image.device.type != "cuda" or not fits or case.dims != 2 or half or case.shape[1] > 1024:
             raise Missing("cuDNN samples 4-D, bilinear, zeros, align_corners=True, no bfloat16, on CUDA")
     make = grid_maker(case, inputs.params)
@@ -249,8 +279,8 @@ def kornia(case: Case, inputs: Inputs) -> Sampler:
     that solves for the weights has the control points' places in the input as centres, which makes another
     spline than everybody's: its sampler gets the usual weights instead, by a product in place of the solving.
     """
-    if case.antialias:
-        raise Missing("kornia's warps do not average over footprints")
+    if case.antialias or case.boxes or "circular" in paddings(case):
+        raise Missing("kornia's warps do not average, do not wrap, and have one map for each image")
     if case.dims != 2 or case.source not in ("affine", "projective", "tps") or case.shared:
         raise Missing("kornia warps 2-D images by affine maps, homographies and splines, one for each image")
     if not case.align_corners:
@@ -313,6 +343,25 @@ def torchvision(case: Case, inputs: Inputs) -> Sampler:
     return lambda image, params: v2.perspective(image, None, None, bilinear, coefficients=numbers)
 
 
+def roi_align(case: Case, inputs: Inputs) -> Sampler:
+    """torchvision's crops of boxes: with one sample of a bin they are bilinear samples at its middle."""
+    plain = case.mode == "bilinear" and case.padding == "border" and not case.align_corners
+    if not case.boxes or case.dims != 2 or not plain:
+        raise Missing("for boxes of an image, bilinear, 2-D, border padding, without aligned corners")
+    operators = optional("torchvision.ops")
+    height, width = case.shape[2:]
+    sides = torch.tensor([width, height]).to(inputs.params)
+
+    def sampler(image: Tensor, theta: Tensor) -> Tensor:
+        half, centre = theta[..., :2].diagonal(dim1=-2, dim2=-1), theta[..., 2]
+        corners = torch.cat([centre - half, centre + half], -1)
+        boxes = ((corners + 1) / 2 * torch.cat([sides, sides])).to(image.dtype)
+        found = operators.roi_align(image, list(boxes), case.size, sampling_ratio=1, aligned=True)
+        return found.unflatten(0, (-1, case.boxes))
+
+    return sampler
+
+
 def flag_gems(case: Case, inputs: Inputs) -> Sampler:
     """FlagGems' kernels in the place of PyTorch's."""
     module = optional("flag_gems")
@@ -345,6 +394,7 @@ RIVALS = (
     Rival("ours affine", ours, instead=as_affine),
     Rival("kornia", kornia),
     Rival("torchvision", torchvision),
+    Rival("roi_align", roi_align),
     Rival("flag_gems", flag_gems),
     Rival("half grid", half_grid, judged=False),
 )

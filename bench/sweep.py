@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from . import machine, rivals, timing
-from .cases import CASES, QUICK, ROWS, Case, Inputs, bytes_moved, dtype_name, make_inputs
+from .cases import CASES, QUICK, ROWS, Case, Inputs, bytes_moved, bytes_of_floats, dtype_name, make_inputs
 from .results import SAME, Entry, Measurement, Results, load, problems, table
 
 ATTEMPTS = 2  # at a case in which the process ended
@@ -123,6 +123,8 @@ def run_case(
         inputs, _ = bench(case)
         entry.share_read = rivals.share_read(case, inputs)
         entry.bytes = bytes_moved(case, entry.share_read)
+        if not case.dtype.is_floating_point:
+            entry.bytes_of_floats = bytes_of_floats(case, entry.share_read)
         for rival in chosen:
             found = measure(case, rival, bench, seconds)
             entry.measurements.append(found)

@@ -16,6 +16,9 @@ terms      Partial      Replicate        Partial          Partial, Partial, Part
 The channels of samples are dimension 2 where there are transforms. Control points are whole everywhere. An
 image that is sharded along its height or width is not left so: any pixel may be read for any other.
 
+A fill is sharded as the image's batch and channels are. What is made in plain PyTorch takes no DTensors:
+second derivatives with ``antialias=True``, and third ones.
+
 DTensor is told by :func:`register`, which the first function that is given a DTensor calls.
 """
 

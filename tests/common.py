@@ -13,6 +13,8 @@ from stn_triton.kernels.modes import Interpolation
 MODES = ("bilinear", "nearest", "bicubic")
 PADDINGS = ("zeros", "border", "reflection")  # PyTorch's
 ALL_PADDINGS = (*PADDINGS, "circular")
+# Of each axis another padding, x first: what repeats the image, beside what does not.
+MIXED = {2: ("reflection", "circular"), 3: ("circular", "zeros", "reflection")}
 # Of one place; averages over footprints are made of bilinear samples, and have tests of their own.
 TAPPED = [code for code in Interpolation if code != Interpolation.AVERAGED]
 
@@ -27,6 +29,11 @@ TOLERANCE = {
     torch.float16: 1.0e-3,  # 2^-11 by rounding to nearest, twice that for what float32 did before
     torch.bfloat16: 8.0e-3,  # 2^-8, and the interpreter truncates where GPUs round: 2^-7
 }
+
+
+def padding_of(name, dims):
+    """The ``padding_mode`` that a parametrisation's "mixed" stands for; any other name is one."""
+    return MIXED[dims] if name == "mixed" else name
 
 
 def number_of(variable, default):

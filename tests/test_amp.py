@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from common import MIXED
 from torch import nn
 
 import stn_triton as stn
@@ -20,12 +21,22 @@ def bent(points):
     return points + 0.1 * torch.randn_like(points)
 
 
+def with_options(function, **options):
+    return lambda image, params: function(image, params, **options)
+
+
 PARAMETERS = {
-    "affine": (stn.affine_grid_sample, lambda: torch.eye(2, 3) + 0.2 * torch.randn(2, 2, 3)),
+    "affine": (
+        with_options(stn.affine_grid_sample, padding_mode=MIXED[2]),
+        lambda: torch.eye(2, 3) + 0.2 * torch.randn(2, 2, 3),
+    ),
     "affine-several": (stn.affine_grid_sample, lambda: torch.eye(2, 3) + 0.2 * torch.randn(1, 3, 2, 3)),
-    "projective": (stn.projective_grid_sample, lambda: torch.eye(3) + 0.1 * torch.randn(2, 3, 3)),
+    "projective": (
+        with_options(stn.projective_grid_sample, antialias=True, size=(3, 3)),
+        lambda: torch.eye(3) + 0.1 * torch.randn(2, 3, 3),
+    ),
     "tps": (stn.tps_grid_sample, lambda: bent(stn.transforms.identity(2, "tps"))),
-    "flow": (stn.flow_grid_sample, lambda: torch.randn(2, 2, 6, 5)),
+    "flow": (with_options(stn.flow_grid_sample, fill=2.5), lambda: torch.randn(2, 2, 6, 5)),
 }
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from common import NAN, assert_close, place, random_theta
+from common import MIXED, NAN, assert_close, place, random_theta
 from test_fill import filled_centres
 from test_padding import witness_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -113,11 +113,11 @@ def maps(source, dims, dtype):
     [
         ("affine", (4, 6), (2, 3), "zeros", False, torch.float32, "gaps", None),
         ("affine", (3, 4), (2, 2), "reflection", True, torch.float64, "contiguous", None),
-        ("affine", (3, 4), (2, 2), "border", False, torch.float32, "channels_last", 0),
+        ("affine", (3, 4), (2, 2), ("circular", "border"), False, torch.float32, "channels_last", 0),
         ("affine", (2, 2, 2), (1, 1, 1), "border", False, torch.float32, "offset", 0),
-        ("affine", (2, 3, 2), (1, 2, 1), "zeros", True, torch.float32, "contiguous", None),
+        ("affine", (2, 3, 2), (1, 2, 1), MIXED[3], True, torch.float32, "contiguous", None),
         ("projective", (2, 34), (1, 17), "zeros", False, torch.float32, "contiguous", None),  # two cells
-        ("projective", (3, 3), (1, 2), "reflection", True, torch.float64, "contiguous", 0),
+        ("projective", (3, 3), (1, 2), "circular", True, torch.float64, "contiguous", 0),
     ],
 )
 def test_definition(source, in_size, size, padding, align_corners, dtype, layout, candidates):

@@ -1,8 +1,9 @@
 """Coordinates that mean nothing: NaN, infinities, and what no int32 and no float32 can place.
 
 ``grid_sample``'s docstring says what they read. With zeros padding: nothing. With border padding: NaN the
-first pixel, all else the border it is beyond. With reflection: NaN and infinities the place of coordinate
--1, the first pixel; finite ones some pixel of the image. What they read has no slope.
+first pixel, all else the border it is beyond. With reflection and circular padding: NaN and infinities the
+place of coordinate -1; finite ones some pixel of the image. What they read has no slope, but with circular
+padding, where it is the place's, for the image has no edge.
 """
 
 import itertools
@@ -13,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import MODES, NAN, PADDINGS, affine_witness, assert_close, pairwise, witness
+from common import MODES, NAN, PADDINGS, affine_witness, assert_close, padding_of, pairwise
+from test_padding import witness_of
 
 import stn_triton as stn
-from stn_triton import backend
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
@@ -52,24 +53,34 @@ def sample(input, grid, *modes):
     return output.detach(), weights, *torch.autograd.grad(output, (input, grid), weights)
 
 
+def paddings_of(padding, dims):
+    return (padding,) * dims if isinstance(padding, str) else padding
+
+
+def values_for(padding):
+    """Those whose place is told: huge ones are, where padding repeats the image, somewhere in it."""
+    repeats = {"reflection", "circular"}.intersection(paddings_of(padding, 1))
+    return NONFINITE if repeats else (*NONFINITE, *HUGE)
+
+
 def sense(grid, in_size, padding, align_corners):
     """Finite coordinates, by the documented rules, that read the same; and which components are still there.
 
     Written out by cases, and not as either backend computes it.
     """
     sane, free = grid.double().cpu().clone(), torch.ones_like(grid, dtype=torch.bool, device="cpu")
-    for k, size in enumerate(reversed(in_size)):
+    for k, (size, rule) in enumerate(zip(reversed(in_size), paddings_of(padding, len(in_size)))):
         x = sane[..., k].clone()
         extent = size - int(align_corners)
         if extent == 0:  # a finite number of zero extents is the one pixel; NaN and infinities are no number
-            sane[..., k] = torch.where(x.isfinite(), 0.0, -9.0 if padding == "zeros" else 0.0)
-            if padding == "zeros":
+            sane[..., k] = torch.where(x.isfinite(), 0.0, -9.0 if rule == "zeros" else 0.0)
+            if rule == "zeros":
                 free[..., k] = x.isfinite()
             continue
         far = ~(x.abs() < 2.0**20)
-        if padding == "zeros":  # nothing is read 9 image widths off
+        if rule == "zeros":  # nothing is read 9 image widths off
             sane[..., k] = torch.where(far, -9.0, x)
-        elif padding == "border":
+        elif rule == "border":
             sane[..., k] = x.nan_to_num(nan=-9.0).clamp(-9.0, 9.0)
         else:
             sane[..., k] = torch.where(far, -1.0, x)
@@ -81,11 +92,11 @@ def expected(input, grid, weights, mode, padding, align_corners):
     """As ``sample``, in float64, from finite coordinates."""
     sane, free = sense(grid, input.shape[2:], padding, align_corners)
     input, sane = input.double().cpu().requires_grad_(), sane.requires_grad_()
-    if align_corners and padding == "zeros":  # PyTorch has no coordinate beside an axis of one pixel
-        nothing = (~free & torch.tensor([n == 1 for n in reversed(input.shape[2:])])).any(-1)
-    else:
-        nothing = torch.zeros(grid.shape[:-1], dtype=torch.bool)
-    output = witness(input, sane, mode, padding, align_corners)
+    # PyTorch has no coordinate beside an axis of one pixel
+    sizes = zip(reversed(input.shape[2:]), paddings_of(padding, grid.shape[-1]))
+    single = torch.tensor([align_corners and size == 1 and each == "zeros" for size, each in sizes])
+    nothing = (~free & single).any(-1)
+    output = witness_of(padding)(input, sane, mode, padding, align_corners)
     output = torch.where(nothing.unsqueeze(1), 0.0, output)
     by_input, by_grid = torch.autograd.grad(
         output, (input, sane), weights.double().cpu(), allow_unused=True, materialize_grads=True
@@ -96,12 +107,13 @@ def expected(input, grid, weights, mode, padding, align_corners):
 @pairwise
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("padding", [*PADDINGS, "mixed"])
 @pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_documented_values(either_backend, device, dims, mode, padding, align_corners, dtype):
     """Values and gradients are what the docstring says, on either backend, also on axes of one pixel."""
-    values = NONFINITE if padding == "reflection" else (*NONFINITE, *HUGE)
+    padding = padding_of(padding, dims)
+    values = values_for(padding)
     for in_size in SIZES[dims][: 1 if dims == 3 and mode == "bicubic" else None]:
         grid, bad = bad_grid(values, dims, dtype, device)
         input = (torch.rand(1, 2, *in_size) + 1).to(device, dtype)
@@ -109,6 +121,9 @@ def test_documented_values(either_backend, device, dims, mode, padding, align_co
         value, into_input, into_grid = expected(input, grid, weights, mode, padding, align_corners)
         if mode == "nearest":
             into_grid = torch.zeros_like(into_grid)
+        assert by_grid.isfinite().all()
+        wrapped = torch.tensor([each == "circular" for each in paddings_of(padding, dims)])
+        by_grid = torch.where(bad & wrapped, 0.0, by_grid.cpu())
         assert_close(output, value)
         assert_close(by_input, into_input)
         assert_close(by_grid, into_grid)
@@ -117,19 +132,20 @@ def test_documented_values(either_backend, device, dims, mode, padding, align_co
             assert (by_input == 0).all()
             assert (by_grid == 0).all()
         # a slope along a coordinate that is not there: 0 up to the rounding of weights that cancel
-        assert by_grid.cpu()[bad].abs().max() < 1e-2
+        assert by_grid[bad].abs().max() < 1e-2
 
 
 @pairwise
+@pytest.mark.parametrize("padding", ["reflection", "circular"])
 @pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dims, dtype", [(2, dtype) for dtype in DTYPES] + [(3, torch.float32)])
-def test_reflection_of_huge_coordinates(either_backend, device, dims, mode, align_corners, dtype):
+def test_repetitions_of_huge_coordinates(either_backend, device, dims, mode, align_corners, padding, dtype):
     """Where float32 cannot tell which pixel is meant, it is one of the image: nothing is lost."""
     for in_size in SIZES[dims][: 1 if dims == 3 and mode == "bicubic" else None]:
         grid, _ = bad_grid(HUGE, dims, dtype, device)
         input = (torch.rand(1, 2, *in_size) + 1).to(device, dtype)
-        output, weights, by_input, by_grid = sample(input, grid, mode, "reflection", align_corners)
+        output, weights, by_input, by_grid = sample(input, grid, mode, padding, align_corners)
         # cubic weights sum to 1, their absolute values to 1.375 at most
         overshoot = 1.375**dims if mode == "bicubic" else 1.0
         slack = 1e-2
@@ -144,42 +160,29 @@ def test_reflection_of_huge_coordinates(either_backend, device, dims, mode, alig
         assert abs(total - given) <= 1e-2 * given
 
 
+@pairwise
+@pytest.mark.parametrize("padding", ["reflection", "mixed"])
 @pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
 @pytest.mark.parametrize("mode", MODES)
-def test_float64_reflects_what_it_can_place(either_backend, device, mode, align_corners):
-    """2^31 is an exact float64, and so is its reflection: here it is PyTorch's."""
+def test_float64_repeats_what_it_can_place(either_backend, device, mode, align_corners, padding):
+    """2^31 is an exact float64, and so is where it is in the image: here it is read there."""
+    padding = padding_of(padding, 2)
     input = torch.rand(1, 2, 4, 8, dtype=torch.float64, device=device)
     reach = torch.tensor([2.0**24, 2.0**24 + 0.3, -(2.0**31) + 0.3, 2.0**31 + 0.7], dtype=torch.float64)
     grid = torch.stack([reach, reach.flip(0) + 0.21], -1).view(1, 1, -1, 2).to(device)
-    output = stn.grid_sample(input, grid, mode, "reflection", align_corners)
-    difference = output.cpu() - witness(input, grid, mode, "reflection", align_corners)
+    output = stn.grid_sample(input, grid, mode, padding, align_corners)
+    difference = output.cpu() - witness_of(padding)(input.cpu(), grid.cpu(), mode, padding, align_corners)
     assert difference.abs().max() < 1e-5  # 2^31 pixels at a resolution of 2^-20
-
-
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("mode", MODES)
-def test_backends_agree(device, mode, padding):
-    """The kernels and PyTorch's operators read the same where a coordinate is bad, forward and backward."""
-    for dims, align_corners in itertools.product((2, 3), (False, True)):
-        if dims == 3 and mode == "bicubic" and align_corners:
-            continue  # costly, and no other code than in 2-D
-        values = NONFINITE if padding == "reflection" else (*NONFINITE, *HUGE)
-        grid, _ = bad_grid(values, dims, torch.float32, device)
-        input = torch.rand(1, 2, *SIZES[dims][0], device=device)
-        kernels = sample(input, grid, mode, padding, align_corners)
-        with backend.use("torch"):
-            operators = sample(input, grid, mode, padding, align_corners)
-        for mine, theirs in zip(kernels, operators):
-            assert_close(mine, theirs.double())
 
 
 # ------------------------------------------------------------------------------------------- affine
 @pairwise
-@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("padding", ["zeros", "border", "mixed"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dims", [2, 3])
 def test_bad_theta(either_backend, device, dims, mode, padding):
     """An entry of theta that is NaN or infinite: nothing but its own row's coordinates is bad."""
+    padding = padding_of(padding, dims)
     entries = list(itertools.product(range(dims), range(dims + 1)))
     if dims == 3 and mode == "bicubic":
         entries = entries[::4]
@@ -208,11 +211,12 @@ def test_bad_theta(either_backend, device, dims, mode, padding):
 
 
 @pairwise
-@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("padding", ["zeros", "border", "mixed"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
 def test_huge_theta(either_backend, device, mode, padding, align_corners):
     """Entries up to the largest float32, whose products are infinite: finite results of a finite image."""
+    padding = padding_of(padding, 2)
     for in_size in SIZES[2]:
         theta = torch.eye(2, 3).repeat(1, 4, 1, 1)
         theta[0, 0, 0, 0], theta[0, 1, 1, 2], theta[0, 2, 0] = 1e30, -LARGEST, 2.0**31
@@ -264,9 +268,10 @@ def test_cpu_survives_infinite_coordinates():
         inf, nan = float("inf"), float("nan")
         cases = itertools.product(
             (2, 3), ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection"), (False, True),
-            (inf, -inf, nan, 1e30, -1e30, 2.0**31, 3.4e38), (torch.float32, torch.float64, torch.float16),
+            (inf, -inf, nan, 1e30, -1e30, 2.0**31, 3.4e38),
         )
-        for dims, mode, padding, align_corners, value, dtype in cases:
+        dtypes = itertools.cycle((torch.float32, torch.float64, torch.float16))  # each meets each value
+        for (dims, mode, padding, align_corners, value), dtype in zip(cases, dtypes):
             input = torch.rand(2, 3, *(4, 3, 2)[-dims:]).to(dtype).requires_grad_()
             grid = torch.rand(2, *(4, 3, 5)[-dims:], dims).to(dtype) * 2 - 1
             grid[0, ..., 0] = value

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
 from common import assert_close
 from test_patch import torchvision  # noqa: F401 (a fixture)
+from test_pixels import roi_align_witness
 
 import stn_triton as stn
 from bench import cases, gpu, machine, results, rivals, sweep, timing
@@ -50,6 +52,21 @@ def test_uint8_moves_a_quarter_of_the_bytes():
     case = next(case for case in cases.CASES if case.dtype == torch.uint8)
     for share in (0.2, 1.0):
         assert 3.99 < cases.bytes_of_floats(case, share) / cases.bytes_moved(case, share) <= 4
+        moved = {
+            "bytes": cases.bytes_moved(case, share),
+            "bytes_of_floats": cases.bytes_of_floats(case, share),
+        }
+        entry = results.Entry(case.id, case.row, {}, **moved)
+        (told,) = results.traffic(results.Results({}, {}, {}, entries=[entry]))
+        assert told.endswith("(4.00x)")
+
+
+def test_averages_are_of_as_many_samples_everywhere():
+    """What the rivals of ``antialias`` rely on, who take one finer grid."""
+    for case in cases.CASES:
+        if case.antialias:
+            numbers = (cases.step_lengths(case) - 1e-3).ceil()
+            assert (numbers == torch.tensor(case.samples[::-1])).all(), case.id
 
 
 @pytest.mark.parametrize("case", EVERY)
@@ -79,6 +96,21 @@ def test_torchvision_rival_is_right(torchvision, source):  # noqa: F811
     rivals.optional.cache_clear()
     case = cases.case("other", source, "forward", 2, 3, 12, 17, shared=True)
     found = sweep.measure(case, rival("torchvision"), sweep.Bench(CPU), None)
+    assert found.status == "timed", found.why
+
+
+def test_roi_align_rival_is_right(monkeypatch):
+    """By its formula, where torchvision is not installed."""
+
+    def roi_align(image, boxes, size, sampling_ratio, aligned):
+        pairs = zip(image, boxes, strict=True)
+        return torch.stack(
+            [roi_align_witness(x, box, size, sampling_ratio) for x, each in pairs for box in each]
+        )
+
+    monkeypatch.setattr(rivals, "optional", lambda name: types.SimpleNamespace(roi_align=roi_align))
+    case = next(case for case in cases.CASES if case.boxes).small()
+    found = sweep.measure(case, rival("roi_align"), sweep.Bench(CPU), None)
     assert found.status == "timed", found.why
 
 

@@ -172,7 +172,26 @@ def affine(x, theta):
 
 
 def projective(x, homography):
-    return stn.projective_grid_sample(x, homography, SIZE, "bicubic", "reflection")
+    return stn.projective_grid_sample(x, homography, SIZE, "bicubic", ("circular", "reflection"))
+
+
+def averages(x, matrix):
+    sampler = stn.affine_grid_sample if matrix.shape[-2] == 2 else stn.projective_grid_sample
+    return sampler(x, matrix, (3, 4), padding_mode="circular", antialias=True)
+
+
+def filled(x, theta, fill=2.5):
+    return stn.affine_grid_sample(x, theta, SIZE, padding_mode="border", fill=fill)
+
+
+def filled_taps(x, theta, fill):
+    return stn.affine_grid_sample(x, theta, SIZE, fill=fill, antialias=True)
+
+
+def of_integers(x, theta):
+    whole = (99 * x).to(torch.int16)
+    rounded = stn.affine_grid_sample(whole, theta, SIZE, fill=7)
+    return rounded.float() + stn.affine_grid_sample(whole, theta, SIZE, dtype=torch.float32)
 
 
 def spline(x, points, control_points=None):
@@ -190,6 +209,8 @@ def make(kind, *leading):
         return torch.randn(*leading, 6, 5, 4, 3)
     if kind == "flow":
         return torch.randn(*leading, 2, *SIZE)
+    if kind == "fill":
+        return torch.randn(*leading, 6)
     if kind == "grid":
         return torch.rand(*leading, *SIZE, 2) * 2.4 - 1.2
     if kind == "control":
@@ -221,8 +242,21 @@ DTENSORS = {
     "grid-channels": (stn.grid_sample, ("image 4 S1", "grid 4 R"), "S1", "S1 P"),
     "flow-batch": (stn.flow_grid_sample, ("image 4 S0", "flow 4 S0"), "S0", "S0 S0"),
     "flow-channels": (stn.flow_grid_sample, ("image 4 S1", "flow 1 R"), "S1", "S1 P"),
+    "averages-batch": (averages, ("image 4 S0", "affine 4 S0"), "S0", "S0 S0"),
+    "averages-channels": (averages, ("image 4 S1", "projective 1 R"), "S1", "S1 P"),
+    "averages-terms": (averages, ("image 4 P", "affine 4 R"), "P", "R P"),
+    "filled-batch": (filled, ("image 4 S0", "affine 4 S0"), "S0", "S0 S0"),
+    "filled-channels-of-several": (filled, ("image 4 S1", "affine 4 2 R", "fill S0"), "S2", "S1 P S0"),
+    "filled_taps-batch": (filled_taps, ("image 4 S0", "affine 4 S0", "fill 4 S0"), "S0", "S0 S0 S0"),
+    "filled_taps-channels": (filled_taps, ("image 4 S1", "affine 4 R", "fill 4 S1"), "S1", "S1 P S1"),
+    "integers-batch": (of_integers, ("image 4 S0", "affine 4 S0"), "S0", "S0 S0"),
     "affine_grid-batch": (sampled_grid, ("image 4 S0", "affine 4 S0"), "S0", "S0 S0"),
 }
+
+
+# What is small and summed on the way: the gradient of a spline's system, and of the share of each sample's
+# taps that lies in the image, which all channels have in common.
+SUMMED = ("spline-control-points", "filled_taps-channels")
 
 
 def check_dtensor(name):
@@ -250,13 +284,12 @@ def check_dtensor(name):
     of_output = distribute_tensor(weights, mesh, [placements[weighted]])
     with CommDebugMode() as communication:
         output = function(*sharded)
-        found = torch.autograd.grad(output, sharded, of_output)
-    # that of a spline's system by its control points is small, and summed before they are
-    assert communication.get_total_counts() == (name == "spline-control-points")
+        found = torch.autograd.grad(output, sharded, of_output, materialize_grads=True)
+    assert communication.get_total_counts() == (name in SUMMED)
     assert not [op for op in communication.get_comm_counts() if "gather" in str(op)]
     assert output.placements == (placements[of_result],)
     assert [g.placements for g in found] == [(placements[p],) for p in of_gradients.split()]
-    wanted = [expected, *torch.autograd.grad(expected, plain, weights)]
+    wanted = [expected, *torch.autograd.grad(expected, plain, weights, materialize_grads=True)]
     for actual, reference in zip([output, *found], wanted, strict=True):
         assert actual.stride() == reference.stride()
         torch.testing.assert_close(actual.full_tensor(), reference, atol=1e-4, rtol=1e-4)
@@ -298,7 +331,7 @@ def check_second_derivatives(function, of_image, of_params):
         return torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), [image, params])
 
     mesh = mesh_of(2)
-    image, params = make("image", 4), make("affine" if function == "affine" else "points", 4)
+    image, params = make("image", 4), make("points" if function == "spline" else "affine", 4)
     placements = [Replicate() if dim is None else Shard(dim) for dim in (of_image, of_params)]
     sharded = [distribute_tensor(t, mesh, [p]) for t, p in zip((image, params), placements, strict=True)]
     found = second(*(t.requires_grad_() for t in sharded))
@@ -308,7 +341,7 @@ def check_second_derivatives(function, of_image, of_params):
         torch.testing.assert_close(actual.full_tensor() / scale, expected / scale, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("function", ["affine", "spline"])
+@pytest.mark.parametrize("function", ["affine", "spline", "filled"])
 @pytest.mark.parametrize("of_image, of_params", [(0, 0), (1, None)], ids=["batch", "channels"])
 def test_second_derivatives_of_dtensors(both, function, of_image, of_params):
     both(check_second_derivatives, function, of_image, of_params)
@@ -332,7 +365,10 @@ def check_compiled(function, kind):
         torch.testing.assert_close(actual.full_tensor(), reference, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("function, kind", [("affine", "affine"), ("spline", "points")])
+@pytest.mark.parametrize(
+    "function, kind",
+    [("affine", "affine"), ("spline", "points"), ("averages", "affine"), ("filled", "affine")],
+)
 def test_dtensors_compile(both, function, kind):
     both(check_compiled, function, kind)
 

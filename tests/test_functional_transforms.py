@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.autograd.functional as functional
-from common import assert_close
+from common import MIXED, assert_close
 from test_derivatives import SOURCES, Calls, arguments, leaves, sampler
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -19,13 +19,15 @@ SAMPLES = 3
 NAMES = ("grid-2d", "affine-2d", "affine-transforms", "projective", "tps", "tps-transforms", "flow-2d")
 PUBLIC = {
     "grid_sample": lambda x, p: stn.grid_sample(x, p, "bicubic", "border", False),
-    "affine_grid_sample": lambda x, p: stn.affine_grid_sample(x, p, (3, 4)),
-    "projective_grid_sample": lambda x, p: stn.projective_grid_sample(x, p, (3, 4)),
+    "affine_grid_sample": lambda x, p: stn.affine_grid_sample(
+        x, p, (2, 3), "bilinear", MIXED[2], antialias=True
+    ),
+    "projective_grid_sample": lambda x, p: stn.projective_grid_sample(x, p, (3, 4), fill=2.5),
     "tps_grid_sample": lambda x, p: stn.tps_grid_sample(x, p, (3, 4)),
     "tps_grid_sample by all points": lambda x, p: stn.tps_grid_sample(
         x, 0.9 * p, (3, 4), control_points=p[0].roll(1, 0)
     ),
-    "flow_grid_sample": lambda x, p: stn.flow_grid_sample(x, p, padding_mode="reflection"),
+    "flow_grid_sample": lambda x, p: stn.flow_grid_sample(x, p, padding_mode=MIXED[2]),
     "affine_grid": lambda x, p: x.mean() * stn.affine_grid(p, (2, 1, 3, 4), True),
     "projective_grid": lambda x, p: x.mean() * stn.projective_grid(p, (2, 1, 3, 4)),
     "tps_grid": lambda x, p: x.mean() * stn.tps_grid(p, (2, 1, 3, 4)),
@@ -236,7 +238,7 @@ def test_vmap_over_one_or_none(anywhere, device, name):
 def test_jacobians_and_hessians(anywhere, device, name, mode):
     """Of all arguments, by ``torch.func`` and by ``torch.autograd.functional``, in every order."""
     tensors, size = arguments(name, device, images=1)
-    function = sampler(name, size, mode, "reflection")
+    function = sampler(name, size, mode, "mixed" if mode == "bilinear" else "reflection")
     everything = tuple(range(len(tensors)))
 
     def loss(*args):

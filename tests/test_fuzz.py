@@ -24,6 +24,7 @@ from common import (
     LAYOUTS,
     MODES,
     NAN,
+    PADDINGS,
     TOLERANCE,
     affine_witness,
     assert_band,
@@ -32,12 +33,14 @@ from common import (
     place,
 )
 from test_antialias import averages
+from test_fill import spread
 from test_padding import witness_of
 
 import stn_triton as stn
 from bench.interpreter import quick_interpreter
+from stn_triton.checks import to_padding
 from stn_triton.kernels.host import configs
-from stn_triton.kernels.modes import Interpolation, Padding, Source
+from stn_triton.kernels.modes import Interpolation, Source
 from stn_triton.reference import sample_taps
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -49,6 +52,7 @@ pytestmark = [
 ]
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
+INTEGERS = {"uint8": torch.uint8, "int16": torch.int16}  # of images
 INF = float("inf")
 # What a coordinate must not be, with coordinates that are fine among them.
 SPECIALS = (NAN, INF, -INF, 1e30, -1e30, 2.0**31, -(2.0**31), 1e-40, -0.0, 0.3, -0.7)
@@ -64,7 +68,7 @@ class Case:
     source: str
     dims: int
     mode: str
-    padding: str
+    padding: str | tuple  # of each axis, x first
     align_corners: bool
     batch: int
     channels: int
@@ -80,6 +84,7 @@ class Case:
     result_layout: str  # of what the launchers are given to fill
     regime: str
     antialias: bool
+    fill: float | None
     input_grad: bool
     params_grad: bool
     public: bool  # through the public function, else through the launchers
@@ -111,6 +116,8 @@ def draw_tile(pick, rows, columns, channels, outputs):
         "unroll": pick((1, 1, 2, 3)),
         "splits": pick((1, 1, 2, 3)),
     }
+    if tile["rows"] * tile["columns"] * tile["channels"] == 1:  # which no compiler takes: a lane alone
+        tile["columns"] = 2
     while True:
         blocks = -(-channels // (tile["channels"] * tile["unroll"]))
         splits = min(tile["splits"], blocks)
@@ -126,6 +133,11 @@ def draw_tile(pick, rows, columns, channels, outputs):
             tile["splits"] = 1
 
 
+def draw_padding(pick, dims):
+    padding = pick((*ALL_PADDINGS, "tuple"))
+    return tuple(pick(ALL_PADDINGS) for _ in range(dims)) if padding == "tuple" else padding
+
+
 def draw_case(pick, source, dims, modes):
     mode = pick(modes)
     expensive = dims == 3 and mode == "bicubic"
@@ -133,22 +145,30 @@ def draw_case(pick, source, dims, modes):
     transforms = pick((0, 0, 0, 1, 2)) if source == "affine" and not expensive else 0
     channels = pick((1, 2, 3, 5, 8, 17))
     in_size, out_size = draw_size(pick, dims), draw_size(pick, dims)
-    dtype = pick(("float32", "float32", "float64", "float16", "bfloat16"))
+    integer = source == "affine" and pick((False, False, False, True)) and pick(tuple(INTEGERS))
+    dtype = integer or pick(("float32", "float32", "float64", "float16", "bfloat16"))
     input_grad, params_grad = pick(((True, True), (True, False), (False, True), (False, False)))
+    # gradients of an image of integers are beyond what float16 holds
+    params_dtypes = ("float32", "float64", "bfloat16") if integer else (dtype, *DTYPES)
     outputs, tile = batch * max(transforms, 1), ()
     regime = pick(REGIMES)
+    padding = pick(ALL_PADDINGS) if regime == "exact" else draw_padding(pick, dims)
     # huge entries that are all alike cancel, to what their rounding leaves
     layouts = [name for name in LAYOUTS if regime != "bad" or not name.startswith("expanded")]
     # of coordinates that are far or bad test_antialias has cases: up to 256 sub-samples are slow here
     averaged = source == "affine" and dims == 2 and mode == "bilinear" and regime not in ("far", "bad")
     antialias = averaged and pick((False, False, True))
+    # halves are rounded twice where there are gradients too
+    fillable = source == "affine" and {"zeros", "border"}.issuperset(paddings_of(padding, dims))
+    fillable = fillable and regime != "bad" and not antialias and dtype not in ("float16", "bfloat16")
+    fill = pick((None, -0.75, 3.0)) if fillable else None
     if not expensive and pick((True, True, False)):
         tile = draw_tile(pick, math.prod(out_size[:-1]), out_size[-1], channels, outputs)
     return Case(
         source=source,
         dims=dims,
         mode=mode,
-        padding=pick(ALL_PADDINGS),
+        padding=padding,
         align_corners=pick((False, True)),
         batch=batch,
         channels=channels,
@@ -157,16 +177,17 @@ def draw_case(pick, source, dims, modes):
         transforms=transforms,
         shared=source == "affine" and pick((False, True)),
         dtype=dtype,
-        params_dtype=dtype if source == "grid" else pick((dtype, *DTYPES)),
+        params_dtype=dtype if source == "grid" else pick(params_dtypes),
         input_layout=pick(LAYOUTS),
         params_layout=pick(layouts),
         grad_layout=pick(LAYOUTS),
         result_layout=pick(DENSE_LAYOUTS),
         regime=regime,
         antialias=antialias,
-        input_grad=input_grad,
+        fill=fill,
+        input_grad=input_grad and not integer,
         params_grad=params_grad,
-        public=antialias or pick((False, True)),
+        public=antialias or bool(integer) or fill is not None or pick((False, True)),
         tile=tile,
         overflow_checks=pick((False,) * 9 + (True,)),
         seed=pick(range(2**16)),
@@ -179,6 +200,31 @@ def cases(draw, source, dims, modes):
 
 
 # --------------------------------------------------------------------------------------- the problem
+def paddings_of(padding, dims):
+    """Of each axis, x first."""
+    return (padding,) * dims if isinstance(padding, str) else padding
+
+
+def axes_with(case, *paddings):
+    """(dims,): whether an axis has one of the paddings."""
+    return torch.tensor([padding in paddings for padding in paddings_of(case.padding, case.dims)])
+
+
+def by_centres(case):
+    """Whether samples outside the image are filled, and not taps."""
+    return case.fill is not None and bool(axes_with(case, "border").all())
+
+
+def is_rounded(case):
+    """Of integers: samples that need no derivative are integers too."""
+    return case.dtype in INTEGERS and not case.params_grad
+
+
+def sample_dtype(case):
+    """The dtype of the samples."""
+    return DTYPES.get(case.dtype, INTEGERS[case.dtype] if is_rounded(case) else torch.float32)
+
+
 def extents(size, align_corners):
     """Pixels per two normalised units, x first."""
     return [n - int(align_corners) for n in reversed(size)]
@@ -283,34 +329,45 @@ def steady(case, grid, exact):
     pixel = pixel_coordinates(grid, case.in_size, case.align_corners)
     fixed = torch.tensor([e == 0 for e in extents(case.in_size, case.align_corners)])
     whole = (pixel - pixel.round()).abs()
-    if exact and case.padding != "circular":  # whose witness takes neither side's slope at a kink
+    # the other witness takes neither side's slope at a kink, and a fill has none where no tap reads it
+    if exact and case.padding in PADDINGS and case.fill is None:
         whole = torch.full_like(whole, 0.25)
     # where float32 cannot tell, for a whole pixel is lost in it, nothing is inside the image
     lost = ~(pixel.abs() < REFLECTABLE)
-    periodic = case.padding in ("reflection", "circular")
-    known = ~lost if periodic else torch.ones_like(lost)
-    if periodic:
-        known |= fixed | pixel.isnan()
+    known = ~axes_with(case, "reflection", "circular") | ~lost | fixed | pixel.isnan()
+    if by_centres(case):  # values jump at the image's edges
+        sizes, edge = torch.tensor(case.in_size[::-1]), 0.0 if case.align_corners else 0.5
+        known &= (((pixel - (sizes - 1) / 2).abs() - (sizes - 1) / 2 - edge).abs() > BAND) | fixed
     off_halves = ((0.5 - whole) > BAND) | lost | fixed
     off_wholes = (whole > BAND) | lost | fixed
     value = known & off_halves if case.mode == "nearest" else known
     slope = value & off_wholes if case.mode == "bilinear" and not case.antialias else value
-    if case.padding == "circular":  # a NaN is read at a place that its slope does not tell
-        slope = slope & ~pixel.isnan()
+    # a NaN is read at a place that its slope does not tell
+    slope = slope & ~(axes_with(case, "circular") & pixel.isnan())
     return Steady(value.all(-1), slope.all(-1))
+
+
+def around(case):
+    """What surrounds the image."""
+    return 77 if case.dtype in INTEGERS else NAN
 
 
 def make(case, device):
     generator = torch.Generator().manual_seed(case.seed)
-    dtype, params_dtype = DTYPES[case.dtype], DTYPES[case.params_dtype]
-    input = torch.randn(case.batch, case.channels, *case.in_size, generator=generator, dtype=torch.float64)
+    params_dtype = DTYPES[case.params_dtype]
+    shape = case.batch, case.channels, *case.in_size
+    if case.dtype in INTEGERS:
+        dtype, info = INTEGERS[case.dtype], torch.iinfo(INTEGERS[case.dtype])
+        input = torch.randint(info.min, info.max + 1, shape, generator=generator)
+    else:
+        dtype, input = DTYPES[case.dtype], torch.randn(shape, generator=generator, dtype=torch.float64)
     params = draw_grid(case, generator) if case.source == "grid" else draw_theta(case, generator)
     shape = (case.batch, *[case.transforms] * (case.transforms > 0), case.channels, *case.out_size)
     grad_output = torch.randn(shape, generator=generator, dtype=torch.float64)
     return (
-        place(input.to(dtype), case.input_layout, device=device),
+        place(input.to(dtype), case.input_layout, around(case), device),
         place(params.to(params_dtype), case.params_layout, device=device),
-        grad_output.to(dtype),
+        grad_output.to(torch.float32 if case.dtype in INTEGERS else dtype),
     )
 
 
@@ -321,7 +378,7 @@ def solve(case, input, params, grad_output):
     transforms = grid.shape[1]
     images, grids = input.repeat_interleave(transforms, 0), grid.flatten(0, 1)
     if case.regime == "bad":  # PyTorch's own crashes
-        modes = Interpolation[case.mode.upper()], Padding[case.padding.upper()]
+        modes = Interpolation[case.mode.upper()], to_padding(case.padding, case.dims)
         output = sample_taps(images, grids, *modes, case.align_corners)
     elif case.antialias:
         theta = params if params.dim() == 4 else params.unsqueeze(1)
@@ -329,25 +386,53 @@ def solve(case, input, params, grad_output):
         modes = case.out_size, case.padding, case.align_corners
         output = torch.stack([averages(*each, *modes) for each in zip(images, matrices)])
     else:
-        output = witness_of(case.padding)(images, grids, case.mode, case.padding, case.align_corners)
+        modes = case.mode, case.padding, case.align_corners
+        output = witness_of(case.padding)(images, grids, *modes)
+        if case.fill is not None:
+            output = filled(case, output, grids, witness_of(case.padding), modes)
     output = output.unflatten(0, (case.batch, transforms))
     gradients = torch.autograd.grad(output, (input, params), grad_output, allow_unused=True)
     return output.detach(), *gradients
 
 
+def fill_of(case):
+    """(C,) float64: another number of each channel."""
+    scale = 100.0 if case.dtype in INTEGERS else 1.0
+    return scale * case.fill * torch.linspace(1, 2, case.channels, dtype=torch.float64)
+
+
+def filled(case, output, grids, witness, modes):
+    """The samples with the fill: of centres that lie outside, or of the weight of the taps outside."""
+    fill = spread(fill_of(case)[None], case.dims)
+    if not by_centres(case):
+        ones = torch.ones(len(grids), 1, *case.in_size, dtype=torch.float64)
+        return output + (1 - witness(ones, grids, *modes)) * fill
+    sizes, edge = torch.tensor(case.in_size[::-1]), 0.0 if case.align_corners else 0.5
+    pixel = pixel_coordinates(grids.detach(), case.in_size, case.align_corners)
+    inside = ((pixel - (sizes - 1) / 2).abs() <= (sizes - 1) / 2 + edge).all(-1)
+    return torch.where(inside.unsqueeze(1), output, fill)
+
+
 # ------------------------------------------------------------------------------------------ checking
 def compare(name, actual, expected, dtype, scale, mask=None):
-    """Within the tolerance of ``dtype``, relative to ``scale``; unmasked entries are finite at least."""
+    """Within the tolerance of ``dtype``, relative to ``scale``; unmasked entries are finite at least.
+
+    Integers are float32 that is rounded and saturated.
+    """
     assert actual.dtype == dtype, f"{name} is {actual.dtype}"
     assert actual.shape == expected.shape, f"{name} is {tuple(actual.shape)}"
     if actual.numel() == 0:
         return
     actual = actual.detach().double().cpu()
     assert actual.isfinite().all(), f"{name} is not finite"
+    if not dtype.is_floating_point:
+        expected = expected.clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     difference = (actual - expected).abs()
     if mask is not None:
         difference = difference * mask
-    bound = TOLERANCE[dtype] * max(scale, 1e-3)
+    bound = TOLERANCE.get(dtype, TOLERANCE[torch.float32]) * max(scale, 1e-3)
+    if not dtype.is_floating_point:
+        bound += 0.5
     assert difference.max() <= bound, f"{name} is off by {difference.max():.3g}, allowed {bound:.3g}"
 
 
@@ -372,7 +457,15 @@ def run_public(case, tensors):
         output = stn.grid_sample(input, params, *modes)
         assert output.is_contiguous(), f"output: {output.stride()}"
     else:
-        output = stn.affine_grid_sample(input, params, case.out_size, *modes, antialias=case.antialias)
+        output = stn.affine_grid_sample(
+            input,
+            params,
+            case.out_size,
+            *modes,
+            fill=None if case.fill is None else fill_of(case).to(params.device),
+            dtype=sample_dtype(case) if case.dtype in INTEGERS else None,
+            antialias=case.antialias,
+        )
         assert_format("output", output, input, case)
     wanted = [tensor for tensor in (input, params) if tensor.requires_grad]
     assert output.requires_grad == bool(wanted)
@@ -389,7 +482,7 @@ def run_launchers(case, tensors):
     from stn_triton.kernels.sample import sample_backward, sample_forward
 
     device = tensors.input.device
-    modes = Interpolation[case.mode.upper()], Padding[case.padding.upper()], case.align_corners
+    modes = Interpolation[case.mode.upper()], to_padding(case.padding, case.dims), case.align_corners
     source = Source[case.source.upper()]
     if not (case.input_grad or case.params_grad):
         output = torch.full(tensors.grad_output.shape, CANARY, dtype=tensors.input.dtype)
@@ -446,13 +539,15 @@ def check(case, device, counts=Counts):
     with quick_interpreter(case.overflow_checks), configs.override(**dict(case.tile)):
         results = run_public(case, tensors) if case.public else run_launchers(case, tensors)
 
-    for tensor, copy in zip(tensors, (*before, None)):
-        assert_band(tensor)
+    for tensor, copy, fill in zip(tensors, (*before, None), (around(case), NAN, NAN)):
+        assert_band(tensor, fill)
         assert copy is None or torch.equal(tensor.nan_to_num(7), copy.nan_to_num(7)), (
             "an argument was changed"
         )
-    dtype, params_dtype = DTYPES[case.dtype], DTYPES[case.params_dtype]
+    dtype, params_dtype = sample_dtype(case), DTYPES[case.params_dtype]
     largest = values[0].abs().max().item()
+    if case.fill is not None:
+        largest = max(largest, fill_of(case).abs().max().item())
     if results[0] is not None:
         scale = max(1.0, largest, output.abs().max().item())
         mask = safe.value.unsqueeze(2).expand(split).reshape(grad_output.shape)

@@ -10,16 +10,17 @@ import contextlib
 import pytest
 import torch
 from common import (
-    ALL_PADDINGS,
     CANARY,
     DENSE_LAYOUTS,
     LAYOUTS,
     MODES,
     NAN,
+    PADDINGS,
     affine_witness,
     assert_band,
     assert_close,
     away_from_kinks,
+    padding_of,
     pairwise,
     place,
     random_grid,
@@ -29,11 +30,11 @@ from test_padding import witness_of
 
 import stn_triton as stn
 from bench.interpreter import checked_addresses, quick_interpreter
+from stn_triton.checks import to_padding
 from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 
 INTERPOLATION = dict(zip(MODES, Interpolation))
-PADDING = {padding: Padding[padding.upper()] for padding in ALL_PADDINGS}
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 IN_SIZE = {2: (4, 5), 3: (3, 4, 3)}
 OUT_SIZE = {2: (3, 6), 3: (2, 3, 5)}
@@ -47,7 +48,7 @@ AXES = {
     "dims": (2, 3),
     "source": ("grid", "affine"),
     "mode": MODES,
-    "padding": ALL_PADDINGS,
+    "padding": (*PADDINGS, "mixed"),  # which has circular padding
     "align_corners": (False, True),
 }
 
@@ -115,9 +116,9 @@ class Problem:
         """``layouts``: of the input, the parameters, the output, its gradient and the input's gradient."""
         in_layout, params_layout, out_layout, grad_out_layout, grad_in_layout = layouts
         in_size, out_size = IN_SIZE[dims], OUT_SIZE[dims]
-        batch, self.align_corners = 2, align_corners
+        batch, self.align_corners, padding = 2, align_corners, padding_of(padding, dims)
         self.source = Source.GRID if source == "grid" else Source.AFFINE
-        self.modes = INTERPOLATION[mode], PADDING[padding], align_corners
+        self.modes = INTERPOLATION[mode], to_padding(padding, dims), align_corners
         if source == "grid":
             params = random_grid(batch, out_size, dtype, "cpu", reach=1.6)
             if mode != "bicubic":  # a pixel off the kinks, which a stride of 0 then gives to all

@@ -169,14 +169,25 @@ def test_regularization_reaches_the_sampler():
 
 
 @pytest.mark.parametrize(
-    "option", [{"mode": "nearest"}, {"padding_mode": "border"}, {"align_corners": True}], ids=str
+    "option",
+    [
+        {"mode": "nearest"},
+        {"padding_mode": "border"},
+        {"padding_mode": ("circular", "reflection")},
+        {"align_corners": True},
+        {"fill": (1.0, -2.0, 3.0), "antialias": True},
+    ],
+    ids=str,
 )
 def test_options_reach_the_sampler(option):
     x = images()
     module = trained(std=0.1, size=(5, 6), **option)
-    expected = stn.affine_grid_sample(x, module.localise(x), (5, 6), **option)
+    theta = module.localise(x)
+    expected = stn.affine_grid_sample(x, theta, (5, 6), **option)
     assert torch.equal(module(x), expected)
-    assert not torch.equal(expected, stn.affine_grid_sample(x, module.localise(x), (5, 6)))
+    assert not torch.equal(expected, stn.affine_grid_sample(x, theta, (5, 6)))
+    labels = (255 * x).to(torch.uint8)  # sampled as the images are
+    assert torch.equal(module.sample(labels, theta), stn.affine_grid_sample(labels, theta, (5, 6), **option))
 
 
 # ------------------------------------------------------------------------------------------- training

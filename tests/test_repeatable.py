@@ -8,7 +8,7 @@ import contextlib
 
 import pytest
 import torch
-from common import random_grid, random_theta
+from common import MIXED, random_grid, random_theta
 
 import stn_triton as stn
 from bench.specialisations import field_of
@@ -22,6 +22,7 @@ def _calls(device):
     """name -> (function of image and parameters, image, parameters)."""
     image = torch.randn(2, 3, 6, 7, device=device)
     kwargs = {"padding_mode": "border", "align_corners": False}
+    wrapped = {"padding_mode": MIXED[2]}
     return {
         "affine": (
             lambda i, p, mode: stn.affine_grid_sample(i, p, SIZE, mode, **kwargs),
@@ -29,7 +30,7 @@ def _calls(device):
             random_theta(2, 2, torch.float32, device),
         ),
         "projective": (
-            lambda i, p, mode: stn.projective_grid_sample(i, p, SIZE, mode, **kwargs),
+            lambda i, p, mode: stn.projective_grid_sample(i, p, SIZE, mode, **wrapped),
             image,
             torch.eye(3, device=device) + 0.1 * torch.randn(2, 3, 3, device=device),
         ),
@@ -38,13 +39,18 @@ def _calls(device):
             torch.randn(1, 2, 4, 3, 4, device=device),
             random_theta(1, 3, torch.float32, device, shift=0.1),
         ),
+        "averaged": (  # bilinear, whatever the mode
+            lambda i, p, mode: stn.affine_grid_sample(i, p, (2, 3), antialias=True, **wrapped),
+            image,
+            random_theta(2, 2, torch.float32, device, shift=0.1),
+        ),
         "tps": (
-            lambda i, p, mode: stn.tps_grid_sample(i, p, SIZE, mode, **kwargs),
+            lambda i, p, mode: stn.tps_grid_sample(i, p, SIZE, mode, fill=2.0),
             image,
             stn.transforms.identity(2, "tps", device=device) + 0.1 * torch.randn(2, 16, 2, device=device),
         ),
         "flow": (
-            lambda i, p, mode: stn.flow_grid_sample(i, p, mode, **kwargs),
+            lambda i, p, mode: stn.flow_grid_sample(i, p, mode, **wrapped),
             image,
             torch.randn(2, 2, *SIZE, device=device),
         ),
@@ -105,7 +111,7 @@ def test_no_atomics_where_bits_must_repeat(device, atomics, name, second):
     """Affine maps and homographies never; the others do, but not under deterministic mode."""
     call, image, params = _calls(device)[name]
     usual = gradients(call, image, params, "bilinear", second)
-    always = name in ("affine", "projective", "affine3d")
+    always = name in ("affine", "projective", "affine3d", "averaged")
     assert any(atomics) != always
     atomics.clear()
     with deterministic():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import random_grid, random_theta
+from common import MIXED, random_grid, random_theta
 
 import stn_triton as stn
 from stn_triton import backend
@@ -66,10 +66,10 @@ def everything(leaves):
     grid, theta, homography, points, flow = params
     outputs = [
         stn.grid_sample(image, grid, align_corners=False),
-        stn.affine_grid_sample(image, theta, (5, 6), "bicubic", "reflection"),
-        stn.projective_grid_sample(image, homography, (5, 6), "bilinear", "border"),
-        stn.tps_grid_sample(image, points, (5, 6)),
-        stn.flow_grid_sample(image, flow),
+        stn.affine_grid_sample(image, theta, (5, 6), "bicubic", MIXED[2]),
+        stn.projective_grid_sample(image, homography, (5, 6), "bilinear", "border", antialias=True),
+        stn.tps_grid_sample(image, points, (5, 6), fill=(1.0, 2.0, 3.0)),
+        stn.flow_grid_sample((99 * image).to(torch.int16), flow, fill=7, dtype=torch.float32),
     ]
     loss = sum(output.square().sum() for output in outputs)
     return [*outputs, *torch.autograd.grad(loss, [image, *params])]

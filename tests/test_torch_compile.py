@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from common import assert_close, random_grid, random_theta
+from common import MIXED, assert_close, random_grid, random_theta
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -41,7 +41,7 @@ def functions():
     f32 = torch.float32
     fixed = {
         "grid_sample": (
-            lambda x, p: stn.grid_sample(x, p, align_corners=False),
+            lambda x, p: stn.grid_sample(x, p, padding_mode=MIXED[2], align_corners=False),
             lambda n, size, device: random_grid(n, size, f32, device),
         ),
         "affine_grid": (
@@ -61,16 +61,20 @@ def functions():
             lambda n, size, device: random_theta(n, 2, f32, device),
         ),
         "projective_grid_sample": (
-            lambda x, p: stn.projective_grid_sample(x, p),
+            lambda x, p: stn.projective_grid_sample(x, p, (5, 6), padding_mode="circular", antialias=True),
             lambda n, size, device: homography(n, device),
         ),
         "tps_grid_sample": (
-            lambda x, p: stn.tps_grid_sample(x, p),
+            lambda x, p: stn.tps_grid_sample(x, p, padding_mode="border", fill=(1.0, 2.0, 3.0)),
             lambda n, size, device: points(n, device),
         ),
         "flow_grid_sample": (
             lambda x, p: stn.flow_grid_sample(x, p),
             lambda n, size, device: torch.randn(n, 2, *size, device=device),
+        ),
+        "of integers": (
+            lambda x, p: stn.affine_grid_sample((99 * x).to(torch.int16), p, fill=7, dtype=torch.float32),
+            lambda n, size, device: random_theta(n, 2, f32, device),
         ),
     }
     table = {name: (lambda device, f=f: f, make) for name, (f, make) in fixed.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import MODES, NAN, PADDINGS, assert_close, random_grid, random_theta
+from common import MODES, NAN, assert_close, padding_of, random_grid, random_theta
 
 import stn_triton as stn
 from stn_triton import backend
@@ -19,7 +19,7 @@ KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 IN_SIZE = {2: (4, 5), 3: (3, 2, 4)}
 SIZE = {2: (3, 6), 3: (2, 3, 2)}
 # Each padding and each convention, not each with each.
-OPTIONS = [("zeros", False), ("border", True), ("reflection", False)]
+OPTIONS = [("zeros", False), ("border", True), ("mixed", False)]  # reflection beside circular padding
 
 # The interpreter computes with NumPy, which speaks of the infinities that it meets.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -95,8 +95,28 @@ def test_values_and_gradients(device, source, mode):
     # the interpreter takes long over cubics, and over the gather of volumes
     few = source == "affine3d" or (mode == "bicubic" and source != "grid")
     for padding, align_corners in OPTIONS[1:2] if few else OPTIONS:
-        cotangent = torch.randn(2, 3, *SIZE[image.dim() - 2], dtype=torch.float64, device=device)
-        agree(value_and_gradients(function, mode, padding, align_corners), image, params, cotangent)
+        dims = image.dim() - 2
+        cotangent = torch.randn(2, 3, *SIZE[dims], dtype=torch.float64, device=device)
+        options = mode, padding_of(padding, dims), align_corners
+        agree(value_and_gradients(function, *options), image, params, cotangent)
+
+
+@pytest.mark.parametrize(
+    "source, padding", [("affine", "mixed"), ("projective", "border"), ("affine3d", "zeros")]
+)
+def test_averages(device, source, padding):
+    """Loops of as many samples as a map asks for: forward, and both gradients."""
+    _, params = case(source, device)
+    image = picture(source, device)
+    dims = image.dim() - 2
+    size, options = (1, 2, 2)[-dims:], {"padding_mode": padding_of(padding, dims), "antialias": True}
+    function = getattr(stn, f"{source.removesuffix('3d')}_grid_sample")
+    cotangent = torch.randn(2, 3, *size, dtype=torch.float64, device=device)
+
+    def run(image, params):
+        return function(image, params, size, **options)
+
+    agree(value_and_gradients(run), image, params, cotangent)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +129,8 @@ def test_repeatable_gradients(device, source, mode):
     cotangent = torch.randn(2, 3, *SIZE[image.dim() - 2], dtype=torch.float64, device=device)
     torch.use_deterministic_algorithms(True)
     try:
-        agree(value_and_gradients(function, mode, "reflection", False), image, params, cotangent)
+        options = mode, padding_of("mixed", image.dim() - 2), False
+        agree(value_and_gradients(function, *options), image, params, cotangent)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -149,7 +170,7 @@ def test_grids(device, name):
     agree(run, params, torch.randn(2, *SIZE[dims], dims, dtype=torch.float64, device=device))
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("padding", ["zeros", "border", "mixed"])
 @pytest.mark.parametrize("source, mode", [*(("grid", mode) for mode in MODES), ("affine", "bilinear")])
 def test_coordinates_that_are_no_numbers(device, source, mode, padding):
     """NaN and infinities in a coordinate or a matrix, also to the gather and to the sorted backward pass."""
@@ -161,7 +182,8 @@ def test_coordinates_that_are_no_numbers(device, source, mode, padding):
     cotangent = torch.randn(2, 3, *SIZE[2], dtype=torch.float64, device=device)
 
     def run(image, params, cotangent):
-        value, by_image, _ = value_and_gradients(function, mode, padding, False)(image, params, cotangent)
+        options = mode, padding_of(padding, 2), False
+        value, by_image, _ = value_and_gradients(function, *options)(image, params, cotangent)
         return value, by_image
 
     agree(run, image, params, cotangent)
