@@ -65,9 +65,9 @@ class Case:
     what runs: "forward"; "image", "params" or "both", the backward pass to these; "step", forward and
     backward to both. ``shape`` is the image's, (N, C, *spatial); ``size`` the output's spatial size. The
     image has ``dtype``, a grid as well; other parameters are float32. ``shared``: one set of parameters for
-    the batch. ``zoom``: about how much of the image's width is seen. ``fill``: what taps outside read.
-    ``antialias``: of affine maps, and of homographies that shrink alike everywhere. ``boxes``: so many crops
-    of each image.
+    the batch. ``zoom``: about how much of the image's width is seen. ``turn``: by how many degrees, 0 for
+    those of ``affine_matrices``. ``fill``: what taps outside read. ``antialias``: of affine maps, and of
+    homographies that shrink alike everywhere. ``boxes``: so many crops of each image.
     """
 
     row: str
@@ -83,6 +83,7 @@ class Case:
     deterministic: bool = False
     shared: bool = False
     zoom: float = 0.9
+    turn: int = 0
     fill: float | None = None
     antialias: bool = False
     boxes: int = 0
@@ -97,6 +98,7 @@ class Case:
         if self.padding != "zeros":
             words.append(self.padding if isinstance(self.padding, str) else "+".join(self.padding))
         words += ["fill"] * (self.fill is not None) + [f"boxes_{self.boxes}"] * (self.boxes > 0)
+        words += [f"{self.turn}deg"] * bool(self.turn)
         flags = ("channels_last", "align_corners", "deterministic", "shared", "antialias")
         return "-".join(words + [flag for flag in flags if getattr(self, flag)])
 
@@ -165,11 +167,15 @@ _LISTED = [
     case("rgb", "affine", "forward", 16, 1, 1080, 1920),
     case("rgb", "affine", "forward", 4, 3, 2160, 3840),
     case("rgb", "affine", "forward", 256, 3, 448, 448, size=(224, 224), zoom=0.5),
+    case("rgb", "affine", "forward", *FRAMES, turn=45),
+    case("rgb", "affine", "forward", *FRAMES, turn=90),
     case("rgb-last", "affine", "forward", *FRAMES, channels_last=True),
     case("rgb-last", "affine", "forward", 16, 1, 1080, 1920, channels_last=True),
     case("rgb-last", "affine", "forward", 8, 4, 1080, 1920, channels_last=True),
     case("features", "affine", "forward", *MAPS),
     case("features", "affine", "forward", 64, 256, 56, 56, align_corners=True),
+    case("features", "affine", "forward", *MAPS, turn=45),
+    case("features", "affine", "forward", *MAPS, turn=90),
     case("features", "affine", "forward", 256, 512, 28, 28),
     case("features", "affine", "forward", 256, 512, 14, 14),
     case("features", "affine", "forward", 1024, 1024, 7, 7),
@@ -183,6 +189,7 @@ _LISTED = [
     case("half", "affine", "forward", *MAPS, dtype=BF16),
     case("half", "affine", "forward", *FRAMES, dtype=BF16, channels_last=True),
     case("half", "affine", "forward", *FRAMES, dtype=torch.float16),
+    case("half", "affine", "forward", *PHOTOGRAPHS, dtype=BF16, turn=45),
     case("bytes", "affine", "forward", *FILM, channels_last=True, dtype=torch.uint8, fill=128),
     case("bytes", "affine", "forward", *FILM, channels_last=True, dtype=torch.uint8, shared=True),
     case("bytes", "affine", "forward", *FILM, dtype=torch.uint8, fill=128),
@@ -194,13 +201,17 @@ _LISTED = [
     case("image-rgb", "affine", "image", *FRAMES),
     case("image-rgb", "affine", "image", *FRAMES, align_corners=True),
     case("image-rgb", "affine", "image", *FRAMES, padding="border"),
+    case("image-rgb", "affine", "image", *FRAMES, turn=45),
+    case("image-rgb", "affine", "image", *FRAMES, turn=90),
     case("image-features", "affine", "image", *MAPS),
+    case("image-features", "affine", "image", *MAPS, turn=45),
     case("image-features", "affine", "image", 16, 256, 128, 128),
     case("image-last", "affine", "image", *MAPS, channels_last=True),
     case("image-last", "affine", "image", *MAPS, channels_last=True, dtype=BF16),
     case("theta", "affine", "params", *FRAMES),
     case("theta", "affine", "params", *MAPS),
     case("theta", "affine", "params", *MAPS, channels_last=True),
+    case("theta", "affine", "params", *FRAMES, turn=45),
     case("step", "affine", "step", *FRAMES),
     case("step", "affine", "step", *MAPS),
     case("step", "affine", "step", *MAPS, channels_last=True),
@@ -266,9 +277,11 @@ class Inputs(NamedTuple):
     grad_output: Tensor
 
 
-def affine_matrices(count: int, dims: int, zoom: float) -> Tensor:
-    """(count, dims, dims + 1) float64: turned by 6 to 14 degrees, ``zoom`` of the image's width wide."""
+def affine_matrices(count: int, dims: int, zoom: float, turn: int = 0) -> Tensor:
+    """(count, dims, dims + 1) float64: turned by ``turn`` degrees, or for 0 by 6 to 14; ``zoom`` wide."""
     angles = torch.linspace(0.10, 0.25, count, dtype=torch.float64)
+    if turn:
+        angles = torch.full_like(angles, math.radians(turn))
     cos, sin = zoom * angles.cos(), zoom * angles.sin()
     theta = zoom * torch.eye(dims, dims + 1, dtype=torch.float64).repeat(count, 1, 1)
     theta[:, 0, 0], theta[:, 0, 1], theta[:, 1, 0], theta[:, 1, 1] = cos, -sin, sin, cos
@@ -312,7 +325,7 @@ def make_params(case: Case) -> Tensor:
     count = 1 if case.shared else case.shape[0]
     if case.boxes:
         return crops(count, case.boxes, case.dims)
-    theta = affine_matrices(count, case.dims, case.zoom)
+    theta = affine_matrices(count, case.dims, case.zoom, case.turn)
     if case.source == "affine":
         return theta
     if case.source == "projective":

@@ -21,15 +21,16 @@ import torch
 from . import machine, rivals, timing
 from .cases import CASES, Case, make_inputs
 
-SECTIONS = (
-    "SpeedOfLight",
-    "MemoryWorkloadAnalysis",
-    "MemoryWorkloadAnalysis_Tables",
-    "SchedulerStats",
-    "WarpStateStats",
-    "InstructionStats",
-    "LaunchStats",
-    "Occupancy",
+SECTIONS = ("SpeedOfLight", "SchedulerStats", "WarpStateStats", "LaunchStats", "Occupancy")
+METRICS = (
+    "smsp__inst_executed.sum",
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+    "l1tex__t_sector_hit_rate.pct",
+    "lts__t_sector_hit_rate.pct",
+    "l1tex__data_pipe_lsu_wavefronts.sum",
+    "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed",
+    "lts__t_sectors.sum",
 )
 # What is printed of it: a heading and the metric; of a name that this GPU has not, nothing.
 PRINTED = (
@@ -38,6 +39,11 @@ PRINTED = (
     ("L2 %", "lts__throughput.avg.pct_of_peak_sustained_elapsed"),
     ("L1 %", "l1tex__throughput.avg.pct_of_peak_sustained_active"),
     ("L1 hits %", "l1tex__t_sector_hit_rate.pct"),
+    ("L1 wavefronts", "l1tex__data_pipe_lsu_wavefronts.sum"),
+    ("of the most %", "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed"),
+    ("L2 hits %", "lts__t_sector_hit_rate.pct"),
+    ("read", "dram__bytes_read.sum"),
+    ("written", "dram__bytes_write.sum"),
     ("issue %", "smsp__issue_active.avg.pct_of_peak_sustained_active"),
     ("issue/cycle", "smsp__issue_active.avg.per_cycle_active"),
     ("instructions", "smsp__inst_executed.sum"),
@@ -128,7 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = [tool, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
     for section in SECTIONS:
         command += ["--section", section]
-    command += ["--log-file", str(file), "--target-processes", "application-only"]
+    command += ["--metrics", ",".join(METRICS), "--log-file", str(file)]
+    command += ["--target-processes", "application-only"]
     command += [sys.executable, "-m", "bench.inside", "--counted", "--rival", options.rival, *options.cases]
     code = subprocess.run(command, cwd=machine.ROOT, check=False).returncode
     said = file.read_text(errors="replace").splitlines() if file.exists() else []

@@ -121,26 +121,26 @@ def modes(case: Case) -> dict[str, Any]:
     return {"mode": case.mode, "padding_mode": case.padding, "align_corners": case.align_corners}
 
 
-def sample(case: Case, image: Tensor, grid: Tensor) -> Tensor:
+def sample(case: Case, image: Tensor, grid: Tensor, samples: tuple[int, ...] = ()) -> Tensor:
     """By ``F.grid_sample``, as torchvision does it: integers by way of floats, and a fill by way of one more
-    channel, which tells how much of a sample was inside."""
+    channel, which tells how much of a sample was inside. ``samples``: the case's, where they are known."""
     if case.shared:
         grid = grid.expand(image.shape[0], *grid.shape[1:])
     wide = image if image.is_floating_point() else image.to(grid.dtype)
     if case.boxes:  # PyTorch has one output of an image: each gets a view of it, in a batch of copies
         wide = wide.repeat_interleave(case.boxes, 0)
     if case.fill is None and "circular" in paddings(case):
-        samples = F.grid_sample(*unrolled(case, wide, grid), **modes(case) | {"padding_mode": "border"})
+        output = F.grid_sample(*unrolled(case, wide, grid), **modes(case) | {"padding_mode": "border"})
     elif case.fill is None:
-        samples = F.grid_sample(wide, grid, **modes(case))
+        output = F.grid_sample(wide, grid, **modes(case))
     else:
-        samples = F.grid_sample(torch.cat([wide, torch.ones_like(wide[:, :1])], 1), grid, **modes(case))
-        samples = samples[:, :-1] + (1 - samples[:, -1:]) * case.fill
+        output = F.grid_sample(torch.cat([wide, torch.ones_like(wide[:, :1])], 1), grid, **modes(case))
+        output = output[:, :-1] + (1 - output[:, -1:]) * case.fill
     if case.antialias:  # PyTorch has nothing of the kind: the grid is the finer one of ``grid_maker``
-        samples = (F.avg_pool2d if case.dims == 2 else F.avg_pool3d)(samples, case.samples)
+        output = (F.avg_pool2d if case.dims == 2 else F.avg_pool3d)(output, samples or case.samples)
     if case.boxes:
-        samples = samples.unflatten(0, (-1, case.boxes))
-    return samples if image.is_floating_point() else samples.round().to(image.dtype)
+        output = output.unflatten(0, (-1, case.boxes))
+    return output if image.is_floating_point() else output.round().to(image.dtype)
 
 
 def paddings(case: Case) -> tuple[str, ...]:
@@ -238,10 +238,10 @@ def half_grid(case: Case, inputs: Inputs) -> Sampler:
 def compiled(case: Case, inputs: Inputs) -> Sampler:
     """torch.compile of grid and sampling; half images are widened inside, which the compiler fuses."""
     make = grid_maker(case, inputs.params)
-    half = not _same_dtypes(case)
+    half, samples = not _same_dtypes(case), case.samples  # made of tensors, which cannot be traced
 
     def function(image: Tensor, params: Tensor) -> Tensor:
-        return sample(case, image.float() if half else image, make(params)).to(image.dtype)
+        return sample(case, image.float() if half else image, make(params), samples).to(image.dtype)
 
     from torch._functorch import config
 

@@ -31,7 +31,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 from stn_triton.kernels import derivatives, gather, grid, sample
 from stn_triton.kernels.host import launch
-from stn_triton.kernels.modes import Interpolation, Padding, Source
+from stn_triton.kernels.modes import NAMED_PADDINGS, Interpolation, Padding, Source
 from stn_triton.kernels.sort import sorted_backward
 from stn_triton.kernels.spec import Spec
 
@@ -79,7 +79,7 @@ LAYOUTS = (
 )
 MODES: dict[str, tuple] = {
     "interpolation": tuple(code for code in Interpolation if code != Interpolation.AVERAGED),
-    "padding": tuple(Padding),
+    "padding": NAMED_PADDINGS,
     "align_corners": (False, True),
     "dims": (2, 3),
 }
@@ -90,7 +90,8 @@ WIDTHS: dict[str, tuple] = {
     "wide": (False, True),  # offsets of 64 bits
     "aligned": (True, False),  # pointers at multiples of 16 bytes
 }
-AVERAGES: dict[str, tuple] = {"interpolation": tuple(Interpolation)}  # of the kernels that make them
+# Of the kernels that make averages.
+AVERAGES: dict[str, tuple] = {"interpolation": tuple(Interpolation), "padding": tuple(Padding)}
 AXES: dict[str, dict[str, tuple]] = {
     "forward": {
         "source": tuple(Source),
@@ -207,7 +208,11 @@ def possible(case: Case) -> bool:
         return False
     if case.get("fill") and case.get("padding", Padding.ZEROS) not in (Padding.ZEROS, Padding.BORDER):
         return False
-    if case.get("interpolation") == Interpolation.AVERAGED:  # of matrices, whose image has the gather
+    framed = case.get("padding") == Padding.FRAMED  # of averages alone
+    if framed and case.get("interpolation") not in (None, Interpolation.AVERAGED):
+        return False
+    if framed or case.get("interpolation") == Interpolation.AVERAGED:
+        # of matrices, whose image has the gather
         if source not in (None, Source.AFFINE, Source.PROJECTIVE):
             return False
         if case.get("gradients") not in (None, "params"):

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .device import footprints
-from .device.arithmetic import PROJECTIVE, widened
+from .device.arithmetic import INFINITY, PROJECTIVE, widened
 from .device.candidates import (
     NOWHERE,
     Pixels,
@@ -40,7 +40,14 @@ from .device.candidates import (
 )
 from .device.copies import copy_at, copy_number, has_copies, is_apart
 from .device.interpolation import axis_taps, radius_of, tap_count, weight_of_pixel
-from .device.mild import first_outputs, has_mild_way, mild_map, row_weights, tile_begins
+from .device.mild import (
+    first_outputs,
+    has_mild_way,
+    is_within_edges,
+    mild_map,
+    row_weights,
+    tile_begins,
+)
 from .device.padding import extends_edges, is_periodic
 from .device.tiles import (
     blocks_of,
@@ -59,10 +66,11 @@ from .host import configs
 from .host.cut import cut, source_numbers
 from .host.launch import Plan, compute_dtypes, index_dtype, planned
 from .host.parameters import channel_dim
+from .modes import Padding, paddings_of
 from .spec import SPECIALIZATION, Image, Params, Sizes, Strides, Tiling, constant, plain
 
 # Blocks of outputs whose bounds are computed at a time.
-BLOCKS = constant(128)
+AT_A_TIME = constant(128)
 
 
 class Tile(NamedTuple):
@@ -72,6 +80,15 @@ class Tile(NamedTuple):
     row: Any
     steps: Any
     blocks: Any
+
+
+class Blocks(NamedTuple):
+    """Blocks of outputs: the first one's column and row, and how many, all in blocks."""
+
+    column: Any
+    row: Any
+    columns: Any
+    rows: Any
 
 
 class Gradients(NamedTuple):
@@ -138,11 +155,51 @@ def add_visits(sums, found, visits, pixels, gradients, sizes, SPEC: tl.constexpr
 
 # -------------------------------------------------------------------------------------------- by output
 @triton.jit
-def may_touch(map, block, column_blocks, pixels, sizes, SPEC: tl.constexpr):
+def searched_blocks(found, pixels, sizes, SPEC: tl.constexpr):
+    """The ``Blocks`` of all outputs that can read the tile; of all there are where they are not bounded."""
+    end_x = sizes.output[0]
+    end_row = sizes.output[1].to(SPEC.index)
+    if SPEC.dims == 3:
+        end_row *= sizes.output[2]
+    x = end_x * 0
+    row = end_row * 0
+    if not (has_copies(SPEC) or SPEC.antialias):
+        bounded = found.cost < INFINITY
+        begin = ()
+        end = ()
+        for axis in tl.static_range(SPEC.dims):
+            first = found.visits.first[axis]
+            least = tl.min(tl.min(tl.where(pixels.exists, first, NOWHERE), 1), 0)
+            most = tl.max(tl.max(tl.where(pixels.exists, first + found.visits.most[axis], 0), 1), 0)
+            begin += (tl.where(bounded, tl.minimum(least, sizes.output[axis]), 0),)
+            end += (tl.where(bounded, most, sizes.output[axis]),)
+        x = begin[0]
+        end_x = end[0]
+        row = begin[1].to(SPEC.index)
+        end_row = end[1].to(SPEC.index)
+        if SPEC.dims == 3:
+            row += begin[2].to(SPEC.index) * sizes.output[1]
+            end_row += (end[2] - 1).to(SPEC.index) * sizes.output[1]
+    column = x // SPEC.block_columns
+    row = (row // SPEC.block_rows).to(tl.int32)
+    columns = tl.maximum(tl.cdiv(end_x, SPEC.block_columns) - column, 0)
+    rows = tl.maximum(tl.cdiv(end_row, SPEC.block_rows).to(tl.int32) - row, 0)
+    return Blocks(column, row, columns, rows)
+
+
+@triton.jit
+def begin_of(block, blocks, SPEC: tl.constexpr):
+    """The first column and row of outputs of number ``block`` of ``blocks``."""
+    columns = tl.maximum(blocks.columns, 1)
+    column = (blocks.column + block % columns) * SPEC.block_columns
+    return column, first_row(blocks.row + block // columns, SPEC.block_rows, SPEC)
+
+
+@triton.jit
+def may_touch(map, block, blocks, pixels, sizes, SPEC: tl.constexpr):
     """Whether outputs of ``block``, [blocks], may read pixels of the tile."""
     RADIUS: tl.constexpr = radius_of(SPEC)
-    x = (block % column_blocks) * SPEC.block_columns
-    row = (block // column_blocks).to(SPEC.index) * SPEC.block_rows
+    x, row = begin_of(block, blocks, SPEC)
     first, last = box_of(x, row, SPEC.block_columns, SPEC.block_rows, sizes.output, SPEC)
     bounds = footprints.bounds_of(map, first, last, sizes, SPEC)
     touches = block >= 0
@@ -189,10 +246,9 @@ def range_of_all(first, last, hit):
 
 
 @triton.jit
-def add_block(sums, map, block, column_blocks, pixels, gradients, sizes, SPEC: tl.constexpr):
+def add_block(sums, map, block, blocks, pixels, gradients, sizes, SPEC: tl.constexpr):
     """``sums`` plus what one block of outputs adds to the pixels of the tile that it reads."""
-    column = (block % column_blocks) * SPEC.block_columns
-    row = first_row(block // column_blocks, SPEC.block_rows, SPEC)
+    column, row = begin_of(block, blocks, SPEC)
     out, mask = pixels_from(column, row, sizes.output, SPEC.block_rows, SPEC.block_columns, SPEC)
     if SPEC.antialias:
         footprint = footprints.footprint_of(map, out, mask, sizes, SPEC)
@@ -247,21 +303,18 @@ def add_places(sums, places, scale, mask, out, pixels, gradients, sizes, SPEC: t
 
 
 @triton.jit
-def add_by_output(sums, map, pixels, gradients, sizes, SPEC: tl.constexpr):
+def add_by_output(sums, found, pixels, gradients, sizes, SPEC: tl.constexpr):
     """``sums`` plus what each pixel gets, with a lane for each output of blocks that may touch the tile."""
-    column_blocks = tl.cdiv(sizes.output[0], SPEC.block_columns)
-    output_rows = sizes.output[1].to(SPEC.index)
-    if SPEC.dims == 3:
-        output_rows *= sizes.output[2]
-    blocks = column_blocks * tl.cdiv(output_rows, SPEC.block_rows).to(tl.int32)
-    for start in range(0, blocks, BLOCKS):
-        block = start + tl.arange(0, BLOCKS)
-        touches = may_touch(map, tl.minimum(block, blocks - 1), column_blocks, pixels, sizes, SPEC)
-        waiting = tl.where(touches & (block < blocks), block, NOWHERE)
+    blocks = searched_blocks(found, pixels, sizes, SPEC)
+    count = blocks.columns * blocks.rows
+    for start in range(0, count, AT_A_TIME):
+        block = start + tl.arange(0, AT_A_TIME)
+        touches = may_touch(found.map, tl.minimum(block, count - 1), blocks, pixels, sizes, SPEC)
+        waiting = tl.where(touches & (block < count), block, NOWHERE)
         for _ in range(tl.sum((waiting < NOWHERE).to(tl.int32), 0)):
             next_block = tl.min(waiting, 0)
             waiting = tl.where(waiting == next_block, NOWHERE, waiting)
-            sums = add_block(sums, map, next_block, column_blocks, pixels, gradients, sizes, SPEC)
+            sums = add_block(sums, found.map, next_block, blocks, pixels, gradients, sizes, SPEC)
     return sums
 
 
@@ -292,7 +345,7 @@ def add_transform(sums, found, pixels, gradients, sizes, SPEC: tl.constexpr):
                     visits = visits_of(map, found.bounds, shown, whole(grid), grid, SPEC)
                     sums = add_visits(sums, found, visits, shown, gradients, sizes, SPEC)
     else:
-        sums = add_by_output(sums, map, pixels, gradients, sizes, SPEC)
+        sums = add_by_output(sums, found, pixels, gradients, sizes, SPEC)
     return sums
 
 
@@ -426,7 +479,8 @@ def gather_backward_kernel(
     is_mild = tl.full([], 0, tl.int1)
     if has_mild_way(SPEC):
         mild = mild_map(map, bounds, sizes, SPEC)
-        is_mild = mild.holds
+        # a pixel at a border that padding extends has more outputs than nine
+        is_mild = mild.holds & is_within_edges(tile.column, first, steps * SPEC.rows, sizes, SPEC)
         if is_mild:
             write_mild(mild, tile, Image(begin, output), target, sizes, SPEC)
     if not is_mild:
@@ -459,7 +513,10 @@ def _plan(grad_output: torch.Tensor, params: torch.Tensor, grad_input: torch.Ten
     tile, search = configs.choose_gather(grad_output.device, problem)
     rows = max(problem.rows, sizes[1][:-1].numel())
     index = index_dtype(grad_output, grad_input, params, rows=rows)
-    work = cut(problem, tile, modes, sizes, compute_dtypes(grad_input, params)[0], index, tile.steps)
+    # a tile at a border that outputs are clamped to is much work: no program gets several
+    clamps = not {Padding.BORDER, Padding.FRAMED}.isdisjoint(paddings_of(modes[2], dims))
+    steps = 1 if clamps else tile.steps
+    work = cut(problem, tile, modes, sizes, compute_dtypes(grad_input, params)[0], index, steps)
     transforms = grad_output.shape[1] if channel == 2 else 1
     return work.plan(
         gather_backward_kernel,

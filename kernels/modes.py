@@ -37,8 +37,11 @@ class Padding(IntEnum):
     BORDER = 1
     REFLECTION = 2
     CIRCULAR = 3
+    FRAMED = 4  # border, and nothing where the sample's centre is outside: for gradients with a fill alone
 
 
+# Those that users can name.
+NAMED_PADDINGS = tuple(padding for padding in Padding if padding != Padding.FRAMED)
 _DIGITS = frozenset(padding + 1 for padding in Padding)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import calls
 from .kernels.host.dtypes import INTEGERS
-from .kernels.modes import MOST_SAMPLES, Interpolation, Padding, padding_code, paddings_of
+from .kernels.modes import MOST_SAMPLES, NAMED_PADDINGS, Interpolation, Padding, padding_code, paddings_of
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 WHOLE_NUMBERS = INTEGERS | {torch.int8, torch.int32, torch.int64}
@@ -22,7 +22,7 @@ INTERPOLATIONS = {
     "nearest": Interpolation.NEAREST,
     "bicubic": Interpolation.BICUBIC,
 }
-PADDINGS = {padding.name.lower(): padding for padding in Padding}
+PADDINGS = {padding.name.lower(): padding for padding in NAMED_PADDINGS}
 # A mode, or one for each axis, x first.
 PaddingMode = str | tuple[str, ...]
 
@@ -63,12 +63,20 @@ def refuse_choice(name: str, value: object, known: Collection[str], more: str = 
 
 def refuse_type(name: str, value: object, expected: str = "a tensor") -> NoReturn:
     """For what is no tensor; of arrays and lists the message says how to make one."""
-    is_array, hint = type(value).__module__ == "numpy", ""
-    if is_array and name == "input" and getattr(value, "ndim", 0) == 3:
+    hint = f"torch.as_tensor({name})" if isinstance(value, (tuple, list)) else _as_tensor(name, value)
+    if hint and name == "input" and getattr(value, "ndim", 0) == 3:
         hint = "one image (H, W, C) is torch.from_numpy(input).permute(2, 0, 1)[None]"
-    elif is_array or isinstance(value, (tuple, list)):
-        hint = f"torch.as_tensor({name})"
     refuse(TypeError, name, expected, type(value).__name__, hint)
+
+
+def refuse_numbers(name: str, value: object, expected: str) -> NoReturn:
+    """For what is neither a tensor nor the tuple or list of numbers that may stand for it."""
+    refuse(TypeError, name, expected, repr(value), _as_tensor(name, value))
+
+
+def _as_tensor(name: str, value: object) -> str:
+    """For an array."""
+    return f"torch.as_tensor({name})" if type(value).__module__ == "numpy" else ""
 
 
 def check_tensor(name: str, value: object, integers: Collection[torch.dtype] = ()) -> None:
@@ -250,9 +258,15 @@ def check_padding(padding_mode: object, dims: int) -> int:
         more = f", or a tuple of {dims} of them, x first"
         if not isinstance(padding_mode, (str, tuple)):
             expected = f"one of {', '.join(map(repr, PADDINGS))}{more}"
-            refuse(TypeError, "padding_mode", expected, type(padding_mode).__name__)
+            got = type(padding_mode).__name__
+            refuse(TypeError, "padding_mode", expected, got, _padding_tuple(padding_mode))
         refuse_choice("padding_mode", padding_mode, PADDINGS, more)
     return padding
+
+
+def _padding_tuple(padding_mode: object) -> str:
+    """For a list that means a padding for each axis."""
+    return f"padding_mode={tuple(padding_mode)}" if isinstance(padding_mode, list) else ""
 
 
 def check_modes(
@@ -315,7 +329,10 @@ def _to_fill(fill: object, padding: int, dims: int, taken: str) -> Any:
     _check_fill_padding(fill, padding, dims)
     numbers = [_to_float(each) for each in (fill if isinstance(fill, (tuple, list)) else [fill])]
     if None in numbers:
-        refuse(TypeError, "fill", taken, _brief(fill))
+        # numbers may be whole, which a tensor that fills an image of floats may not
+        listed = getattr(fill, "ndim", 2) < 2
+        hint = "fill.tolist()" if listed else _as_tensor("fill", fill)
+        refuse(TypeError, "fill", taken, _brief(fill), hint)
     return tuple(numbers) if isinstance(fill, (tuple, list)) else numbers[0]
 
 
@@ -410,6 +427,8 @@ def note_on_grid_sample(input: Any, grid: Any, mode: Any, padding_mode: Any, ali
     if isinstance(input, Tensor) and input.dtype in WHOLE_NUMBERS:
         others = "affine_grid_sample and flow_grid_sample take uint8 and int16 images too"
         return f"grid_sample takes floats: input.float(). ({others}.)"
+    if isinstance(padding_mode, list):
+        return f"stn_triton takes a padding for each axis as a tuple, x first: {_padding_tuple(padding_mode)}"
     options = isinstance(mode, str) and isinstance(padding_mode, str)
     if options and mode in INTERPOLATIONS and padding_mode not in PADDINGS:
         hint = _nearest(padding_mode, PADDINGS)

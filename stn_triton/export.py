@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .kernels.modes import Interpolation, Source
+from .kernels.modes import Source
 from .transforms import splines
 
 __all__ = ["decompositions", "onnx_translations"]
@@ -94,7 +94,7 @@ def sample(
     padding: int,
     align_corners: bool,
 ) -> Tensor:
-    _refuse_averages(interpolation)
+    ops.refuse_averages(interpolation)
     modes = ops.named_modes(interpolation, padding, align_corners)
     output = reference.sample(input, params, control_points, Source(source), tuple(size), *modes)
     return as_images(output, input, params, source)
@@ -112,18 +112,10 @@ def sample_as(
     align_corners: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    _refuse_averages(interpolation)
+    ops.refuse_averages(interpolation)
     place = Source(source), tuple(size), *ops.named_modes(interpolation, padding, align_corners)
     output = reference.sample_as(input, params, control_points, fill, *place, dtype)
     return as_images(output, input, params, source)
-
-
-def _refuse_averages(interpolation: int) -> None:
-    if interpolation == Interpolation.AVERAGED:
-        raise NotImplementedError(
-            "antialias=True cannot be exported to PyTorch's operators (torch.jit.trace, ONNX): how many "
-            "samples are averaged depends on the values of the map"
-        )
 
 
 def as_images(output: Tensor, input: Tensor, params: Tensor, source: int) -> Tensor:

@@ -283,12 +283,13 @@ def affine_grid_sample(
             half to even and saturated; float32, float16 and bfloat16 are taken too. Other images have
             samples of their own dtype alone.
         antialias: whether an output pixel is the average of samples over all the input that it stands for.
-            Then shrinking does not alias. It needs ``mode="bilinear"``. Along each axis of the output there
-            are ``n = ceil(l - 1e-3)`` samples, 1 to 16, where l is the length in input pixels of a step of
-            one output pixel. Sample k lies at ``(k + 1/2) / n - 1/2`` of that step from the pixel's middle.
-            So the identity to a size s times smaller is ``avg_pool2d(input, s)`` with
-            ``align_corners=False``, and a map that does not shrink gives what it gives without. Samples
-            outside the image follow the padding and ``fill``.
+            Then shrinking aliases much less. (An average over a box is a crude low-pass: it weakens what is
+            too fine, and does not remove it. Blur the image first for more.) It needs ``mode="bilinear"``.
+            Along each axis of the output there are ``n = ceil(l - 1e-3)`` samples, 1 to 16, where l is the
+            length in input pixels of a step of one output pixel. Sample k lies at ``(k + 1/2) / n - 1/2`` of
+            that step from the pixel's middle. So the identity to a size s times smaller is
+            ``avg_pool2d(input, s)`` with ``align_corners=False``, and a map that does not shrink gives what
+            it gives without. Samples outside the image follow the padding and ``fill``.
 
     Returns:
         (N, C, *size), or (N, T, C, *size) for T transforms, in ``dtype`` and the input's memory format.

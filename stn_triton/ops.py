@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import backend, kernels, reference
-from .calls import PLAIN, plain
+from .calls import PLAIN, exports_onnx, plain
 from .kernels.modes import Interpolation, Source
 
 __all__ = ["grid", "grid_backward", "sample", "sample_as", "sample_backward", "sample_hvp", "sample_jvp"]
@@ -67,11 +67,15 @@ def _operator(allocate: Callable[[Any], Any]) -> Callable[[Callable[[Any], Any]]
                 values = *map(plain, values[:tensors]), *values[tensors:]
             return implementation(make(values))
 
+        def fake(*values: Any) -> Any:
+            a = make(values)
+            if exports_onnx():
+                refuse_averages(getattr(a, "interpolation", None))
+            return allocate(a)
+
         _LIBRARY.define(f"{name}({given}) -> ({returned})", tags=_TAGS)
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(
-            f"stn_triton::{name}", lambda *values: allocate(make(values)), lib=_LIBRARY
-        )
+        torch.library.register_fake(f"stn_triton::{name}", fake, lib=_LIBRARY)
         return getattr(torch.ops.stn_triton, name).default
 
     return register
@@ -82,6 +86,19 @@ def differentiate(operator: Any, derived: Callable[..., Any]) -> None:
     name = operator.name().partition(".")[0]
     for key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):  # the second: all function transforms
         _LIBRARY.impl(name, derived, key)
+
+
+def refuse_averages(interpolation: int | None) -> None:
+    """For what is to become PyTorch's own operators.
+
+    ``export`` asks for who takes a call elsewhere or decomposes it, the fakes ask for ONNX: where
+    ``torch.onnx.export`` fails to trace a model it tries Dynamo, which ``exports_onnx`` does not see.
+    """
+    if interpolation == Interpolation.AVERAGED:
+        raise NotImplementedError(
+            "antialias=True cannot be exported to PyTorch's operators (torch.jit.trace, ONNX): how many "
+            "samples are averaged depends on the values of the map"
+        )
 
 
 def named_modes(interpolation: int, padding: int, align_corners: bool) -> tuple[Interpolation, int, bool]:

@@ -1,5 +1,6 @@
 """What the tests share: cases, the float64 witness, tolerances, and the band around kinks."""
 
+import importlib
 import itertools
 import os
 
@@ -43,6 +44,25 @@ def number_of(variable, default):
     if not said.isdecimal():
         raise ValueError(f"{variable} must be a whole number, 0 or more, got {said!r}")
     return int(said)
+
+
+def import_torchvision(module):
+    """torchvision, with its ``module``; a skip where it is not installed, or does not load.
+
+    Most of it is plain Python; but at import it names operators that are compiled. A wheel has them for one
+    build of PyTorch; under another one (a CPU build) their names must do.
+    """
+    try:
+        importlib.import_module(f"torchvision.{module}")
+    except ImportError:
+        pytest.skip("needs torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            pytest.skip(f"torchvision does not load: {error}")
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float threshold) -> Tensor")
+        importlib.import_module(f"torchvision.{module}")
+    return importlib.import_module("torchvision")
 
 
 def assert_close(actual, expected, dtype=None, scale=None):

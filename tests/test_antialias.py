@@ -7,7 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import MIXED, NAN, assert_close, place, random_theta
+from test_fill import filled_centres
 from test_padding import witness_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import stn_triton as stn
 from bench.interpreter import checked_addresses
@@ -31,7 +34,14 @@ def positions(k, n, count, align_corners):
     return (2 * o + 1) / count - 1
 
 
-def averages(image, matrix, size, padding, align_corners):
+def sampled(image, grid, padding, align_corners, fill):
+    """One image, and (C,) in place of its samples outside."""
+    if fill is None:
+        return witness_of(padding)(image[None], grid, "bilinear", padding, align_corners)[0]
+    return filled_centres(image[None], grid, "bilinear", align_corners, fill[None])[0]
+
+
+def averages(image, matrix, size, padding, align_corners, fill=None):
     """One image by one affine map, (dims, dims + 1), sample by sample as the documentation says."""
     dims = len(size)
     steps = [max(n - align_corners, 1) for n in reversed(size)]
@@ -44,11 +54,11 @@ def averages(image, matrix, size, padding, align_corners):
         mesh = torch.meshgrid(*reversed(axes), indexing="ij")
         points = torch.stack([*reversed(mesh), torch.ones(size, dtype=torch.float64)], -1)
         grid = (points @ matrix.mT)[None]
-        total = total + witness_of(padding)(image[None], grid, "bilinear", padding, align_corners)[0]
+        total = total + sampled(image, grid, padding, align_corners, fill)
     return total / math.prod(n)
 
 
-def cell_averages(image, homography, size, padding, align_corners):
+def cell_averages(image, homography, size, padding, align_corners, fill=None):
     """One image by one homography, with the numbers of each cell's corners; nothing near a horizon."""
     height, width = size
     scale = torch.tensor([n - align_corners for n in reversed(image.shape[1:])], dtype=torch.float64)
@@ -72,18 +82,21 @@ def cell_averages(image, homography, size, padding, align_corners):
             points = torch.stack([*torch.meshgrid(x, y, indexing="xy"), torch.ones(len(y), len(x))], -1)
             places = points @ homography.mT
             grid = (places[..., :2] / places[..., 2:])[None]
-            total = total + witness_of(padding)(image[None], grid, "bilinear", padding, align_corners)[0]
+            total = total + sampled(image, grid, padding, align_corners, fill)
         cell = F.pad(total / math.prod(n), (left, width - right, top, height - below))
         output = output + cell
     return output
 
 
-def expected(source, image, params, *modes):
-    """The averages of (N, C, ...) by (N, T, ...) and a function of a cotangent: both gradients."""
-    image, params = image.detach().double().requires_grad_(), params.detach().double().requires_grad_()
+def expected(source, image, params, *modes, fill=()):
+    """The averages of (N, C, ...) by (N, T, ...) and a function of a cotangent: the gradients of all.
+
+    fill: none, or one (C,) in a tuple.
+    """
+    image, params, *fill = (leaf.detach().double().requires_grad_() for leaf in (image, params, *fill))
     one = averages if source == "affine" else cell_averages
-    value = torch.stack([torch.stack([one(i, p, *modes) for p in ps]) for i, ps in zip(image, params)])
-    return value, lambda g: torch.autograd.grad(value, (image, params), g.double())
+    value = torch.stack([torch.stack([one(i, p, *modes, *fill) for p in ps]) for i, ps in zip(image, params)])
+    return value, lambda g: torch.autograd.grad(value, (image, params, *fill), g.double())
 
 
 def maps(source, dims, dtype):
@@ -270,6 +283,24 @@ def test_tracing_says_what_is_wrong():
         torch.jit.trace(lambda image: stn.affine_grid_sample(image, theta, (2, 3), antialias=True), image)
 
 
+@pytest.mark.parametrize("exported", [False, True], ids=["model", "program"])
+def test_onnx_says_what_is_wrong(exported):
+    """Of a model, where the exporter's further ways fail too, and of a program that is not decomposed."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+
+    class Smaller(torch.nn.Module):
+        def forward(self, image):
+            theta = torch.eye(2, 3)[None]
+            return stn.affine_grid_sample(image, theta, (2, 3), antialias=True, fill=0.5 * exported)
+
+    model, image = Smaller().eval(), torch.randn(1, 1, 4, 6)
+    if exported:
+        model = torch.export.export(model, (image,))
+    with pytest.raises(Exception, match="antialias=True cannot be exported"):
+        torch.onnx.export(model, (image,), dynamo=True, opset_version=20, verbose=False)
+
+
 @pytest.mark.parametrize("padding", ["zeros", "border"])
 def test_each_sub_sample_takes_the_fill(device, either_backend, padding):
     """Averages of samples that are filled, with gradients or without, and of bytes."""
@@ -296,3 +327,64 @@ def test_each_sub_sample_takes_the_fill(device, either_backend, padding):
     whole = stn.affine_grid_sample((255 * image).byte(), theta, (4, 5), fill=300, **options)
     floats = stn.affine_grid_sample((255 * image).floor(), theta, (4, 5), fill=300, **options)
     assert (whole - floats.clamp(max=255)).abs().max() <= 0.5 + 1e-4
+
+
+class Made(TorchDispatchMode):
+    """Notes the operators that run, and the shapes of what they make."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.shapes = set(), []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.names.add(function.name())
+        self.shapes += [tuple(each.shape) for each in tree_leaves(made) if isinstance(each, torch.Tensor)]
+        return made
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("source", SAMPLERS)
+def test_gradients_with_border_and_a_fill(device, either_backend, source, align_corners):
+    """Those of samples that are filled one by one in float64, without a grid or a look at the device."""
+    size = 3, 4
+    image, fill = torch.randn(1, 2, 5, 6, device=device), torch.tensor([3.0, -2.0], device=device)
+    params = maps(source, 2, torch.float32)[:, :1]
+    params[:, :, :2] *= 1.3
+    params = params.to(device)
+    value, gradients = expected(
+        source, image.cpu(), params.cpu(), size, "border", align_corners, fill=(fill.cpu(),)
+    )
+    leaves = [tensor.requires_grad_() for tensor in (image, params, fill)]
+    g = torch.randn(value.shape)
+    with Made() as made:
+        output = SAMPLERS[source](
+            image, params, size, padding_mode="border", align_corners=align_corners, fill=fill, antialias=True
+        )
+        found = torch.autograd.grad(output, leaves, g.to(device))
+    assert_close(output, value)
+    for one, other in zip(found, gradients(g), strict=True):
+        assert other.abs().max() > 0.1
+        assert_close(one, other, scale=3.0)
+    assert not any("_local_scalar_dense" in name for name in made.names)
+    assert not any(shape[-3:] == (*size, 2) for shape in made.shapes)
+
+
+def test_gradients_with_border_and_a_fill_compiled_whole(torch_on_one_thread):
+    """One graph, of which bytes are read as they are."""
+    theta, fill = torch.tensor([[[1.37, 0.21, 0.1], [-0.17, 1.29, 0.1]]]), torch.tensor([3.0, -2.0])
+
+    def loss(image, theta, fill):
+        options = {"padding_mode": "border", "fill": fill, "dtype": torch.float32, "antialias": True}
+        return stn.affine_grid_sample(image, theta, (2, 3), **options).square().sum()
+
+    leaves = [tensor.requires_grad_() for tensor in (theta, fill)]
+    image = torch.randint(256, (1, 2, 7, 8), dtype=torch.uint8)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with Made() as made:
+        wanted = torch.autograd.grad(loss(image, *leaves), leaves)
+        with torch.no_grad():
+            loss(image, *leaves)
+    assert max(math.prod(shape) for shape in made.shapes) < image.numel()
+    for one, other in zip(torch.autograd.grad(compiled(image, *leaves), leaves), wanted, strict=True):
+        assert torch.equal(one, other)

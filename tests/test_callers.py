@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import random_grid, random_theta
+from common import import_torchvision, random_grid, random_theta
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -368,7 +368,7 @@ def test_function_modes_see_one_call(name):
 
 def test_tv_tensors():
     """torchvision's unwrap themselves in all but a few functions: in these too."""
-    tv_tensors = pytest.importorskip("torchvision.tv_tensors")
+    tv_tensors = import_torchvision("tv_tensors").tv_tensors
     x, t = image(), theta(2)
     wrapped = tv_tensors.Image(x)
     g = F.affine_grid(t, x.shape, align_corners=False)

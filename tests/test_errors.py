@@ -567,6 +567,30 @@ NEAREST |= {
         lambda d: stn.affine_grid_sample(x4(d), np.zeros((2, 2, 3))),
         "got ndarray; torch.as_tensor(theta)",
     ),
+    "an array of colours": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d), fill=np.array([1, 2, 3])),
+        "; fill.tolist()",
+    ),
+    "an array of many colours": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d), fill=np.zeros((2, 3))),
+        "; torch.as_tensor(fill)",
+    ),
+    "a module's colours": (
+        lambda d: stn.nn.SpatialTransformer(torch.nn.Flatten(), fill=torch.zeros(3)),
+        "; fill.tolist()",
+    ),
+    "an array of a centre": (
+        lambda d: stn.transforms.rotation(0.3, np.array([1, 2.0])),
+        "; torch.as_tensor(centre)",
+    ),
+    "an array of a translation": (
+        lambda d: stn.transforms.similarity(1.0, 0.3, np.array([1, 2.0])),
+        "; torch.as_tensor(translation)",
+    ),
+    "a list of paddings": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d), padding_mode=["circular", "border"]),
+        "x first, got list; padding_mode=('circular', 'border')",
+    ),
     "a list": (
         lambda d: stn.projective_grid_sample(x4(d), [[[1.0]]]),
         "got list; torch.as_tensor(homography)",
@@ -610,6 +634,7 @@ def test_notes_on_pytorchs_errors(device):
     for name, arguments in (
         ("bytes", (x4(device).to(torch.uint8), g4(device), *ZEROS)),
         ("padding", (x4(device), g4(device), "bilinear", "wrap", False)),
+        ("paddings", (x4(device), g4(device), "bilinear", ["circular", "border"], False)),
         ("mode", (x4(device), g4(device), "cubic", "zeros", False)),
     ):
         with pytest.raises(Exception) as caught:
@@ -617,4 +642,5 @@ def test_notes_on_pytorchs_errors(device):
         notes[name] = " ".join(getattr(caught.value, "__notes__", ()))
     assert notes["bytes"].startswith("grid_sample takes floats: input.float()")
     assert "'circular'" in notes["padding"]
+    assert notes["paddings"].endswith("as a tuple, x first: padding_mode=('circular', 'border')")
     assert not notes["mode"]

@@ -129,12 +129,13 @@ def test_edges_and_what_is_no_number(device, either_backend):
             torch.testing.assert_close(stn.affine_grid_sample(image, same, **options), image)
 
 
-@pytest.mark.parametrize("padding", ["zeros", "border"])
-def test_derivatives(padding):
+@pytest.mark.parametrize("padding, antialias", [("zeros", False), ("border", False), ("border", True)])
+def test_derivatives(padding, antialias):
     """Of the image, the parameters and the fill, first, second and in forward mode, against differences."""
+    options = {"padding_mode": padding, "antialias": antialias}
 
     def function(image, theta, fill):
-        return stn.affine_grid_sample(image, theta, (3, 4), padding_mode=padding, fill=fill)
+        return stn.affine_grid_sample(image, theta, (3, 4), fill=fill, **options)
 
     image, fill = torch.rand(2, 2, 4, 5, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
     theta = random_theta(2, 2, torch.float64, "cpu", 1.2)
@@ -158,6 +159,23 @@ def test_gradients_of_the_kernels(device, padding):
     actual = torch.autograd.grad(samples, ours, cotangent.to(device))
     for one, other in zip(actual, expected, strict=True):
         assert_close(one, other, scale=100.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("padding, antialias", [("zeros", False), ("border", True)])
+def test_half_samples_are_rounded_once(device, either_backend, dtype, padding, antialias):
+    """With gradients as without, also where image and fill cancel; d image has the image's dtype."""
+    image = torch.full((1, 1, 4, 5), -100.7, dtype=dtype, device=device)
+    theta = torch.tensor([[[1.37, 0.21, 0.113], [-0.17, 1.29, 0.057]]], device=device)
+    options = {"padding_mode": padding, "antialias": antialias, "fill": 103.3}
+    untracked = stn.affine_grid_sample(image, theta, (4, 5), **options)
+    leaves = image.requires_grad_(), theta.requires_grad_()
+    tracked = stn.affine_grid_sample(*leaves, (4, 5), **options)
+    assert tracked.dtype == untracked.dtype == dtype
+    assert (untracked.abs() < 60).any()
+    torch.testing.assert_close(tracked.detach(), untracked, rtol=torch.finfo(dtype).eps, atol=1e-4)
+    gradients = torch.autograd.grad(tracked.sum(), leaves)
+    assert [gradient.dtype for gradient in gradients] == [dtype, torch.float32]
 
 
 @pytest.mark.parametrize("mapped", [(None, 0, None), (None, None, 0), (0, 0, 0)])

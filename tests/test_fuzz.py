@@ -116,6 +116,8 @@ def draw_tile(pick, rows, columns, channels, outputs):
         "unroll": pick((1, 1, 2, 3)),
         "splits": pick((1, 1, 2, 3)),
     }
+    if tile["rows"] * tile["columns"] * tile["channels"] == 1:  # which no compiler takes: a lane alone
+        tile["columns"] = 2
     while True:
         blocks = -(-channels // (tile["channels"] * tile["unroll"]))
         splits = min(tile["splits"], blocks)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from common import TAPPED, assert_close, number_of, pairwise, place, random_theta
+from conftest import ON_GPU
 
 from stn_triton import reference
 from stn_triton.kernels.device import affine, sources
@@ -18,13 +19,17 @@ from stn_triton.kernels.device.arithmetic import AFFINE
 from stn_triton.kernels.device.bounds import box_in_units, image_bounds, preimage
 from stn_triton.kernels.gather import gather_backward
 from stn_triton.kernels.host import configs
-from stn_triton.kernels.modes import Interpolation, Padding, Source
+from stn_triton.kernels.modes import NAMED_PADDINGS, Interpolation, Padding, Source
 from stn_triton.kernels.sample import sample_backward
 from stn_triton.kernels.spec import SPECIALIZATION, Sizes, Spec, Work
 
 INTERPOLATIONS = pytest.mark.parametrize("interpolation", TAPPED, ids=lambda i: i.name.lower())
 PADDINGS = pytest.mark.parametrize("padding", list(Padding), ids=lambda p: p.name.lower())
+NAMED = pytest.mark.parametrize("padding", NAMED_PADDINGS, ids=lambda p: p.name.lower())
 ALIGN = pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "centres"])
+LANES_OF_THEIR_OWN = pytest.mark.skipif(
+    ON_GPU, reason="lanes with a map each are no compiled kernel's: the interpreter takes thousands at once"
+)
 # Outputs get the lanes beyond this many candidates: never, or always.
 WAYS = {"by_pixel": 10**9, "by_output": 0}
 
@@ -133,7 +138,7 @@ def test_which_maps_are_mild(monkeypatch):
 @pairwise
 @pytest.mark.parametrize("way", list(WAYS))
 @INTERPOLATIONS
-@PADDINGS
+@NAMED
 def test_volumes(device, interpolation, padding, way):
     """3-D, with tiles that go over from one slice to the next."""
     modes = interpolation, padding, False
@@ -258,7 +263,7 @@ def _irregular():
 
 
 @pytest.mark.parametrize("name", list(_irregular()))
-@PADDINGS
+@NAMED
 def test_maps_without_an_inverse(device, padding, name):
     """As shipped: every output counts once, and nothing but the truth is written."""
     params = _irregular()[name][None].to(device)
@@ -509,6 +514,7 @@ def _aimed(matrices, in_size, size, align_corners, generator):
     ids=["affine", "affine-floats", "projective"],
 )
 @ALIGN
+@LANES_OF_THEIR_OWN
 def test_no_reader_is_left_out(device, source, fixed_point, align_corners):
     """Thousands of matrices: every output whose coordinates lie within a pixel of q is a candidate of q."""
     generator = torch.Generator().manual_seed(1)
@@ -532,6 +538,7 @@ def test_no_reader_is_left_out(device, source, fixed_point, align_corners):
 @pytest.mark.parametrize("flatness", [1e-2, 1e-3, 4e-4])
 @pytest.mark.parametrize("zoom", [0.05, 1.0, 100.0])
 @pytest.mark.parametrize("fixed_point", [True, False], ids=["fixed-point", "floats"])
+@LANES_OF_THEIR_OWN
 def test_minors_that_cancel(device, fixed_point, zoom, flatness):
     """Volumes flattened along z: along x their inverse is harmless, and made of minors that cancel.
 

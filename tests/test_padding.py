@@ -21,7 +21,14 @@ from stn_triton.kernels.device import copies, interpolation, padding
 from stn_triton.kernels.device.cells import axis_cell, cell_row, row_parts
 from stn_triton.kernels.gather import gather_backward
 from stn_triton.kernels.host import configs
-from stn_triton.kernels.modes import Interpolation, Padding, Source, padding_code, paddings_of
+from stn_triton.kernels.modes import (
+    NAMED_PADDINGS,
+    Interpolation,
+    Padding,
+    Source,
+    padding_code,
+    paddings_of,
+)
 from stn_triton.kernels.sort import sorted_backward
 from stn_triton.kernels.spec import Place, Sizes, Spec
 from stn_triton.reference import taps
@@ -30,7 +37,7 @@ FAR = 2**30
 INFINITY, NAN = float("inf"), float("nan")
 SIZES = range(1, 10)
 ALIGN = pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
-EVERY = pytest.mark.parametrize("padding_mode", list(Padding), ids=lambda p: p.name.lower())
+EVERY = pytest.mark.parametrize("padding_mode", NAMED_PADDINGS, ids=lambda p: p.name.lower())
 
 
 def reflected(i, size, align_corners):
@@ -46,7 +53,7 @@ PADDED = {
     "reflection": reflected,
     "circular": lambda i, size, align_corners: i % size,
 }
-assert {name.upper() for name in PADDED} == {padding.name for padding in Padding}
+assert {name.upper() for name in PADDED} == {padding.name for padding in NAMED_PADDINGS}
 # Where infinities and NaN are read, normalised; far outside is nowhere under zeros, and the border else.
 INFINITE = {"zeros": -99.0, "reflection": -1.0, "circular": -1.0}
 
@@ -427,6 +434,8 @@ def test_refusals(device, either_backend):
     image, theta, grid = (t.to(device) for t in (image, theta, grid))
     for wrong, error in (
         ("wrap", ValueError),
+        ("framed", ValueError),  # the kernels' own
+        (("zeros", "framed"), ValueError),
         (("zeros",), ValueError),
         (("zeros", 3), ValueError),
         (3, TypeError),

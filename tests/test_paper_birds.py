@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from common import import_torchvision
 from torch import nn
 
 pytest.importorskip("skimage")
@@ -199,18 +200,7 @@ def test_bad_arguments(arguments, message):
 
 @pytest.fixture
 def torchvision():
-    """Its models are Python, but at import it names operators that are compiled, for one build of PyTorch."""
-    try:
-        import torchvision.models
-    except ImportError:
-        pytest.skip("needs torchvision")
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float threshold) -> Tensor")
-        import torchvision.models
-    return torchvision
+    return import_torchvision("models")
 
 
 @pytest.mark.parametrize("name, features", [("googlenet", 1024), ("resnet18", 512), ("mobilenet_v2", 1280)])

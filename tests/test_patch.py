@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from common import PADDINGS, assert_close, away_from_kinks, random_grid
+from common import PADDINGS, assert_close, away_from_kinks, import_torchvision, random_grid
 from test_backend import python
 
 import stn_triton as stn
@@ -710,21 +710,7 @@ def test_kornia_elastic_transform(device, launched):
 
 @pytest.fixture(scope="module")
 def torchvision():
-    """Its transforms are plain Python; but at import it names operators that are compiled.
-
-    A wheel has them for one build of PyTorch; under another one (a CPU build) their names must do.
-    """
-    try:
-        import torchvision.transforms.v2
-    except ImportError:
-        pytest.skip("needs torchvision")
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float threshold) -> Tensor")
-        import torchvision.transforms.v2
-    return torchvision
+    return import_torchvision("transforms.v2")
 
 
 @pytest.mark.parametrize("name", ["affine", "perspective", "elastic", "rotate"])

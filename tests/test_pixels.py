@@ -3,14 +3,16 @@
 Images are float64 and sampled by PyTorch's operators: what is tested is the matrices.
 """
 
+import functools
 import math
 
 import numpy as np
 import pytest
 import torch
+from common import import_torchvision
 from scipy import ndimage
 from torch.autograd import gradcheck
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, pad
 
 import stn_triton as stn
 from stn_triton.transforms import (
@@ -36,12 +38,27 @@ def rand(*shape, grad=False):
     return (torch.rand(shape, dtype=torch.float64) * 2 - 1).requires_grad_(grad)
 
 
-def photograph(height=SIZE[0], width=SIZE[1]):
-    """(3, H, W) from 0 to 1: waves of several directions and lengths, and an edge."""
-    y, x = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
-    waves = [(x / 5 + y / 9).sin(), (x / 7 - y / 4).cos(), ((x - 20) ** 2 / 300 + (y - 15) ** 2 / 200).sin()]
-    disc = (x - 0.6 * width) ** 2 + (y - 0.4 * height) ** 2 < (0.25 * height) ** 2
-    return 0.4 + 0.3 * torch.stack(waves) + 0.3 * disc
+@functools.cache
+def photograph():
+    """(3, *SIZE) from 0 to 1: of scikit-image's astronaut; without it waves, and an edge."""
+    try:
+        from skimage import data
+    except ImportError:
+        height, width = SIZE
+        y, x = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
+        waves = [
+            (x / 5 + y / 9).sin(),
+            (x / 7 - y / 4).cos(),
+            ((x - 20) ** 2 / 300 + (y - 15) ** 2 / 200).sin(),
+        ]
+        disc = (x - 0.6 * width) ** 2 + (y - 0.4 * height) ** 2 < (0.25 * height) ** 2
+        return 0.4 + 0.3 * torch.stack(waves) + 0.3 * disc
+    pixels = torch.from_numpy(data.astronaut()[: 4 * SIZE[0], 90 : 90 + 4 * SIZE[1]])
+    return avg_pool2d(pixels.permute(2, 0, 1).double() / 255, 4)
+
+
+def doubles(values):
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def matrices(shape, *leading, grad=False):
@@ -404,26 +421,40 @@ def test_scikit_image(mode, border):
     close(ours, channels_first(theirs))
 
 
+def test_scikit_image_rotation():
+    skimage = pytest.importorskip("skimage.transform")
+    image, middle = photograph(), ((SIZE[1] - 1) / 2, (SIZE[0] - 1) / 2)
+    turn = rotation(torch.tensor(math.radians(DEGREES), dtype=torch.float64), doubles(middle))
+    theirs = skimage.rotate(channels_last(image), DEGREES, clip=False)
+    close(warp(image, from_pixels(turn, SIZE), SIZE), channels_first(theirs))
+
+
 @pytest.mark.parametrize("mode", ("bilinear", "nearest"))
 def test_torchvision(mode):
-    """``affine`` turns clockwise about the middle, from input to output; ``perspective`` takes edges."""
-    functional = pytest.importorskip("torchvision.transforms.functional")
+    """The one-line equivalents of docs/how/pixels.md: clockwise about the middle, and pixel edges."""
+    functional = import_torchvision("transforms.functional").transforms.functional
     image, (height, width) = photograph(), SIZE
     interpolation = functional.InterpolationMode(mode)
-    middle = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=torch.float64)
-    moved = attention(1.0, -torch.tensor([5.0, -3.0], dtype=torch.float64))
-    smaller = attention(1 / 1.2, middle * (1 - 1 / 1.2))
-    matrix = compose(compose(rotation(-math.radians(DEGREES), middle), smaller), moved)
-    theirs = functional.affine(image, DEGREES, [5, -3], 1.2, [0.0], interpolation)
-    close(warp(image, from_pixels(matrix, SIZE), SIZE, mode), theirs)
+    middle = doubles(((width - 1) / 2, (height - 1) / 2))
+    turn = compose(rotation(-math.radians(DEGREES), middle, 1.2), attention(doubles(1.0), (-5, 3)))
+    for degrees in (0, 15):
+        slope = math.tan(math.radians(degrees))
+        shear = doubles([[1, slope, -slope * middle[1]], [0, 1, 0]])
+        theirs = functional.affine(image, DEGREES, [5, -3], 1.2, [degrees, 0.0], interpolation)
+        close(warp(image, from_pixels(compose(shear, turn), SIZE), SIZE, mode), theirs)
+    theirs = functional.rotate(image, DEGREES, interpolation)
+    close(warp(image, from_pixels(rotation(math.radians(DEGREES), middle), SIZE), SIZE, mode), theirs)
 
-    corners = [[0, 0], [71, 0], [71, 59], [0, 59]], [[4, 6], [60, 2], [66, 50], [2, 55]]
-    coefficients = functional._get_perspective_coeffs(*corners)  # from output to input
-    edges = torch.tensor([*coefficients, 1.0], dtype=torch.float64).view(3, 3)
-    half = torch.tensor([0.5, 0.5], dtype=torch.float64)
-    matrix = compose(attention(1.0, -half), compose(edges, attention(1.0, half)))
-    theirs = functional.perspective(image, *corners, interpolation)
-    close(warp(image, from_pixels(matrix, SIZE), SIZE, mode), theirs, 1e-6)  # coefficients of float32
+    start, end = [[0, 0], [71, 0], [71, 59], [0, 59]], [[4, 6], [60, 2], [66, 50], [2, 55]]
+    matrix = from_square(doubles(start) - 0.5) @ from_square(doubles(end) - 0.5).inverse()
+    theirs = functional.perspective(image, start, end, interpolation)
+    close(warp(image, from_pixels(matrix, SIZE), SIZE, mode), theirs, 1e-5)  # coefficients of float32
+
+
+def from_square(corners):
+    """(..., 3, 3) from one frame of four points to the ``corners``, (..., 4, 2)."""
+    columns = pad(corners, (0, 1), value=1.0).mT
+    return columns[..., :3] * torch.linalg.solve(columns[..., :3], columns[..., 3:]).mT
 
 
 BOXES = torch.tensor([[3.2, 4.1, 40.7, 30.9], [0, 0, 72, 60], [60, 50, 72, 60]], dtype=torch.float64)
@@ -447,6 +478,13 @@ def roi_align_witness(image, box, size, ratio):
     return image.unflatten(2, (width, ratio)).unflatten(1, (height, ratio)).mean((2, 4))
 
 
+def roi_align(*args, **kwargs):
+    """torchvision's. Where its operator does not load it has one in Python, which it would compile."""
+    operators = import_torchvision("ops").ops
+    with torch.compiler.set_stance("force_eager"):
+        return operators.roi_align(*args, **kwargs)
+
+
 @pytest.mark.parametrize("ratio", (1, 2))
 def test_roi_align(ratio):
     """Many boxes of one image. (Of boxes that reach beyond it roi_align reads 0 from a pixel outside on.)"""
@@ -456,5 +494,14 @@ def test_roi_align(ratio):
     crops = stn.affine_grid_sample(image[None], theta, finer, padding_mode="border")[0]
     ours = avg_pool2d(crops, ratio) if ratio > 1 else crops
     close(ours, torch.stack([roi_align_witness(image, box, size, ratio) for box in BOXES]))
-    operators = pytest.importorskip("torchvision.ops")
-    close(ours, operators.roi_align(image[None], [BOXES], size, sampling_ratio=ratio, aligned=True))
+    close(ours, roi_align(image[None], [BOXES], size, sampling_ratio=ratio, aligned=True))
+
+
+def test_roi_align_by_footprints():
+    """Its default number of samples is that of ``antialias=True``; unaligned, its boxes are of centres."""
+    image, size = photograph(), (7, 9)
+    theta = crop(torch.cat([BOXES, BOXES + 0.5]), SIZE)[None]
+    options = {"padding_mode": "border", "antialias": True}
+    aligned, centred = stn.affine_grid_sample(image[None], theta, size, **options)[0].chunk(2)
+    close(aligned, roi_align(image[None], [BOXES], size, aligned=True))
+    close(centred, roi_align(image[None], [BOXES], size))

@@ -164,7 +164,7 @@ def test_what_rules_and_search_come_to_is_possible():
         for chosen in (configs.choose(GPU, problem), tile, ways, configs.Sum(0)):
             start = {k: v for k, v in chosen._asdict().items() if k not in ("splits", "steps")}
             if isinstance(chosen, configs.Tile):
-                start["waves"] = configs.WAVES
+                start["waves"] = configs.waves(problem)
             tuning.search(problem, start, cost)
     assert found > 5000
 

@@ -130,7 +130,7 @@ def test_a_shipped_table_can_be_ignored(ship):
 def test_programs_over_the_channels_follow_the_tuned_number(ship):
     few = PROBLEM._replace(images=1, channels=512, rows=16, columns=16)
     splits = configs.choose(GPU, few).splits
-    ship({few.key: {"waves": 2 * configs.WAVES}})
+    ship({few.key: {"waves": 2 * configs.waves(few)}})
     assert configs.choose(GPU, few).splits == min(2 * splits, 512 // 4)
 
 

@@ -11,27 +11,13 @@ import triton.language as tl
 from ..modes import Padding
 from ..spec import plain
 from .interpolation import tap_count
-from .padding import reads_outside
+from .padding import beyond, reads_outside
 
 
 @triton.constexpr_function
 def fills_centres(spec):
     """Whether the fill goes by the centres of samples; else by their taps."""
     return all(padding == Padding.BORDER for padding in plain(spec.padding))
-
-
-@triton.jit
-def beyond(place, size, SPEC: tl.constexpr):
-    """Whether a place lies outside the image: beyond the outer edges of its outermost pixels, or beyond their
-    centres with aligned corners.
-
-    What lies on these is inside. NaN is a place far below (``padding.place_of``), and outside.
-    """
-    i, t = place
-    edge = 0.5 * (1 - SPEC.align_corners)
-    below = (i < -1) | ((i == -1) & (t < 1.0 - edge))
-    above = (i >= size) | ((i == size - 1) & (t > edge))
-    return below | above
 
 
 @triton.jit

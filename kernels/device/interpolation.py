@@ -11,7 +11,16 @@ import triton.language as tl
 from ..modes import Interpolation
 from ..spec import Taps, constant, plain
 from .arithmetic import BICUBIC, BILINEAR, NEAREST, clamp, in_bounds
-from .padding import is_periodic, pad_index, pad_place, pad_row, pads_place, reads_outside
+from .padding import (
+    beyond,
+    ends_at_edges,
+    is_periodic,
+    pad_index,
+    pad_place,
+    pad_row,
+    pads_place,
+    reads_outside,
+)
 
 CUBIC_A = constant(-0.75)  # PyTorch's cubic convolution coefficient
 
@@ -111,6 +120,7 @@ def axis_taps(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.
     """The taps of ``place`` on an axis of ``size`` pixels. INTERIOR: they are known to lie in the image."""
     TAPS: tl.constexpr = tap_count(SPEC)
     ONE_BY_ONE: tl.constexpr = pads_taps(SPEC, AXIS) and not INTERIOR
+    given = place
     if pads_place(SPEC, AXIS) and not pads_taps(SPEC, AXIS) and not INTERIOR:
         place, _ = pad_place(place, size, AXIS, SPEC)
     i, t = place
@@ -135,9 +145,12 @@ def axis_taps(place, size, AXIS: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.
     for k in tl.static_range(TAPS):
         # the tap after a padded place may not exist
         if not INTERIOR and (not reads_outside(SPEC, AXIS) or (k == 1 and not ONE_BY_ONE)):
-            inside += (in_bounds(indices[k], size),)
+            read = in_bounds(indices[k], size)
         else:
-            inside += (True,)
+            read = True
+        if ends_at_edges(SPEC, AXIS) and not INTERIOR:
+            read = (beyond(given, size, SPEC) == 0) & read
+        inside += (read,)
     return Taps(indices, inside, weights)
 
 
@@ -216,9 +229,13 @@ def pixel_weight(place, q, size, AXIS: tl.constexpr, SPEC: tl.constexpr, SHOWN: 
         taps = axis_taps(place, size, AXIS, SPEC)
         return at_pixel(q, taps, taps.weight, SPEC)
     else:
+        padded = place
         if pads_place(SPEC, AXIS):
-            place, _ = pad_place(place, size, AXIS, SPEC)
-        return distance_weight(place, q, place[0], SPEC)
+            padded, _ = pad_place(place, size, AXIS, SPEC)
+        weight = distance_weight(padded, q, padded[0], SPEC)
+        if ends_at_edges(SPEC, AXIS):
+            weight = tl.where(beyond(place, size, SPEC), 0.0, weight)
+        return weight
 
 
 # ------------------------------------------------------------------------------------------- all axes

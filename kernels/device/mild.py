@@ -15,9 +15,10 @@ from ..spec import constant, plain
 from .affine import doubled_pixels, rounded_entry
 from .arithmetic import clamp
 from .bounds import ROUNDING, affine_inverse
-from .candidates import weighs_by_distance
+from .candidates import goes_by_steps
 from .copies import has_copies
 from .interpolation import radius_of
+from .padding import extends_edges
 
 # Fractional bits of where outputs begin, and of distances in pixels; these are told modulo 2^32, 64 pixels.
 BEGIN_BITS = constant(22)
@@ -46,10 +47,21 @@ def has_mild_way(spec):
     return (
         linear
         and not plain(spec.antialias)
-        and plain(weighs_by_distance(spec))
+        and plain(goes_by_steps(spec))
         and not plain(has_copies(spec))
         and plain(spec.one_transform)
     )
+
+
+@triton.jit
+def is_within_edges(column, row, rows, sizes, SPEC: tl.constexpr):
+    """Whether a tile of ``rows`` rows has no pixel that padding extends beyond the border."""
+    within = tl.full([], 1, tl.int1)
+    if extends_edges(SPEC, 0):
+        within = within & (column > 0) & (sizes.input[0] - column > SPEC.columns)
+    if extends_edges(SPEC, 1):
+        within = within & (row > 0) & (sizes.input[1] - row > rows)
+    return within
 
 
 @triton.jit

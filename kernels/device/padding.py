@@ -49,8 +49,14 @@ def reads_outside(spec, axis):
 
 @triton.constexpr_function
 def extends_edges(spec, axis):
-    """Whether all that lies beyond an edge reads the pixel at that edge."""
-    return plain(padding_of(spec, axis)) == Padding.BORDER
+    """Whether what lies beyond an edge reads the pixel at that edge, if any."""
+    return plain(padding_of(spec, axis)) in (Padding.BORDER, Padding.FRAMED)
+
+
+@triton.constexpr_function
+def ends_at_edges(spec, axis):
+    """Whether a sample whose centre lies outside the image reads nothing."""
+    return plain(padding_of(spec, axis)) == Padding.FRAMED
 
 
 @triton.constexpr_function
@@ -59,7 +65,7 @@ def pads_place(spec, axis):
 
     Else their taps are padded one by one, as cubic taps are, and slopes are 1.
     """
-    return plain(padding_of(spec, axis)) in (Padding.BORDER, Padding.REFLECTION)
+    return plain(padding_of(spec, axis)) in (Padding.BORDER, Padding.REFLECTION, Padding.FRAMED)
 
 
 @triton.jit
@@ -84,6 +90,20 @@ def period_of(size, AXIS: tl.constexpr, SPEC: tl.constexpr):
 def lower_edge(SPEC: tl.constexpr):
     """Normalised -1 in pixels: what NaN and infinities read where padding repeats."""
     return -0.5 * (1 - SPEC.align_corners)
+
+
+@triton.jit
+def beyond(place, size, SPEC: tl.constexpr):
+    """Whether a place lies outside the image: beyond the outer edges of its outermost pixels, or beyond their
+    centres with aligned corners.
+
+    What lies on these is inside. NaN is a place far below (``place_of``), and outside.
+    """
+    i, t = place
+    edge = 0.5 * (1 - SPEC.align_corners)
+    below = (i < -1) | ((i == -1) & (t < 1.0 - edge))
+    above = (i >= size) | ((i == size - 1) & (t > edge))
+    return below | above
 
 
 # ------------------------------------------------------------------------------------------ its arithmetic

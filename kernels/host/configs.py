@@ -128,7 +128,9 @@ _forced: LocalBlocks[tuple[tuple[str | None, str, int], ...]] = LocalBlocks("for
 _seen: LocalBlocks[list[tuple[Problem, NamedTuple]]] = LocalBlocks("seen")
 
 _NOTHING: Mapping[str, int] = {}
-WAVES = 8  # programs wanted for each processor, see _shared
+# Programs wanted for each processor (see _shared). Those that go through many channels take long, and the
+# last ones are waited for: more of them. Others have more to set up.
+WAVES, WAVES_OF_CHANNELS = 8, 32
 
 
 def override(kernel: str | None = None, **fields: int) -> Block[tuple[tuple[str | None, str, int], ...]]:
@@ -216,31 +218,26 @@ def choose(device: torch.device, problem: Problem) -> Tile:
         unroll = min(-(-channels // width), 4) if lanes == 8 else 1
         pixels = max(128 * vector // width * (2 if taps <= 8 and unroll == 1 else 1), 8)
         columns_tile = min(power_of_2(columns), pixels)
-        tile = Tile(pixels // columns_tile, columns_tile, width, unroll, 4, 1, 1)
+        warps = 8 if element_size == 4 and not problem.backward else 4
+        tile = Tile(pixels // columns_tile, columns_tile, width, unroll, warps, 1, 1)
     else:
-        # Two pixels per lane share the set-up of a program, the loads of its parameters. Backward they keep
-        # twice the sums: that pays where few channels share the set-up, and does not fit beside a spline's.
-        few_sums = problem.kernel.startswith("backward") and channels <= 4 and not spline
-        pixels = 256 if taps <= 8 and (few_sums or not problem.backward) else 128
-        columns_tile = min(power_of_2(columns), _patch_columns(element_size))
+        # What lanes wait for, the image's pixels, is hidden by other warps: one pixel a lane leaves registers
+        # for most of them. Two pay for single channels, for bytes, and where many channels share the
+        # coordinates; four for splines, which compute rather than wait.
+        two = channels == 1 or element_size == 1 or (channels > 4 and not problem.backward)
+        pixels = 256 if taps <= 8 and two and not spline else 128
+        warps = 1 if spline and not problem.backward else 4
+        columns_tile = min(power_of_2(columns), _tile_columns(problem))
         unroll = channels if channels <= 4 else 4
         if taps > 8:
             unroll = min(unroll, 2 if taps <= 16 else 1)
-        tile = Tile(pixels // columns_tile, columns_tile, 1, max(unroll, 1), 4, 1, 1)
+        tile = Tile(pixels // columns_tile, columns_tile, 1, max(unroll, 1), warps, 1, 1)
     # Outputs that share a spline's basis: four, as many as keep their coordinates in the registers.
     group = 4 if spline and 4 <= problem.images < 2**31 else 1
     tile, fields = _settled(device, problem, tile._replace(group=group))
     if not spline:
         tile = tile._replace(group=1)
-    tile = _shared(device, problem, tile, fields)
-    # Where there are more programs than processors ask for, half the lanes do the work of each: four pixels
-    # share what a program sets up, and their loads are in flight together.
-    kernels, sources = ("forward", "backward parameters"), (Source.AFFINE, Source.PROJECTIVE)
-    shares = problem.kernel in kernels and problem.source in sources and channels <= 4 and taps <= 4
-    averages = problem.interpolation == Interpolation.AVERAGED  # whose samples share the set-up too
-    if shares and not averages and tile.steps > 1 and "warps" not in fields:
-        tile = tile._replace(warps=2)
-    return tile
+    return _shared(device, problem, tile, fields)
 
 
 def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]:
@@ -283,12 +280,30 @@ def _patch_columns(element_size: int) -> int:
     return min(max(32 // element_size, 8), 16)
 
 
+def _tile_columns(problem: Problem) -> int:
+    """The columns of a planar tile of few channels.
+
+    Up to a turn of 45 degrees rows of 16 are as good as longer ones, beyond better. Where images' rows begin
+    anywhere in a sector, each row of a tile writes parts of two, and longer ones waste less.
+    """
+    if problem.channels > 4:
+        return _patch_columns(problem.element_size)
+    whole = problem.columns * problem.element_size % 64 == 0
+    return 16 if whole and problem.element_size > 1 and problem.dims == 2 else 32
+
+
 def prefers_sorted(device: torch.device, problem: Problem) -> bool:
     """Whether d image of a general grid is summed from a sorted list though nothing asks for its order.
 
     Without a table: no. Atomics take less memory, and what the sort costs is not known.
     """
     return bool(_settled(device, problem, Sum(0))[0].sorted)
+
+
+def waves(problem: Problem) -> int:
+    """Programs wanted for each processor."""
+    few = 64 if problem.channels_last else 0 if problem.kernel == "gather" else 4
+    return WAVES_OF_CHANNELS if problem.channels > few else WAVES
 
 
 def _shared(device: torch.device, problem: Problem, tile: Tile, fields: Mapping[str, Any]) -> Tile:
@@ -300,7 +315,7 @@ def _shared(device: torch.device, problem: Problem, tile: Tile, fields: Mapping[
     """
     if device.type == "cpu":
         return tile
-    wanted = fields.get("waves", WAVES) * _processors(device.type, device.index)
+    wanted = fields.get("waves", waves(problem)) * _processors(device.type, device.index)
     outputs = -(-problem.images // tile.group)
     programs = outputs * -(-problem.rows // tile.rows) * -(-problem.columns // tile.columns)
     blocks = -(-problem.channels // (tile.channels * tile.unroll))

@@ -129,7 +129,7 @@ def _tune_one(
     start = chosen._asdict()
     if isinstance(chosen, Tile):  # these two follow from how many programs are wanted
         del start["splits"], start["steps"]
-        start["waves"] = configs.WAVES
+        start["waves"] = configs.waves(problem)
     fields, best, first = search(problem, start, cost)
     _log.info("%s: %s, %.4f ms for %.4f ms by the rules", problem.key, fields, best, first)
     entry = {"fields": fields, "rules": start, "milliseconds": best, "milliseconds_by_the_rules": first}

@@ -7,8 +7,10 @@ image,
     zeros:   sample(I) + (1 - w) fill,   w = sample(1)
     border:  sample(I) where the centre is inside, else fill
 
-and is converted at the end. Where border padding is averaged over footprints, each sub-sample has a centre:
-that is plain PyTorch. Samples that are rounded to integers have no derivatives.
+and is converted at the end: half images are sampled in the compute type, so that it rounds once. Where border
+padding is averaged over footprints, each sub-sample has a centre. With ``Padding.FRAMED`` one whose centre is
+outside reads nothing, as taps do with zeros padding, and so the first line holds. Samples that are rounded to
+integers have no derivatives.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch.autograd import forward_ad
 
 from .. import distributed, export, ops, reference
 from ..calls import PLAIN
-from ..kernels.modes import Interpolation, Source
+from ..kernels.modes import Interpolation, Padding, Source
 from .function import Function, Tensors, admitted, is_transformed
 from .samples import sample
 from .vmap import fold_samples
@@ -47,15 +49,15 @@ def _in_parts(
         return (_SampleAs.apply if is_transformed() else _SampleAs.forward)(*constant, *rest)
     if not _is_tracked(tensors):
         return _SampleAs.forward(*tensors, *rest)
-    by_centres = fill is not None and reference.fills_centres(padding, input.dim() - 2)
+    dims, compute = input.dim() - 2, reference.compute_dtype(input, params)
+    by_centres = fill is not None and reference.fills_centres(padding, dims)
     if by_centres and interpolation == Interpolation.AVERAGED:
-        matrix = params, Source(source), tuple(size), padding, align_corners
-        samples = reference.sample_averages(input, *matrix, fill)
-        return export.as_images(samples, input, params, source).to(dtype)
+        by_centres, padding = False, Padding.FRAMED
+    if input.is_floating_point():
+        input = input.to(compute)
     place = Source(source), size, Interpolation(interpolation), padding, align_corners, control_points
     samples = sample(input, params, *place)
     if fill is not None:
-        dims, compute = input.dim() - 2, reference.compute_dtype(input, params)
         one = distributed.replicated(torch.ones((), dtype=compute, device=input.device), input)
         ones = one.expand(input.shape[0], 1, *input.shape[2:])
         if by_centres:

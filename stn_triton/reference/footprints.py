@@ -99,8 +99,8 @@ def _largest(count: Tensor) -> int:
     """As a number: of tensors that function transforms have wrapped as well."""
     if torch.compiler.is_compiling():
         raise NotImplementedError(
-            "forward mode, second derivatives, and gradients with fill and border padding cannot be compiled "
-            "with antialias=True: how many samples are averaged depends on the values of the map"
+            "forward mode and second derivatives cannot be compiled with antialias=True: "
+            "how many samples are averaged depends on the values of the map"
         )
     while torch._C._functorch.is_functorch_wrapped_tensor(count):
         count = torch._C._functorch.get_unwrapped(count)

@@ -277,23 +277,15 @@ def sample_averages(
     size: tuple[int, ...],
     padding: int,
     align_corners: bool,
-    fill: Tensor | None = None,
 ) -> Tensor:
-    """``sample`` of averages, tap by tap: what autograd can differentiate again.
-
-    fill: (N, C), in place of sub-samples whose centre lies outside the image.
-    """
+    """``sample`` of averages, tap by tap: what autograd can differentiate again."""
     dtype, in_size = compute_dtype(input, params), input.shape[2:]
     image, modes = input.to(dtype), (Interpolation.BILINEAR, padding, align_corners)
     total = torch.zeros((), dtype=dtype, device=input.device)
     for s in sub_samples(source, params, size, in_size, align_corners, dtype):
         grid = places(source, params, None, size, in_size, align_corners, dtype, s.offset, in_pixels=True)
         output = sample_pixels(image, _fold_transforms(grid, input.shape[0]), modes)
-        output = output.unflatten(2, (grid.shape[1], size[0])).movedim(2, 1)
-        if fill is not None:
-            inside = is_inside(grid, in_size, align_corners).unsqueeze(2)
-            output = fill_centres(output, inside, fill.to(dtype), len(size))
-        total = total + s.weighted(output)
+        total = total + s.weighted(output.unflatten(2, (grid.shape[1], size[0])).movedim(2, 1))
     return total.to(sample_dtype(input))
 
 

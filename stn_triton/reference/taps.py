@@ -61,7 +61,7 @@ def _pad_index(i: Tensor, size: int, padding: Padding, align_corners: bool) -> T
         i = torch.where(i < 0, -i - mirror, i)
         i = torch.where(i >= size, 2 * size - 2 + mirror - i, i)
         i = torch.where(i < 0, -i - mirror, i)
-    elif padding not in (Padding.BORDER, Padding.ZEROS):
+    elif padding not in (Padding.BORDER, Padding.FRAMED, Padding.ZEROS):
         raise NotImplementedError(f"which pixels does {padding!r} read? (reference/taps.py)")
     return i if padding == Padding.ZEROS else i.clamp(0, size - 1)
 
@@ -76,6 +76,7 @@ def _axis_taps(x: Tensor, size: int, padding: Padding, modes: _Modes, order: int
     interpolation, _, align_corners = modes
     low = 0.0 if align_corners else -0.5
     span = float(size - int(align_corners))
+    kept = (x >= low) & (x <= low + span) if padding == Padding.FRAMED else True
     if padding == Padding.CIRCULAR:  # far ones, whose whole numbers would be too large, by whole periods
         x = torch.where(x.abs() < 2**30, x, _near(x, low, size))
     if interpolation == Interpolation.BICUBIC:
@@ -102,7 +103,7 @@ def _axis_taps(x: Tensor, size: int, padding: Padding, modes: _Modes, order: int
             x, slope = _limit(x, -2, size + 1)
         elif padding == Padding.CIRCULAR:
             slope = torch.ones_like(x)
-        elif padding == Padding.BORDER:
+        elif padding in (Padding.BORDER, Padding.FRAMED):
             x, slope = _limit(x, 0, size - 1)
         elif padding == Padding.REFLECTION:
             x, fold = _fold(x, low, span)
@@ -121,12 +122,12 @@ def _axis_taps(x: Tensor, size: int, padding: Padding, modes: _Modes, order: int
             jets = [[1 - t, -slope, flat], [t, slope, flat]]
         if padding == Padding.CIRCULAR:
             pixels = [i % size for i in pixels]
-        elif padding in (Padding.BORDER, Padding.REFLECTION):
+        elif padding in (Padding.BORDER, Padding.REFLECTION, Padding.FRAMED):
             # float32 may have rounded the last pixel's number up, from 2^24 on
             pixels[0] = pixels[0].clamp(max=size - 1)
             pixels[1:] = [pixels[0] + 1 for _ in pixels[1:]]
         taps = [(i, (i >= 0) & (i < size), jet) for i, jet in zip(pixels, jets, strict=True)]
-    return taps
+    return [(i, inside & kept, jet) for i, inside, jet in taps]
 
 
 class Taps:

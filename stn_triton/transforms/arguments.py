@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_tensor, refuse, refuse_type, to_number
+from ..checks import check_device, check_tensor, refuse, refuse_numbers, refuse_type, to_number
 
 
 def check_dtype(dtype: torch.dtype | None) -> torch.dtype:
@@ -50,7 +50,7 @@ def to_vector(
     if not isinstance(value, Tensor):
         numbers = to_numbers(value)
         if numbers is None or len(numbers) not in dims:
-            refuse(TypeError, name, f"a tensor or {' or '.join(map(str, dims))} numbers", repr(value))
+            refuse_numbers(name, value, f"a tensor or {' or '.join(map(str, dims))} numbers")
         like = [other for other in others if isinstance(other, Tensor)]
         dtype = dtypes(*like)[1] if like else torch.get_default_dtype()
         value = full_of(numbers, dtype, like[0].device if like else None)

@@ -29,7 +29,7 @@ from ..checks import (
     check_device,
     check_spatial_size,
     check_tensor,
-    refuse,
+    refuse_numbers,
     refuse_type,
     to_number,
 )
@@ -268,7 +268,7 @@ def _to_pair(centre: object) -> tuple[float, float]:
         return 0.0, 0.0
     numbers = to_numbers(centre)
     if numbers is None or len(numbers) != 2:
-        refuse(TypeError, "centre", "a tensor, two numbers or None", repr(centre))
+        refuse_numbers("centre", centre, "a tensor, two numbers or None")
     return numbers[0], numbers[1]
 
 
@@ -293,9 +293,11 @@ def crop(boxes: Tensor, input_size: Sequence[int]) -> Tensor:
 
         affine_grid_sample(image[None], crop(boxes, image.shape[-2:])[None], size, padding_mode="border")[0]
 
-    for boxes in the image, whose parameters and image get gradients here. (``spatial_scale`` is a factor of
-    the boxes. Samples more than one pixel beyond the outermost centres roi_align takes for 0. Its larger
-    ratios average several samples a pixel, as the mean over a crop of so many times the size does.)
+    for boxes in the image, whose parameters and image get gradients here. Without ``sampling_ratio`` it is
+    the same with ``antialias=True`` (16 samples an axis at most), without ``aligned`` with ``boxes + 0.5``.
+    (``spatial_scale`` is a factor of the boxes. Samples more than one pixel beyond the outermost centres
+    roi_align takes for 0. Its larger ratios average several samples a pixel, as the mean over a crop of so
+    many times the size does.)
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
