@@ -117,7 +117,7 @@ def facts(device: torch.device, given_commit: str | None = None) -> dict[str, An
         "cuda": torch.version.cuda,
         "cudnn": cudnn,
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "host_cores": os.cpu_count(),
         "interpreted": os.environ.get("TRITON_INTERPRET", "0") == "1",
         "commit": commit(given_commit),

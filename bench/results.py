@@ -1,9 +1,14 @@
-"""A run's results: what the JSON file holds, written after every case; and the table made of it."""
+"""A run's results: what the JSON file holds, written after every case; and the tables made of it.
+
+``python -m bench.results FILE`` prints the rows in Markdown, ``--cases`` all cases.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +242,52 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------------------------------------------- Markdown
+OTHERS = {name: name for name in ("kornia", "torchvision", "grid_sample alone")} | {"cudnn": "cuDNN"}
+
+
+def _span(values: Iterable[float | None], digits: int = 1) -> str:
+    """From the least to the most, in bold where the least is a loss."""
+    found = sorted(value for value in values if value is not None)
+    if not found:
+        return ""
+    low, high = (f"{value:.{digits if value >= 1 else 2}f}" for value in (found[0], found[-1]))
+    low = f"**{low}**" if found[0] < 1 and digits else low
+    return low if len(found) == 1 or low == high else f"{low} - {high}"
+
+
+def _cells(results: Results, entries: list[Entry]) -> list[str]:
+    """How many times as fast as eager, compiled and other rivals ours is; the share of a copy's bandwidth."""
+    speedups = [entry.speedups() for entry in entries]
+    others = [
+        f"{title} {_span(each.get(name) for each in speedups)}"
+        for name, title in OTHERS.items()
+        if any(name in each for each in speedups)
+    ]
+    bandwidths = [entry.bandwidth() for entry in entries]
+    shares = [100 * value / results.roof for value in bandwidths if value and results.roof]
+    eager, compiled = (_span(each.get(name) for each in speedups) for name in ("eager", "compiled"))
+    return [eager, compiled, ", ".join(others), _span(shares, 0) + " %"]
+
+
+def markdown(results: Results, by_case: bool = False) -> Iterator[str]:
+    """A table's lines: a row's cases together, or each case with our milliseconds."""
+    heads = ["eager : ours", "compiled : ours", "others : ours", "of the copy"]
+    heads = ["case", "ours, ms", *heads] if by_case else ["", "cases", *heads]
+    yield "| " + " | ".join(heads) + " |"
+    yield "|---|" + "---:|" * (len(heads) - 1)
+    for row, about in results.rows.items():
+        timed = [entry for entry in results.entries if entry.row == row and "ours" in entry.times()]
+        total = len([e for e in results.entries if e.row == row])
+        total += list(results.not_reached.values()).count(row)
+        for entry in timed if by_case else ():
+            name = f"`{entry.id}`"
+            yield "| " + " | ".join([name, f"{entry.times()['ours']:.4f}", *_cells(results, [entry])]) + " |"
+        if timed and not by_case:
+            cells = [about["title"], f"{len(timed)} of {total}", *_cells(results, timed)]
+            yield "| " + " | ".join(cells) + " |"
+
+
 def traffic(results: Results) -> list[str]:
     """What images of integers move at least, beside a copy in float32 as torchvision samples it."""
     found = []
@@ -257,3 +308,17 @@ def memory(results: Results) -> list[str]:
             shown = ", ".join(f"{name} {peak / 2**20:.0f} MiB" for name, peak in peaks.items())
             found.append(f"{entry.id}: {shown}")
     return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="results.json")
+    parser.add_argument("--cases", action="store_true", help="all cases, one by one")
+    options = parser.parse_args()
+    print("\n".join(markdown(load(options.file), options.cases)))
+
+
+if __name__ == "__main__":
+    main()

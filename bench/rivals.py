@@ -90,6 +90,11 @@ def spline_matrix(case: Case, like: Tensor) -> Tensor:
 
 def grid_maker(case: Case, like: Tensor) -> Callable[[Tensor], Tensor]:
     """From parameters to (N, *size, dims) in the parameters' dtype, constants of which are made here."""
+    unlike = (
+        case.mode != "bilinear" or case.align_corners or not {"circular", "border"}.issuperset(paddings(case))
+    )
+    if "circular" in paddings(case) and unlike:
+        raise Missing("circular padding beside border padding is made of PyTorch's for bilinear samples")
     if case.source == "grid":
         return lambda grid: grid
     if case.source == "affine":
@@ -151,9 +156,8 @@ def paddings(case: Case) -> tuple[str, ...]:
 def unrolled(case: Case, image: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
     """Circular padding in PyTorch's terms: coordinates are brought into the image, which gets a pixel more at
     either end of such an axis. The other axes have border padding. Bilinear, edges at -1 and 1."""
-    if case.mode != "bilinear" or case.align_corners or not {"circular", "border"}.issuperset(paddings(case)):
-        raise Missing("circular padding beside border padding is made of PyTorch's for bilinear samples")
-    ends, axes = list[int](), list[Tensor]()
+    ends: list[int] = []
+    axes: list[Tensor] = []
     for size, padding, x in zip(image.shape[:1:-1], paddings(case), grid.unbind(-1), strict=True):
         wraps = padding == "circular"
         ends += [int(wraps)] * 2
