@@ -17,7 +17,7 @@ from test_patch import torchvision  # noqa: F401 (a fixture)
 from test_pixels import roi_align_witness
 
 import stn_triton as stn
-from bench import cases, gpu, machine, results, rivals, sweep, timing
+from bench import cases, gpu, inside, machine, results, rivals, sweep, timing
 from stn_triton import backend
 
 CPU = torch.device("cpu")
@@ -411,6 +411,42 @@ def test_target_is_not_met_by_half_of_the_cases():
     found.entries.append(results.Entry("wrong", found.entries[0].row, {}, "failed", "mismatch"))
     assert "met where measured" in results.table(found)
     assert "wrong: failed: mismatch" in results.table(found)
+
+
+PUBLISHED = machine.ROOT / "bench/results/h200-2026-11-27/results.json"
+
+
+def test_published_tables_are_the_results():
+    """README and docs/numbers.md, which `python -m bench.results FILE` writes."""
+    found = results.load(PUBLISHED)
+    readme, numbers = (machine.ROOT / name for name in ("README.md", "docs/numbers.md"))
+    assert "\n".join(results.markdown(found)) in readme.read_text()
+    assert "\n".join(results.markdown(found, by_case=True)) in numbers.read_text()
+
+
+def test_markdown_has_losses_in_bold():
+    found, slower = synthetic(compiled=0.5), synthetic(eager=12.0, compiled=3.0)
+    found.entries += slower.entries
+    cells = ["forward, NCHW, C 1-3, float32", "2 of 2", "4.0 - 12.0", "**0.50** - 3.0", "", "50 %"]
+    assert list(results.markdown(found))[-1] == "| " + " | ".join(cells) + " |"
+
+
+def test_counters_of_the_hardware():
+    """The table of what Nsight Compute writes: a mark begins each group, what warps waited for comes last."""
+    case = cases.CASES[0]
+    heads = ["ID", "Kernel Name", "gpu__time_duration.sum", "launch__registers_per_thread"]
+    heads += ["smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"]
+    rows = [heads, ["", "", "us", "", "inst"], ["0", "BitwiseXor", "1", "16", ""]]
+    rows += [
+        ["1", "sample_forward_kernel", "12.5", "64", "1,234.5"],
+        ["2", "bitwise_xor_kernel", "1", "16", ""],
+    ]
+    lines = ["==PROF== Connected", *(",".join(f'"{cell}"' for cell in row) for row in rows)]
+    assert inside.report(lines, [case], "eager") == [
+        f"\n{case.id}: ours",
+        "  sample_forward_kernel: us 12.5 us; registers 64; waits: wait 1234.5",
+        f"\n{case.id}: eager",
+    ]
 
 
 def test_pictures(tmp_path):

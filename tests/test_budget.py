@@ -36,6 +36,27 @@ def test_kernels_keep_their_budget():
     assert " 0 complaints" in result.stdout
 
 
+BORDER = """
+import torch
+from bench.counting import CASES, executing
+
+case = CASES["gather-affine-border-bilinear-nchw-c3-f32"]
+theta = torch.tensor([[1.0, 0.0, -0.1], [0.0, 1.0, 0.0]])
+begin = lambda launch: [launch.arguments["row_tiles"] // 2 * launch.arguments["column_tiles"]]
+with executing(sample=begin) as runs:
+    case.launch(theta, True)
+print(runs[-1].counts.instructions)
+"""
+
+
+@needs_tools
+def test_a_tile_at_the_border_is_not_waited_for_long():
+    """One to which many outputs are clamped. A GPU waited for programs that did 13 such tiles one by one."""
+    result = run("-c", BORDER)
+    assert result.returncode == 0, result.stderr
+    assert 1000 < int(result.stdout) < 100_000
+
+
 def test_budget_has_every_case():
     budget = budgets.Budget.load()
     assert set(budget.cases) == set(launches.CASES)

@@ -265,7 +265,9 @@ def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]
         pixels = 128 if unroll <= 4 else 64
         columns_tile = min(power_of_2(columns), _patch_columns(problem.element_size))
         tile = Tile(pixels // columns_tile, columns_tile, 1, unroll, 1, 1, 1)
-        search = Gather(1, 32, 512)
+        # a patch of outputs reads few rows of pixels, whatever the angle; averages have no registers for it
+        averages = problem.interpolation == Interpolation.AVERAGED
+        search = Gather(1, 32, 512) if averages else Gather(4, 8, 512)
     tile, fields = _settled(device, problem, tile)
     tile = _shared(device, problem, tile, fields)
     return tile, _settled(device, problem._replace(kernel="gather search"), search, tile._asdict())[0]
