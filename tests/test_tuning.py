@@ -1,5 +1,6 @@
 """Tables of configurations, and the search that fills them. What is fast is made up: there is no GPU."""
 
+import itertools
 import json
 import math
 import threading
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 import stn_triton as stn
+from bench import machine
+from bench.cases import CASES
 from bench.interpreter import quick_interpreter
 from stn_triton import backend
 from stn_triton.kernels.host import configs, tables, tuning
@@ -125,6 +128,30 @@ def test_a_shipped_table_can_be_ignored(ship):
             assert pool.submit(configs.choose, GPU, PROBLEM).result() == rules
     assert configs.choose(GPU, PROBLEM).warps == 8
     assert configs.state() == state
+
+
+def test_rules_choose_nearly_the_best_of_the_tiles_that_were_timed():
+    """On an H200; within a tenth, as one rule has to do for all angles. What they choose now may not be among
+    the tiles that were tried for a case."""
+    path = machine.ROOT / "bench/results/h200-2026-11-27/tiles.json"
+    kernels = {"forward": "forward", "image": "gather", "params": "backward parameters"}
+    ratios = {}
+    for series, case in itertools.product(json.loads(path.read_text())["series"], CASES):
+        rows = [row for row in series["rows"] if row["case"] == case.id and row["ms"] is not None]
+        if case.work not in kernels or not rows:
+            continue
+        kernel, like = kernels[case.work], torch.empty(1, dtype=case.dtype, device="meta")
+        kind = Source[case.source.upper()], Interpolation[case.mode.upper()]
+        size = torch.Size(case.shape[2:] if kernel == "gather" else case.size)
+        last, back = case.channels_last and case.shape[1] > 1, kernel != "forward"
+        problem = configs.Problem.of(kernel, kind, *case.shape[:2], size, like, last, back)
+        tile = configs.choose_gather(GPU, problem)[0] if kernel == "gather" else configs.choose(GPU, problem)
+        chosen = tile._asdict() | {"waves": configs.waves(problem)}
+        timed = [r["ms"] for r in rows if "rows" in r["fields"] and r["fields"].items() <= chosen.items()]
+        if timed:
+            ratios[case.id, series["commit"]] = min(timed) / min(row["ms"] for row in rows)
+    assert len(ratios) >= 15, "the rules have left what was timed"
+    assert {case: ratio for case, ratio in ratios.items() if ratio > 1.11} == {}
 
 
 def test_programs_over_the_channels_follow_the_tuned_number(ship):

@@ -228,6 +228,9 @@ def choose(device: torch.device, problem: Problem) -> Tile:
         pixels = 256 if taps <= 8 and two and not spline else 128
         warps = 1 if spline and not problem.backward else 4
         columns_tile = min(power_of_2(columns), _tile_columns(problem))
+        # no lanes for rows that there are not, but a warp
+        pixels = min(pixels, max(columns_tile * power_of_2(problem.rows), 32))
+        warps = min(warps, pixels // 32)
         unroll = channels if channels <= 4 else 4
         if taps > 8:
             unroll = min(unroll, 2 if taps <= 16 else 1)
@@ -289,7 +292,7 @@ def _tile_columns(problem: Problem) -> int:
     anywhere in a sector, each row of a tile writes parts of two, and longer ones waste less.
     """
     if problem.channels > 4:
-        return _patch_columns(problem.element_size)
+        return _patch_columns(problem.element_size) if problem.columns > 16 else 16
     whole = problem.columns * problem.element_size % 64 == 0
     return 16 if whole and problem.element_size > 1 and problem.dims == 2 else 32
 
