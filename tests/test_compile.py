@@ -67,8 +67,8 @@ for controls, batch, backward in itertools.product((16, 64), (1, 4), (False, Tru
     assert counted.spill_stores == counted.spill_loads == 0, ("spills", controls, batch, backward)
     assert not counted.special["lg2"], "the hardware's logarithm is not exact enough"
     logs = report.logarithms(instructions)
-    if not backward and batch == 4:  # the loop over control points, not unrolled: two pixels a lane
-        assert logs == 2, logs
+    if not backward and batch == 4:  # the loop over control points, not unrolled: four pixels a lane
+        assert logs == 4, logs
     assert logs > 0
     print(controls, batch, backward, logs)
 """

@@ -344,7 +344,9 @@ def steady(case, grid, exact):
     off_halves = ((0.5 - whole) > BAND) | lost | fixed
     off_wholes = (whole > BAND) | lost | fixed
     value = known & off_halves if case.mode == "nearest" else known
-    slope = value & off_wholes if case.mode == "bilinear" and not case.antialias else value
+    # where a tap outside has the weight 0, the fill has no part in the slope, not even in a bicubic one
+    kinks = case.mode == "bilinear" or (case.mode == "bicubic" and case.fill is not None)
+    slope = value & off_wholes if kinks and not case.antialias else value
     # a NaN is read at a place that its slope does not tell
     slope = slope & ~(axes_with(case, "circular") & pixel.isnan())
     return Steady(value.all(-1), slope.all(-1))

@@ -76,7 +76,7 @@ def _axis_taps(x: Tensor, size: int, padding: Padding, modes: _Modes, order: int
     interpolation, _, align_corners = modes
     low = 0.0 if align_corners else -0.5
     span = float(size - int(align_corners))
-    kept = (x >= low) & (x <= low + span) if padding == Padding.FRAMED else True
+    kept = (x >= low) & (x <= low + span)
     if padding == Padding.CIRCULAR:  # far ones, whose whole numbers would be too large, by whole periods
         x = torch.where(x.abs() < 2**30, x, _near(x, low, size))
     if interpolation == Interpolation.BICUBIC:
@@ -127,7 +127,9 @@ def _axis_taps(x: Tensor, size: int, padding: Padding, modes: _Modes, order: int
             pixels[0] = pixels[0].clamp(max=size - 1)
             pixels[1:] = [pixels[0] + 1 for _ in pixels[1:]]
         taps = [(i, (i >= 0) & (i < size), jet) for i, jet in zip(pixels, jets, strict=True)]
-    return [(i, inside & kept, jet) for i, inside, jet in taps]
+    if padding == Padding.FRAMED:
+        taps = [(i, inside & kept, jet) for i, inside, jet in taps]
+    return taps
 
 
 class Taps:
