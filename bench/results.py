@@ -243,7 +243,9 @@ def table(results: Results) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- Markdown
-OTHERS = {name: name for name in ("kornia", "torchvision", "grid_sample alone")} | {"cudnn": "cuDNN"}
+OTHERS = {name: name for name in ("kornia", "torchvision", "grid_sample alone", "half grid")} | {
+    "cudnn": "cuDNN"
+}
 
 
 def _span(values: Iterable[float | None], digits: int = 1) -> str:
@@ -270,22 +272,40 @@ def _cells(results: Results, entries: list[Entry]) -> list[str]:
     return [eager, compiled, ", ".join(others), _span(shares, 0) + " %"]
 
 
+def _shapes(entries: list[Entry]) -> str:
+    """What was measured, images with what is not usual about them."""
+    found = []
+    for case in (entry.case for entry in entries):
+        words = ["x".join(map(str, case["shape"]))]
+        words += [case["dtype"]] * (case["dtype"] != "float32") + ["channels_last"] * case["channels_last"]
+        words += [case["padding"]] * (case["padding"] != "zeros") + [f"{case['turn']} deg"] * bool(
+            case["turn"]
+        )
+        found.append(" ".join(words))
+    return ", ".join(dict.fromkeys(found))
+
+
 def markdown(results: Results, by_case: bool = False) -> Iterator[str]:
-    """A table's lines: a row's cases together, or each case with our milliseconds."""
+    """A table's lines: a row's cases together, or each case with our milliseconds.
+
+    Those of the device, and of an eager call with the host's time.
+    """
     heads = ["eager : ours", "compiled : ours", "others : ours", "of the copy"]
-    heads = ["case", "ours, ms", *heads] if by_case else ["", "cases", *heads]
+    heads = ["case", "ours, ms", "a call, ms", *heads] if by_case else ["", "images", *heads]
     yield "| " + " | ".join(heads) + " |"
-    yield "|---|" + "---:|" * (len(heads) - 1)
+    yield "|---|" + ("" if by_case else "---|") + "---:|" * (len(heads) - (1 if by_case else 2))
     for row, about in results.rows.items():
         timed = [entry for entry in results.entries if entry.row == row and "ours" in entry.times()]
         total = len([e for e in results.entries if e.row == row])
         total += list(results.not_reached.values()).count(row)
         for entry in timed if by_case else ():
-            name = f"`{entry.id}`"
-            yield "| " + " | ".join([name, f"{entry.times()['ours']:.4f}", *_cells(results, [entry])]) + " |"
-        if timed and not by_case:
-            cells = [about["title"], f"{len(timed)} of {total}", *_cells(results, timed)]
+            ours = entry.find("ours")
+            call = "" if ours is None or ours.call is None else f"{ours.call:.3f}"
+            cells = [f"`{entry.id}`", f"{entry.times()['ours']:.4f}", call, *_cells(results, [entry])]
             yield "| " + " | ".join(cells) + " |"
+        if timed and not by_case:
+            count = f"{len(timed)} of {total}: {_shapes(timed)}"
+            yield "| " + " | ".join([about["title"], count, *_cells(results, timed)]) + " |"
 
 
 def traffic(results: Results) -> list[str]:

@@ -427,7 +427,8 @@ def test_published_tables_are_the_results():
 def test_markdown_has_losses_in_bold():
     found, slower = synthetic(compiled=0.5), synthetic(eager=12.0, compiled=3.0)
     found.entries += slower.entries
-    cells = ["forward, NCHW, C 1-3, float32", "2 of 2", "4.0 - 12.0", "**0.50** - 3.0", "", "50 %"]
+    images = "2 of 2: 8x3x1234x1345"
+    cells = ["forward, NCHW, C 1-3, float32", images, "4.0 - 12.0", "**0.50** - 3.0", "", "50 %"]
     assert list(results.markdown(found))[-1] == "| " + " | ".join(cells) + " |"
 
 

@@ -129,7 +129,8 @@ _seen: LocalBlocks[list[tuple[Problem, NamedTuple]]] = LocalBlocks("seen")
 
 _NOTHING: Mapping[str, int] = {}
 # Programs wanted for each processor (see _shared). Those that go through many channels take long, and the
-# last ones are waited for: more of them. Others have more to set up.
+# last ones are waited for: more of them. Others have more to set up. (Timed: planar images of 3 and 256
+# channels, channels-last ones of 256, and a gather of 3, which is indifferent. Between them it is a guess.)
 WAVES, WAVES_OF_CHANNELS = 8, 32
 
 
@@ -288,8 +289,10 @@ def _patch_columns(element_size: int) -> int:
 def _tile_columns(problem: Problem) -> int:
     """The columns of a planar tile of few channels.
 
-    Up to a turn of 45 degrees rows of 16 are as good as longer ones, beyond better. Where images' rows begin
-    anywhere in a sector, each row of a tile writes parts of two, and longer ones waste less.
+    On an H200, forward, rows of 16 are as good as longer ones up to a turn of 45 degrees, and by 90 degrees
+    take half the time. (Sums by the parameters would gain 7 % by rows of 32; by 90 degrees they are untimed.)
+    Where images' rows do not begin at a multiple of 64 bytes, each row of a tile writes parts of sectors at
+    both ends, and longer ones waste less: a tenth at small turns. Turned by 45 degrees they lose as much.
     """
     if problem.channels > 4:
         return _patch_columns(problem.element_size) if problem.columns > 16 else 16
@@ -300,7 +303,8 @@ def _tile_columns(problem: Problem) -> int:
 def prefers_sorted(device: torch.device, problem: Problem) -> bool:
     """Whether d image of a general grid is summed from a sorted list though nothing asks for its order.
 
-    Without a table: no. Atomics take less memory, and what the sort costs is not known.
+    Without a table: no. Atomics take less memory, and on an H200 0.59 of the time for 256 channels, 0.36
+    for 3.
     """
     return bool(_settled(device, problem, Sum(0))[0].sorted)
 
