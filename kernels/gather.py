@@ -155,6 +155,23 @@ def add_visits(sums, found, visits, pixels, gradients, sizes, SPEC: tl.constexpr
 
 # -------------------------------------------------------------------------------------------- by output
 @triton.jit
+def bounded_outputs(found, pixels, sizes, SPEC: tl.constexpr):
+    """Along each axis the first output that can read the tile, and the one after the last, scalars.
+
+    All there are, where lanes' outputs are not bounded.
+    """
+    bounded = found.cost < INFINITY
+    ranges = ()
+    for axis in tl.static_range(SPEC.dims):
+        first = found.visits.first[axis]
+        least = tl.min(tl.min(tl.where(pixels.exists, first, NOWHERE), 1), 0)
+        most = tl.max(tl.max(tl.where(pixels.exists, first + found.visits.most[axis], 0), 1), 0)
+        begin = tl.where(bounded, tl.minimum(least, sizes.output[axis]), 0)
+        ranges += ((begin, tl.where(bounded, most, sizes.output[axis])),)
+    return ranges
+
+
+@triton.jit
 def searched_blocks(found, pixels, sizes, SPEC: tl.constexpr):
     """The ``Blocks`` of all outputs that can read the tile; of all there are where they are not bounded."""
     end_x = sizes.output[0]
@@ -164,22 +181,13 @@ def searched_blocks(found, pixels, sizes, SPEC: tl.constexpr):
     x = end_x * 0
     row = end_row * 0
     if not (has_copies(SPEC) or SPEC.antialias):
-        bounded = found.cost < INFINITY
-        begin = ()
-        end = ()
-        for axis in tl.static_range(SPEC.dims):
-            first = found.visits.first[axis]
-            least = tl.min(tl.min(tl.where(pixels.exists, first, NOWHERE), 1), 0)
-            most = tl.max(tl.max(tl.where(pixels.exists, first + found.visits.most[axis], 0), 1), 0)
-            begin += (tl.where(bounded, tl.minimum(least, sizes.output[axis]), 0),)
-            end += (tl.where(bounded, most, sizes.output[axis]),)
-        x = begin[0]
-        end_x = end[0]
-        row = begin[1].to(SPEC.index)
-        end_row = end[1].to(SPEC.index)
+        ranges = bounded_outputs(found, pixels, sizes, SPEC)
+        x, end_x = ranges[0]
+        row = ranges[1][0].to(SPEC.index)
+        end_row = ranges[1][1].to(SPEC.index)
         if SPEC.dims == 3:
-            row += begin[2].to(SPEC.index) * sizes.output[1]
-            end_row += (end[2] - 1).to(SPEC.index) * sizes.output[1]
+            row += ranges[2][0].to(SPEC.index) * sizes.output[1]
+            end_row += (ranges[2][1] - 1).to(SPEC.index) * sizes.output[1]
     column = x // SPEC.block_columns
     row = (row // SPEC.block_rows).to(tl.int32)
     columns = tl.maximum(tl.cdiv(end_x, SPEC.block_columns) - column, 0)

@@ -584,8 +584,8 @@ KINDS = {  # name: (source, dims, modes, share of the cases)
 }
 
 
-def budget(device):
-    return number_of("STN_FUZZ", 400 if device.type == "cpu" else 300)
+def budget():
+    return number_of("STN_FUZZ", 300)
 
 
 @pytest.fixture(scope="module")
@@ -634,8 +634,8 @@ def test_samplers(device, base_seed, kind):
     class counts(Counts):
         pass
 
-    examples = math.ceil(budget(device) * share)
-    with told(f"STN_FUZZ={budget(device)} STN_FUZZ_SEED={base_seed}"):
+    examples = math.ceil(budget() * share)
+    with told(f"STN_FUZZ={budget()} STN_FUZZ_SEED={base_seed}"):
         # by chance, which is even-handed; then as Hypothesis finds it worth while, which dwells on corners
         generator = random.Random(f"{base_seed} {kind}")
         for _ in range(math.ceil(examples * 0.7)):
