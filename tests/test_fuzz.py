@@ -161,9 +161,8 @@ def draw_case(pick, source, dims, modes):
     # of coordinates that are far or bad test_antialias has cases: up to 256 sub-samples are slow here
     averaged = source == "affine" and dims == 2 and mode == "bilinear" and regime not in ("far", "bad")
     antialias = averaged and pick((False, False, True))
-    # halves are rounded twice where there are gradients too
     fillable = source == "affine" and {"zeros", "border"}.issuperset(paddings_of(padding, dims))
-    fillable = fillable and regime != "bad" and not antialias and dtype not in ("float16", "bfloat16")
+    fillable = fillable and regime != "bad" and not antialias
     fill = pick((None, -0.75, 3.0)) if fillable else None
     if not expensive and pick((True, True, False)):
         tile = draw_tile(pick, math.prod(out_size[:-1]), out_size[-1], channels, outputs)
