@@ -22,7 +22,6 @@ import dataclasses
 import importlib.util
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -218,7 +217,7 @@ def checks(options: argparse.Namespace) -> list[Stage]:
 
 def memcheck() -> Stage:
     """Without PyTorch's cache of memory, in which an access beside a tensor is one within an allocation."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    tool = machine.cuda_tool("compute-sanitizer")
     command = [tool or "", "--tool", "memcheck", "--error-exitcode", "66", *pytest("-x")]
     command += ["tests/test_guard_bands.py", "-k", MEMCHECK]
     absent = "" if tool else "compute-sanitizer is not installed"

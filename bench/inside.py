@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -53,7 +52,7 @@ PRINTED = (
     ("threads", "launch__block_size"),
 )
 STALLS = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
-MARK = "bitwise_xor"  # an operator of PyTorch's that no case runs: its kernel begins a group
+MARK = "bitwisexor"  # an operator of PyTorch's that no case runs: its kernel begins a group
 
 
 def groups(cases: Sequence[Case], rival: str) -> list[tuple[Case, rivals.Rival]]:
@@ -90,7 +89,7 @@ def report(lines: Iterable[str], cases: Sequence[Case], rival: str) -> list[str]
     waiting, found = iter(groups(cases, rival)), []
     for row in rows:
         name = row.get("Kernel Name", "")
-        if MARK in name.lower() or "BitwiseXor" in name:
+        if MARK in name.lower().replace("_", ""):
             case, one = next(waiting)
             found.append(f"\n{case.id}: {one.name}")
             continue
@@ -119,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     cases = [case for case in CASES if any(case.id.startswith(text) for text in options.cases)]
     device = machine.accelerator()
-    tool = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
+    tool = machine.cuda_tool("ncu")
     if device is None or device.type != "cuda":
         print("no NVIDIA GPU: nothing can be counted here", file=sys.stderr)
         return 2

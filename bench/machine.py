@@ -76,6 +76,11 @@ def smi(*fields: str) -> dict[str, str]:
     return dict(zip(fields, values)) if len(values) == len(fields) else {}
 
 
+def cuda_tool(name: str) -> str | None:
+    """The path of one of CUDA's tools, which an installation need not put where commands are looked for."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
 def clocks() -> dict[str, str]:
     """Clocks, power and temperature now: they are read, never set."""
     return smi("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")

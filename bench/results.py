@@ -107,6 +107,12 @@ class Results:
     def find(self, id: str) -> Entry | None:
         return next((entry for entry in self.entries if entry.id == id), None)
 
+    def of_row(self, row: str) -> tuple[list[Entry], list[Entry], int]:
+        """A row's entries, those in which ours was timed, and how many cases it has."""
+        entries = [entry for entry in self.entries if entry.row == row]
+        timed = [entry for entry in entries if "ours" in entry.times()]
+        return entries, timed, len(entries) + list(self.not_reached.values()).count(row)
+
     def save(self, path: Path) -> None:
         """All or nothing: who is killed in it leaves what was there before."""
         with replacing(path) as part:
@@ -164,9 +170,8 @@ class Verdict:
 
 def verdicts(results: Results, row: str) -> list[Verdict]:
     """A target is met if every case of the row reaches it, the slowest counts."""
-    entries = [entry for entry in results.entries if entry.row == row]
-    timed = [entry for entry in entries if "ours" in entry.times()]
-    whole = len(timed) == len(entries) and row not in results.not_reached.values()
+    _, timed, total = results.of_row(row)
+    whole = len(timed) == total
 
     def verdict(rival: str, target: float, reached: list[float]) -> Verdict:
         return Verdict(rival, target, min(reached, default=None), max(reached, default=None), whole)
@@ -222,9 +227,7 @@ def table(results: Results) -> str:
         drift = results.roof_after / results.roof - 1
         lines.append(f"copy after all cases: {results.roof_after / 1e9:.0f} GB/s ({drift:+.1%})")
     for row, about in results.rows.items():
-        entries = [entry for entry in results.entries if entry.row == row]
-        timed = [entry for entry in entries if "ours" in entry.times()]
-        total = len(entries) + list(results.not_reached.values()).count(row)
+        entries, timed, total = results.of_row(row)
         if not total:
             continue
         small = results.method["small"]  # whose times mean nothing
@@ -243,9 +246,7 @@ def table(results: Results) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- Markdown
-OTHERS = {name: name for name in ("kornia", "torchvision", "grid_sample alone", "half grid")} | {
-    "cudnn": "cuDNN"
-}
+OTHERS = "kornia", "torchvision", "grid_sample alone", "half grid", "cudnn"
 
 
 def _span(values: Iterable[float | None], digits: int = 1) -> str:
@@ -262,8 +263,8 @@ def _cells(results: Results, entries: list[Entry]) -> list[str]:
     """How many times as fast as eager, compiled and other rivals ours is; the share of a copy's bandwidth."""
     speedups = [entry.speedups() for entry in entries]
     others = [
-        f"{title} {_span(each.get(name) for each in speedups)}"
-        for name, title in OTHERS.items()
+        f"{name.replace('cudnn', 'cuDNN')} {_span(each.get(name) for each in speedups)}"
+        for name in OTHERS
         if any(name in each for each in speedups)
     ]
     bandwidths = [entry.bandwidth() for entry in entries]
@@ -295,9 +296,7 @@ def markdown(results: Results, by_case: bool = False) -> Iterator[str]:
     yield "| " + " | ".join(heads) + " |"
     yield "|---|" + ("" if by_case else "---|") + "---:|" * (len(heads) - (1 if by_case else 2))
     for row, about in results.rows.items():
-        timed = [entry for entry in results.entries if entry.row == row and "ours" in entry.times()]
-        total = len([e for e in results.entries if e.row == row])
-        total += list(results.not_reached.values()).count(row)
+        _, timed, total = results.of_row(row)
         for entry in timed if by_case else ():
             ours = entry.find("ours")
             call = "" if ours is None or ours.call is None else f"{ours.call:.3f}"

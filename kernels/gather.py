@@ -66,7 +66,7 @@ from .host import configs
 from .host.cut import cut, source_numbers
 from .host.launch import Plan, compute_dtypes, index_dtype, planned
 from .host.parameters import channel_dim
-from .modes import Padding, paddings_of
+from .modes import EXTENDING, paddings_of
 from .spec import SPECIALIZATION, Image, Params, Sizes, Strides, Tiling, constant, plain
 
 # Blocks of outputs whose bounds are computed at a time.
@@ -155,52 +155,54 @@ def add_visits(sums, found, visits, pixels, gradients, sizes, SPEC: tl.constexpr
 
 # -------------------------------------------------------------------------------------------- by output
 @triton.jit
-def bounded_outputs(found, pixels, sizes, SPEC: tl.constexpr):
-    """Along each axis the first output that can read the tile, and the one after the last, scalars.
+def range_of_all(first, last, hit):
+    """The range of all lanes that ``hit``, scalars; empty if none does."""
+    least = tl.min(tl.min(tl.where(hit, first, NOWHERE), 1), 0)
+    return least, tl.max(tl.max(tl.where(hit, last, -1), 1), 0)
+
+
+@triton.jit
+def outputs_of_tile(found, pixels, sizes, SPEC: tl.constexpr):
+    """Along each axis the first and the last output that can read the tile, scalars.
 
     All there are, where lanes' outputs are not bounded.
     """
-    bounded = found.cost < INFINITY
     ranges = ()
     for axis in tl.static_range(SPEC.dims):
-        first = found.visits.first[axis]
-        least = tl.min(tl.min(tl.where(pixels.exists, first, NOWHERE), 1), 0)
-        most = tl.max(tl.max(tl.where(pixels.exists, first + found.visits.most[axis], 0), 1), 0)
-        begin = tl.where(bounded, tl.minimum(least, sizes.output[axis]), 0)
-        ranges += ((begin, tl.where(bounded, most, sizes.output[axis])),)
+        first = sizes.output[axis] * 0
+        last = sizes.output[axis] - 1
+        if not (has_copies(SPEC) or SPEC.antialias):
+            begin = found.visits.first[axis]
+            end = begin + (found.visits.most[axis] - 1)
+            least, most = range_of_all(begin, end, pixels.exists)
+            bounded = found.cost < INFINITY
+            first = tl.where(bounded, least, first)
+            last = tl.where(bounded, most, last)
+        ranges += ((first, last),)
     return ranges
 
 
 @triton.jit
 def searched_blocks(found, pixels, sizes, SPEC: tl.constexpr):
-    """The ``Blocks`` of all outputs that can read the tile; of all there are where they are not bounded."""
-    end_x = sizes.output[0]
-    end_row = sizes.output[1].to(SPEC.index)
+    """The ``Blocks`` of the outputs that can read the tile."""
+    ranges = outputs_of_tile(found, pixels, sizes, SPEC)
+    row = ranges[1][0].to(SPEC.index)
+    last_row = ranges[1][1].to(SPEC.index)
     if SPEC.dims == 3:
-        end_row *= sizes.output[2]
-    x = end_x * 0
-    row = end_row * 0
-    if not (has_copies(SPEC) or SPEC.antialias):
-        ranges = bounded_outputs(found, pixels, sizes, SPEC)
-        x, end_x = ranges[0]
-        row = ranges[1][0].to(SPEC.index)
-        end_row = ranges[1][1].to(SPEC.index)
-        if SPEC.dims == 3:
-            row += ranges[2][0].to(SPEC.index) * sizes.output[1]
-            end_row += (ranges[2][1] - 1).to(SPEC.index) * sizes.output[1]
-    column = x // SPEC.block_columns
+        row += ranges[2][0].to(SPEC.index) * sizes.output[1]
+        last_row += ranges[2][1].to(SPEC.index) * sizes.output[1]
+    column = ranges[0][0] // SPEC.block_columns
     row = (row // SPEC.block_rows).to(tl.int32)
-    columns = tl.maximum(tl.cdiv(end_x, SPEC.block_columns) - column, 0)
-    rows = tl.maximum(tl.cdiv(end_row, SPEC.block_rows).to(tl.int32) - row, 0)
+    columns = tl.cdiv(ranges[0][1] + 1, SPEC.block_columns) - column
+    rows = tl.cdiv(last_row + 1, SPEC.block_rows).to(tl.int32) - row
     return Blocks(column, row, columns, rows)
 
 
 @triton.jit
 def begin_of(block, blocks, SPEC: tl.constexpr):
     """The first column and row of outputs of number ``block`` of ``blocks``."""
-    columns = tl.maximum(blocks.columns, 1)
-    column = (blocks.column + block % columns) * SPEC.block_columns
-    return column, first_row(blocks.row + block // columns, SPEC.block_rows, SPEC)
+    column = (blocks.column + block % blocks.columns) * SPEC.block_columns
+    return column, first_row(blocks.row + block // blocks.columns, SPEC.block_rows, SPEC)
 
 
 @triton.jit
@@ -244,13 +246,6 @@ def pixels_read(place, pixels, sizes, AXIS: tl.constexpr, SPEC: tl.constexpr):
         first = tl.where(here, tl.minimum(first, taps.index[k]), first)
         last = tl.where(here, tl.maximum(last, taps.index[k]), last)
     return first, last, last >= 0
-
-
-@triton.jit
-def range_of_all(first, last, hit):
-    """The range of all lanes that ``hit``, scalars; empty if none does."""
-    least = tl.min(tl.min(tl.where(hit, first, NOWHERE), 1), 0)
-    return least, tl.max(tl.max(tl.where(hit, last, -1), 1), 0)
 
 
 @triton.jit
@@ -522,7 +517,7 @@ def _plan(grad_output: torch.Tensor, params: torch.Tensor, grad_input: torch.Ten
     rows = max(problem.rows, sizes[1][:-1].numel())
     index = index_dtype(grad_output, grad_input, params, rows=rows)
     # a tile at a border that outputs are clamped to is much work: no program gets several
-    clamps = not {Padding.BORDER, Padding.FRAMED}.isdisjoint(paddings_of(modes[2], dims))
+    clamps = any(padding in EXTENDING for padding in paddings_of(modes[2], dims))
     steps = 1 if clamps else tile.steps
     work = cut(problem, tile, modes, sizes, compute_dtypes(grad_input, params)[0], index, steps)
     transforms = grad_output.shape[1] if channel == 2 else 1

@@ -40,6 +40,8 @@ class Padding(IntEnum):
     FRAMED = 4  # border, and nothing where the sample's centre is outside: for gradients with a fill alone
 
 
+# Those under which what lies beyond an edge reads the pixel at that edge, if any.
+EXTENDING = Padding.BORDER, Padding.FRAMED
 # Those that users can name.
 NAMED_PADDINGS = tuple(padding for padding in Padding if padding != Padding.FRAMED)
 _DIGITS = frozenset(padding + 1 for padding in Padding)

@@ -9,7 +9,7 @@ z. A padding is a branch of ``pad_index`` and its answers to the questions below
 import triton
 import triton.language as tl
 
-from ..modes import Padding
+from ..modes import EXTENDING, Padding
 from ..spec import Place, constant, plain
 from .arithmetic import CIRCULAR, REFLECTION, clamp
 
@@ -50,7 +50,7 @@ def reads_outside(spec, axis):
 @triton.constexpr_function
 def extends_edges(spec, axis):
     """Whether what lies beyond an edge reads the pixel at that edge, if any."""
-    return plain(padding_of(spec, axis)) in (Padding.BORDER, Padding.FRAMED)
+    return plain(padding_of(spec, axis)) in EXTENDING
 
 
 @triton.constexpr_function

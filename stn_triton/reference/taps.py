@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.modes import Interpolation, Padding, paddings_of
+from ..kernels.modes import EXTENDING, Interpolation, Padding, paddings_of
 from .sources import unnormalise
 
 _CUBIC_A = -0.75
@@ -76,7 +76,7 @@ def _axis_taps(x: Tensor, size: int, padding: Padding, modes: _Modes, order: int
     interpolation, _, align_corners = modes
     low = 0.0 if align_corners else -0.5
     span = float(size - int(align_corners))
-    kept = (x >= low) & (x <= low + span)
+    kept = (x >= low) & (x <= low + span) if padding == Padding.FRAMED else None
     if padding == Padding.CIRCULAR:  # far ones, whose whole numbers would be too large, by whole periods
         x = torch.where(x.abs() < 2**30, x, _near(x, low, size))
     if interpolation == Interpolation.BICUBIC:
@@ -103,7 +103,7 @@ def _axis_taps(x: Tensor, size: int, padding: Padding, modes: _Modes, order: int
             x, slope = _limit(x, -2, size + 1)
         elif padding == Padding.CIRCULAR:
             slope = torch.ones_like(x)
-        elif padding in (Padding.BORDER, Padding.FRAMED):
+        elif padding in EXTENDING:
             x, slope = _limit(x, 0, size - 1)
         elif padding == Padding.REFLECTION:
             x, fold = _fold(x, low, span)
@@ -127,7 +127,7 @@ def _axis_taps(x: Tensor, size: int, padding: Padding, modes: _Modes, order: int
             pixels[0] = pixels[0].clamp(max=size - 1)
             pixels[1:] = [pixels[0] + 1 for _ in pixels[1:]]
         taps = [(i, (i >= 0) & (i < size), jet) for i, jet in zip(pixels, jets, strict=True)]
-    if padding == Padding.FRAMED:
+    if kept is not None:
         taps = [(i, inside & kept, jet) for i, inside, jet in taps]
     return taps
 
