@@ -150,9 +150,7 @@ def hvp_block(
                     inside = kept & exists
                     scatter_tangent(plane, values[k], taps, slopes, m, grad_input.strides, inside, SPEC)
         if SPEC.coord_grad:
-            total = ()
-            for axis in tl.static_range(SPEC.dims):
-                total += (tl.sum(by_place[axis], 1, keep_dims=True),)
+            total = [tl.sum(by_place[axis], 1, keep_dims=True) for axis in SPEC.axes]
             total = sources.scaled_to_pixels(total, sizes, SPEC)
             sources.dense_store(by_coord_ptr, total, out, kept, work.b + g, work.split, sizes, SPEC, True)
 

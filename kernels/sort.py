@@ -52,7 +52,7 @@ class Outputs(NamedTuple):
 
     order: their numbers, sorted. before: the number of the first of the image, among the list's. indices,
     fractions: what ``sort_keys_kernel`` wrote of them. gradients: where their first channel is; stride_c,
-    sizes, strides: how their channels and pixels lie, along ``SPEC.axes`` axes, innermost first.
+    sizes, strides: how their channels and pixels lie, along ``SPEC.pixel_axes`` axes, innermost first.
     """
 
     order: Any
@@ -147,17 +147,17 @@ def output_weight(outputs, i, read, q, sizes, SPEC: tl.constexpr):
 
 @triton.jit
 def output_offset(i, sizes, strides, SPEC: tl.constexpr):
-    """The offset of output pixel ``i`` of an image, whose pixels lie along ``axes`` axes, innermost first."""
-    if SPEC.axes == 1:
+    """The offset of output pixel ``i`` of an image, whose pixels lie along ``pixel_axes`` axes, innermost first."""
+    if SPEC.pixel_axes == 1:
         offset = i * strides[0]
     else:
         further = i // sizes[0]
         offset = (i - further * sizes[0]) * strides[0]
-        for axis in tl.static_range(1, SPEC.axes - 1):
+        for axis in tl.static_range(1, SPEC.pixel_axes - 1):
             i = further
             further = i // sizes[axis]
             offset += (i - further * sizes[axis]) * strides[axis]
-        offset += further * strides[SPEC.axes - 1]
+        offset += further * strides[SPEC.pixel_axes - 1]
     return tl.multiple_of(offset, (SPEC.vector_output, SPEC.vector_output))
 
 
@@ -203,9 +203,7 @@ def add_row(sums, begin, end, q, outputs, block, sizes, SPEC: tl.constexpr):
     helped = tl.min(tl.min(waiting, 1), 0)
     while helped < PIXELS:
         chosen = lane == helped
-        pixel = (at(q[0], chosen), at(q[1], chosen))
-        if SPEC.dims == 3:
-            pixel += (at(q[2], chosen),)
+        pixel = [at(along, chosen) for along in q]
         shares = zero_blocks(SPEC.unroll, SPEC)
         stop = at(end, chosen)
         for start in range(at(begin, chosen) + steps, stop, PIXELS):
@@ -369,7 +367,7 @@ def _sums_plan(
             "length": length,
             "lists": triton.cdiv(outputs, length),
         },
-        axes=len(output_sizes),
+        pixel_axes=len(output_sizes),
         coord_tangent=fractions.shape[1] > dims,
     )
 

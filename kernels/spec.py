@@ -72,12 +72,18 @@ class Spec:
     block_columns: int = 1
     most_candidates: int = 1
     one_transform: bool = False  # of each image
-    # sort: axes along which an image's output pixels lie
-    axes: int = 1
+    # sort: axes along which an image's output pixels lie in memory
+    pixel_axes: int = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, constant(getattr(self, field.name)))
+
+    @property
+    def axes(self) -> Any:
+        """0 for x, 1 for y and in 3-D 2 for z: comprehensions over them make the tuples over axes."""
+        axes = [constant(axis) for axis in range(plain(self.dims))]
+        return axes if triton.knobs.runtime.interpret else tl.tuple(axes)
 
 
 class Strides(NamedTuple):

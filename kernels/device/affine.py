@@ -122,15 +122,13 @@ def fixed(a, b):
 @triton.jit
 def float_rows(theta, sizes, SPEC: tl.constexpr):
     """The rows of a map in the compute type, from a matrix given by rows in normalised units."""
+    steps = [steps_per_unit(sizes, k, SPEC).to(SPEC.compute) for k in SPEC.axes]
     rows = ()
     for r in tl.static_range(SPEC.dims):
         n = (sizes.input[r] - SPEC.align_corners).to(SPEC.compute)
-        row = ()
-        for k in tl.static_range(SPEC.dims):
-            e = steps_per_unit(sizes, k, SPEC).to(SPEC.compute)
-            row += (theta[r][k] * (n / e) * 0.5,)
+        row = [theta[r][k] * (n / steps[k]) * 0.5 for k in SPEC.axes]
         center = (sizes.input[r] - 1).to(SPEC.compute) * 0.5
-        rows += (row + (tl.fma(theta[r][SPEC.dims], 0.5 * n, center),),)
+        rows += (row + [tl.fma(theta[r][SPEC.dims], 0.5 * n, center)],)
     return rows
 
 
@@ -140,44 +138,32 @@ def affine_map(theta, sizes, SPEC: tl.constexpr):
     if not SPEC.fixed_point:
         return Map(float_rows(theta, sizes, SPEC), (), (), False, sizes.samples)
     else:
-        steps = ()
-        inverses = ()
-        for k in tl.static_range(SPEC.dims):
-            steps += (steps_per_unit(sizes, k, SPEC).to(tl.float32),)
-            inverses += (reciprocal(steps[k]),)
+        steps = [steps_per_unit(sizes, k, SPEC).to(tl.float32) for k in SPEC.axes]
+        inverses = [reciprocal(e) for e in steps]
         rows = ()
         entries = ()
         fits = True
         for r in tl.static_range(SPEC.dims):
             n = (sizes.input[r] - SPEC.align_corners).to(tl.float32)
-            row = ()
+            along = [scaled(theta[r][k], n, steps[k], inverses[k], r == k) for k in SPEC.axes]
+            entries += (along + [product(theta[r][SPEC.dims], n * 2.0**31)],)
+            row = [entry[0] * 2.0**-31 * 0.5 for entry in along]
             reach = 0.0
             for k in tl.static_range(SPEC.dims):
-                entry = scaled(theta[r][k], n, steps[k], inverses[k], r == k)
-                entries += (entry,)
-                row += (entry[0] * 2.0**-31 * 0.5,)
                 reach += tl.abs(row[k]) * tl.maximum(sizes.output[k] - 1, 1).to(tl.float32)
-            entries += (product(theta[r][SPEC.dims], n * 2.0**31),)
             last = tl.fma(theta[r][SPEC.dims], 0.5 * n, (sizes.input[r] - 1).to(tl.float32) * 0.5)
-            rows += (row + (last,),)
+            rows += (row + [last],)
             fits = (reach + tl.abs(last) < REACH) & fits
         if not fits:  # in units of 2^-32 an entry may have overflown that is finite
             rows = float_rows(theta, sizes, SPEC)
         high_rows = ()
         low_rows = ()
         for r in tl.static_range(SPEC.dims):
-            high_row = ()
-            low_row = ()
-            for k in tl.static_range(SPEC.dims + 1):
-                entry = entries[r * (SPEC.dims + 1) + k]
-                # what does not fit an integer is not made one
-                high, low = fixed(tl.where(fits, entry[0], 0.0), tl.where(fits, entry[1], 0.0))
-                if k == SPEC.dims:
-                    high += (sizes.input[r] - 1).to(tl.int64) << 31
-                high_row += (high,)
-                low_row += (low,)
-            high_rows += (high_row,)
-            low_rows += (low_row,)
+            # what does not fit an integer is not made one
+            row = [fixed(tl.where(fits, x[0], 0.0), tl.where(fits, x[1], 0.0)) for x in entries[r]]
+            center = (sizes.input[r] - 1).to(tl.int64) << 31
+            high_rows += ([row[k][0] for k in SPEC.axes] + [row[SPEC.dims][0] + center],)
+            low_rows += ([entry[1] for entry in row],)
         return Map(rows, high_rows, low_rows, fits, sizes.samples)
 
 
@@ -242,31 +228,22 @@ def fixed_place(x, SPEC: tl.constexpr):
 @triton.jit
 def doubled_pixels(out, sizes, SPEC: tl.constexpr):
     """u of the output pixels ``out``."""
-    u = ()
-    for k in tl.static_range(SPEC.dims):
-        u += (doubled(out[k], sizes.output[k]),)
-    return u
+    return [doubled(out[k], sizes.output[k]) for k in SPEC.axes]
 
 
 @triton.jit
 def fixed_places(map, out, sizes, SPEC: tl.constexpr):
     """Where the output pixels ``out`` are read, on each axis."""
     u = doubled_pixels(out, sizes, SPEC)
-    places = ()
-    for r in tl.static_range(SPEC.dims):
-        places += (fixed_place(fixed_coordinate(map.high[r], map.low[r], u, SPEC.dims), SPEC),)
-    return places
+    return [fixed_place(fixed_coordinate(map.high[r], map.low[r], u, SPEC.dims), SPEC) for r in SPEC.axes]
 
 
 @triton.jit
 def float_places(map, out, sizes, SPEC: tl.constexpr):
     """``fixed_places`` for any map."""
     u = doubled_pixels(out, sizes, SPEC)
-    places = ()
-    for r in tl.static_range(SPEC.dims):
-        x = float_coordinate(map.rows[r], u, SPEC.dims, SPEC)
-        places += (place_of(x, sizes.input[r], r, SPEC),)
-    return places
+    found = [float_coordinate(row, u, SPEC.dims, SPEC) for row in map.rows]
+    return [place_of(found[r], sizes.input[r], r, SPEC) for r in SPEC.axes]
 
 
 @triton.jit
@@ -309,9 +286,8 @@ def starts_of(map, column, row, sizes, SPEC: tl.constexpr):
     starts = ()
     if has_starts(SPEC):
         out, _ = pixels_from(column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
-        u = ()
-        for k in tl.static_range(2):  # of pixels' first sub-samples
-            u += (doubled(out[k] * map.samples[k], sizes.output[k] * map.samples[k]),)
+        # of pixels' first sub-samples
+        u = [doubled(out[k] * map.samples[k], sizes.output[k] * map.samples[k]) for k in SPEC.axes]
         for r in tl.static_range(2):
             high = map.high[r]
             low = map.low[r]

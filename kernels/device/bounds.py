@@ -60,12 +60,8 @@ def largest_unit(size, SPEC: tl.constexpr):
 @triton.jit
 def box_in_units(first, last, sizes, SPEC: tl.constexpr):
     """The corners of a box of output pixels in the units that the map takes."""
-    low = ()
-    high = ()
-    for axis in tl.static_range(SPEC.dims):
-        low += (map_units(first[axis], sizes, axis, SPEC),)
-        high += (map_units(last[axis], sizes, axis, SPEC),)
-    return low, high
+    low = [map_units(first[axis], sizes, axis, SPEC) for axis in SPEC.axes]
+    return low, [map_units(last[axis], sizes, axis, SPEC) for axis in SPEC.axes]
 
 
 @triton.jit
@@ -285,26 +281,18 @@ def projective_preimage(rows, center, radius):
     entries, determinant, size = adjugate(rows)
     regular = is_regular(rows, determinant, size, 3, 3)
     places, w, known = projective_corner(entries, center[0] - radius[0], center[1] - radius[1])
-    bounds = ()
-    for i in tl.static_range(2):
-        bounds += ((places[i][0] - places[i][1], places[i][0] + places[i][1]),)
+    bounds = [(place[0] - place[1], place[0] + place[1]) for place in places]
     for corner in tl.static_range(1, 4):
         x = center[0] + radius[0] * (2.0 * (corner % 2) - 1.0)
         y = center[1] + radius[1] * (2.0 * (corner // 2) - 1.0)
         places, other, sure = projective_corner(entries, x, y)
         known = known & sure & ((w > 0) == (other > 0))
-        wider = ()
-        for i in tl.static_range(2):
-            low = smaller(bounds[i][0], places[i][0] - places[i][1])
-            high = larger(bounds[i][1], places[i][0] + places[i][1])
-            wider += ((low, high),)
-        bounds = wider
-    told = ()
-    for i in tl.static_range(2):
-        first = tl.where(known, bounds[i][0], -INFINITY)
-        last = tl.where(known, bounds[i][1], INFINITY)
-        told += ((tl.where(regular, first, -INFINITY), tl.where(regular, last, INFINITY)),)
-    return told
+        low = [smaller(bounds[i][0], places[i][0] - places[i][1]) for i in (0, 1)]
+        high = [larger(bounds[i][1], places[i][0] + places[i][1]) for i in (0, 1)]
+        bounds = [(low[i], high[i]) for i in (0, 1)]
+    low = [tl.where(known, bound[0], -INFINITY) for bound in bounds]
+    high = [tl.where(known, bound[1], INFINITY) for bound in bounds]
+    return [(tl.where(regular, low[i], -INFINITY), tl.where(regular, high[i], INFINITY)) for i in (0, 1)]
 
 
 @triton.jit

@@ -156,11 +156,8 @@ def shows_tile(pixels, number, bounds, sizes, SPEC: tl.constexpr):
 def map_and_bounds(params, n, t, sizes, SPEC: tl.constexpr):
     """The map of transform t of image n, and where all its outputs are read."""
     map = footprints.map_of(params, n, t, sizes, SPEC)
-    first = ()
-    last = ()
-    for axis in tl.static_range(SPEC.dims):
-        first += (sizes.output[axis] * 0,)
-        last += (sizes.output[axis] - 1,)
+    first = [sizes.output[axis] * 0 for axis in SPEC.axes]
+    last = [sizes.output[axis] - 1 for axis in SPEC.axes]
     return map, footprints.bounds_of(map, first, last, sizes, SPEC)
 
 
@@ -213,9 +210,7 @@ def distances_of(map, first, pixels, sizes, SPEC: tl.constexpr):
 
     Exact for one output of the tile; from there to the others, entries rounded to 2^-32 are enough.
     """
-    anchor = ()
-    for k in tl.static_range(SPEC.dims):
-        anchor += (tl.min(tl.min(first[k], 1), 0),)
+    anchor = [tl.min(tl.min(first[k], 1), 0) for k in SPEC.axes]
     u = doubled_pixels(anchor, sizes, SPEC)
     distances = ()
     for r in tl.static_range(SPEC.dims):
@@ -249,12 +244,11 @@ def distance_weight(map, distances, further, SPEC: tl.constexpr):
 @triton.jit
 def coordinates_of_first(map, first, sizes, SPEC: tl.constexpr):
     """The fixed-point coordinates of each lane's output ``first``; nothing if it does not go by steps."""
-    found = ()
     if goes_by_steps(SPEC) and not weighs_by_distance(SPEC):
         u = doubled_pixels(first, sizes, SPEC)
-        for r in tl.static_range(SPEC.dims):
-            found += (fixed_coordinate(map.high[r], map.low[r], u, SPEC.dims),)
-    return found
+        return [fixed_coordinate(map.high[r], map.low[r], u, SPEC.dims) for r in SPEC.axes]
+    else:
+        return ()
 
 
 @triton.jit
@@ -278,8 +272,6 @@ def candidate_weight(map, visits, start, further, pixels, sizes, SPEC: tl.conste
         if goes_by_steps(SPEC):
             places = candidate_places(map, start, further, SPEC)
         else:
-            out = ()
-            for axis in tl.static_range(SPEC.dims):
-                out += (visits.first[axis] + further[axis],)
+            out = [visits.first[axis] + further[axis] for axis in SPEC.axes]
             places = map_places(map, out, sizes, SPEC)
         return weight_of_pixel(places, pixels.q, sizes, SPEC, True)

@@ -56,11 +56,9 @@ class Sample(NamedTuple):
 @triton.jit
 def finer(sizes, samples, SPEC: tl.constexpr):
     """The grid with so many pixels for each of the output's."""
-    output = ()
-    for k in tl.static_range(SPEC.dims):
-        output += (sizes.output[k] * samples[k],)
+    output = [sizes.output[k] * samples[k] for k in SPEC.axes]
     if SPEC.dims == 2:
-        output += (sizes.output[2],)
+        output += [sizes.output[2]]
     return Sizes(sizes.input, output, sizes.batch, sizes.transforms, sizes.channels, samples)
 
 
@@ -217,25 +215,16 @@ def bounds_of(map, first, last, sizes, SPEC: tl.constexpr):
     """``image_bounds`` of a box of outputs, from ``first`` to ``last``, with all sub-samples they have."""
     grid = grid_of(map, sizes, SPEC)
     if SPEC.antialias:
-        begin = ()
-        end = ()
-        for k in tl.static_range(SPEC.dims):
-            begin += (first[k] * grid.samples[k],)
-            end += (last[k] * grid.samples[k] + (grid.samples[k] - 1),)
-        low, high = box_in_units(begin, end, grid, SPEC)
-    else:
-        low, high = box_in_units(first, last, grid, SPEC)
+        first = [first[k] * grid.samples[k] for k in SPEC.axes]
+        last = [last[k] * grid.samples[k] + (grid.samples[k] - 1) for k in SPEC.axes]
+    low, high = box_in_units(first, last, grid, SPEC)
     return image_bounds(map, low, high, grid, SPEC)
 
 
 @triton.jit
 def outputs_of(first, further, grid, SPEC: tl.constexpr):
     """The outputs that the grid's pixels, ``further`` from ``first``, are sub-samples of."""
-    out = ()
-    for k in tl.static_range(SPEC.dims):
-        number, _ = divided(first[k] + further[k], grid.samples[k])
-        out += (number,)
-    return out
+    return [divided(first[k] + further[k], grid.samples[k])[0] for k in SPEC.axes]
 
 
 @triton.jit
@@ -262,11 +251,8 @@ def grid_of_cell(map, cell, sizes, SPEC: tl.constexpr):
     """The grid of a cell's sub-samples, and which of its pixels are the cell's."""
     out = (cell[0] * CELL, cell[1] * CELL)
     samples = projective_samples(map, out, sizes, SPEC)
-    begin = ()
-    end = ()
-    for k in tl.static_range(SPEC.dims):
-        begin += (out[k] * samples[k],)
-        end += (tl.minimum(out[k] + CELL, sizes.output[k]) * samples[k],)
+    begin = [out[k] * samples[k] for k in SPEC.axes]
+    end = [tl.minimum(out[k] + CELL, sizes.output[k]) * samples[k] for k in SPEC.axes]
     return finer(sizes, samples, SPEC), (begin, end)
 
 

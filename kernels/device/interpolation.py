@@ -242,34 +242,31 @@ def pixel_weight(place, q, size, AXIS: tl.constexpr, SPEC: tl.constexpr, SHOWN: 
 @triton.jit
 def taps_of_axes(places, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
     """``axis_taps`` of x, y and z; in 2-D z is one tap of weight 1."""
-    x = axis_taps(places[0], sizes.input[0], 0, SPEC, INTERIOR)
-    y = axis_taps(places[1], sizes.input[1], 1, SPEC, INTERIOR)
+    taps = [axis_taps(places[axis], sizes.input[axis], axis, SPEC, INTERIOR) for axis in SPEC.axes]
     if SPEC.dims == 3:
-        return x, y, axis_taps(places[2], sizes.input[2], 2, SPEC, INTERIOR)
+        return taps
     else:
-        return x, y, Taps((0,), (True,), (1.0,))
+        return taps[0], taps[1], Taps((0,), (True,), (1.0,))
 
 
 @triton.jit
 def slopes_of_axes(places, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
     """``axis_slopes`` of x, y and z; in 2-D nothing depends on z."""
-    x = axis_slopes(places[0], sizes.input[0], 0, SPEC, INTERIOR)
-    y = axis_slopes(places[1], sizes.input[1], 1, SPEC, INTERIOR)
+    slopes = [axis_slopes(places[axis], sizes.input[axis], axis, SPEC, INTERIOR) for axis in SPEC.axes]
     if SPEC.dims == 3:
-        return x, y, axis_slopes(places[2], sizes.input[2], 2, SPEC, INTERIOR)
+        return slopes
     else:
-        return x, y, (0.0,)
+        return slopes[0], slopes[1], (0.0,)
 
 
 @triton.jit
 def curvatures_of_axes(places, SPEC: tl.constexpr):
     """``axis_curvatures`` of x, y and z."""
-    x = axis_curvatures(places[0], SPEC)
-    y = axis_curvatures(places[1], SPEC)
+    curvatures = [axis_curvatures(place, SPEC) for place in places]
     if SPEC.dims == 3:
-        return x, y, axis_curvatures(places[2], SPEC)
+        return curvatures
     else:
-        return x, y, (0.0,)
+        return curvatures[0], curvatures[1], (0.0,)
 
 
 @triton.jit

@@ -69,10 +69,7 @@ def mild_map(map, bounds, sizes, SPEC: tl.constexpr):
     """The ``Mild`` of a map; ``bounds`` are those of all outputs (``bounds.image_bounds``)."""
     RADIUS: tl.constexpr = radius_of(SPEC)
     rows = map.rows
-    radius = ()
-    for r in tl.static_range(2):
-        radius += (bounds[r][2] + RADIUS,)
-    inverse, reaches = affine_inverse(rows, radius, sizes, SPEC)
+    inverse, reaches = affine_inverse(rows, [bound[2] + RADIUS for bound in bounds], sizes, SPEC)
     holds = map.fits
     begins = ()
     slopes = ()

@@ -79,10 +79,8 @@ def normalised(o, sizes, axis: tl.constexpr, SPEC: tl.constexpr):
 @triton.jit
 def normalised_pixels(out, sizes, SPEC: tl.constexpr):
     """(x, y[, z], 1) of the output pixels: what a matrix is multiplied by."""
-    pixels = ()
-    for axis in tl.static_range(SPEC.dims):
-        pixels += (normalised(out[axis], sizes, axis, SPEC),)
-    return pixels + (tl.full(out[0].shape, 1.0, SPEC.compute),)
+    pixels = [normalised(out[axis], sizes, axis, SPEC) for axis in SPEC.axes]
+    return pixels + [tl.full(out[0].shape, 1.0, SPEC.compute)]
 
 
 @triton.jit
@@ -106,10 +104,7 @@ def scaled_to_pixels(values, sizes, SPEC: tl.constexpr):
     if SPEC.source == FLOW:
         return values
     else:
-        scaled = ()
-        for axis in tl.static_range(SPEC.dims):
-            scaled += (values[axis] * pixels_per_unit(sizes.input[axis], SPEC),)
-        return scaled
+        return [values[axis] * pixels_per_unit(sizes.input[axis], SPEC) for axis in SPEC.axes]
 
 
 # -------------------------------------------------------------------------------- dense grid and flow
@@ -117,12 +112,8 @@ def scaled_to_pixels(values, sizes, SPEC: tl.constexpr):
 def dense_load(pointer, strides, out, mask, SPEC: tl.constexpr):
     """The channels of each output pixel, a number for each axis: (x, y[, z])."""
     offset = offset_of(out, strides.pixel, 1, SPEC)
-    values = ()
-    for k in tl.static_range(SPEC.dims):
-        # twice the channels' stride may pass 2^31
-        channel = pointer + (offset + tl.cast(strides.c, SPEC.index) * k)
-        values += (tl.load(channel, mask, other=0.0).to(SPEC.compute),)
-    return values
+    stride = tl.cast(strides.c, SPEC.index)  # twice of it may pass 2^31
+    return [tl.load(pointer + (offset + stride * k), mask, other=0.0).to(SPEC.compute) for k in SPEC.axes]
 
 
 @triton.jit
@@ -207,15 +198,12 @@ def projective_inverse(row, pixels, SPEC: tl.constexpr):
 @triton.jit
 def matrix_coordinates(rows, pixels, SPEC: tl.constexpr):
     """theta (x, y[, z], 1), or (h_0 p, h_1 p) / h_2 p with p = (x, y, 1), NaN on the horizon; normalised."""
+    found = [matrix_apply(rows[axis], pixels, SPEC) for axis in SPEC.axes]
     if SPEC.source == PROJECTIVE:
         inverse, seen = projective_inverse(rows[2], pixels, SPEC)
-    found = ()
-    for axis in tl.static_range(SPEC.dims):
-        x = matrix_apply(rows[axis], pixels, SPEC)
-        if SPEC.source == PROJECTIVE:
-            x = tl.where(seen, x * inverse, float("nan"))
-        found += (x,)
-    return found
+        return [tl.where(seen, x * inverse, float("nan")) for x in found]
+    else:
+        return found
 
 
 @triton.jit
@@ -429,14 +417,11 @@ def places_by(coordinates, identity, out, sizes, SPEC: tl.constexpr):
 
     identity: of a flow, where the output's identity grid lies.
     """
-    places = ()
-    for axis in tl.static_range(SPEC.dims):
-        size = sizes.input[axis]
-        if SPEC.source == FLOW:
-            places += (displaced(identity[axis], coordinates[axis], size, axis, SPEC),)
-        else:
-            places += (place_of(unnormalise(coordinates[axis], size, SPEC), size, axis, SPEC),)
-    return places
+    size = sizes.input
+    if SPEC.source == FLOW:
+        return [displaced(identity[k], coordinates[k], size[k], k, SPEC) for k in SPEC.axes]
+    else:
+        return [place_of(unnormalise(coordinates[k], size[k], SPEC), size[k], k, SPEC) for k in SPEC.axes]
 
 
 @triton.jit
@@ -449,10 +434,7 @@ def places_at(params, work, out, mask, sizes, SPEC: tl.constexpr):
         identity = ()
         if SPEC.source == FLOW:
             identity = identity_places(work.map, out, sizes, SPEC)
-        found = ()
-        for g in tl.static_range(SPEC.group):
-            found += (places_by(coordinates[g], identity, out, sizes, SPEC),)
-        return found
+        return [places_by(own, identity, out, sizes, SPEC) for own in coordinates]
 
 
 @triton.jit
