@@ -21,14 +21,14 @@ import triton.language as tl
 from .device import sources
 from .device.direction import interpolate_grad_tangent, interpolate_tangent, scatter_tangent
 from .device.interpolation import curvatures_of_axes, slopes_of_axes, taps_of_axes
-from .device.programs import image_of, kept_pixels, output_of, pixels_of, work_of
+from .device.programs import block_of, image_of, kept_pixels, output_of, work_of
 from .device.sampling import add_product, interpolate, interpolate_grad
-from .device.tiles import channel_block, load_blocks, offset_of, store_blocks
+from .device.tiles import channel_block, load_blocks, store_blocks
 from .host import parameters
 from .host.cut import coordinate_numbers, source_numbers
 from .host.launch import Plan, compute_dtypes, planned
 from .sample import cut_samples
-from .spec import SPECIALIZATION, Image, Params, Sizes, Strides, Tiling
+from .spec import SPECIALIZATION, Block, Image, Images, Params, Plane, Sizes, Strides, Tiling
 
 
 @triton.jit
@@ -43,32 +43,35 @@ def coord_tangent_of(coord, n, t, out, mask, sizes, SPEC: tl.constexpr):
 
 # ----------------------------------------------------------------------------------------- forward mode
 @triton.jit
-def jvp_block(input, tangent, coord, output, params, work, sizes, SPEC: tl.constexpr):
+def jvp_block(images, work, sizes, SPEC: tl.constexpr):
     """The derivative of the samples of a block of pixels."""
-    out, mask, places = pixels_of(work, 0, params, sizes, SPEC)
-    offset = offset_of(out, output.strides.pixel, SPEC.vector_output, SPEC)
+    input, tangent, output = images.input, images.tangent, images.output
+    block = block_of(work, 0, sizes, SPEC)
+    places = sources.places_of(work, block, sizes, SPEC)
     for g in tl.static_range(SPEC.group):
         n, t = work.outputs[g]
         taps = taps_of_axes(places[g], sizes, SPEC)
         if SPEC.coord_tangent:
-            m = coord_tangent_of(coord, n, t, out, mask, sizes, SPEC)
+            m = coord_tangent_of(images.coord, n, t, block.out, block.mask, sizes, SPEC)
             slopes = slopes_of_axes(places[g], sizes, SPEC)
-        target = output_of(output, n, t, offset, SPEC)
-        kept = kept_pixels(mask, work.b + g, sizes)
-        for block in range(work.blocks[0], work.blocks[1]):
+        target = output_of(output, work, g, block, SPEC)
+        kept = kept_pixels(block, work, g, sizes)
+        for number in range(work.blocks[0], work.blocks[1]):
             # all loads before the first store, as in the forward kernel
             values = ()
             for k in tl.static_range(SPEC.unroll):
-                c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
+                c, exists = channel_block(number * SPEC.unroll + k, sizes.channels, SPEC)
                 value = tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute)
                 if SPEC.tangent:
-                    plane = image_of(tangent, n, SPEC.vector_tangent) + c * tangent.strides.c
-                    value += interpolate(plane, taps, tangent.strides, exists, SPEC.vector_tangent, SPEC)
+                    begin = image_of(tangent, n, SPEC.vector_tangent) + c * tangent.strides.c
+                    plane = Plane(begin, tangent.strides.pixel, exists)
+                    value += interpolate(plane, taps, SPEC.vector_tangent, SPEC)
                 if SPEC.coord_tangent:
-                    plane = image_of(input, n, SPEC.vector_input) + c * input.strides.c
-                    value += interpolate_tangent(plane, taps, slopes, m, input.strides, exists, SPEC)
+                    begin = image_of(input, n, SPEC.vector_input) + c * input.strides.c
+                    plane = Plane(begin, input.strides.pixel, exists)
+                    value += interpolate_tangent(plane, taps, slopes, m, SPEC)
                 values += (value,)
-            store_blocks(values, target, output.strides.c, block, kept, sizes.channels, SPEC.unroll, SPEC)
+            store_blocks(values, target, output.strides.c, number, kept, sizes.channels, SPEC.unroll, SPEC)
 
 
 @triton.jit(**SPECIALIZATION)
@@ -101,58 +104,56 @@ def sample_jvp_kernel(
     params = Params(source_ptr, stride_source, control_ptr, num_controls)
     stride_coord = (stride_coord_x, stride_coord_y, stride_coord_z)
     coord = Image(coord_ptr, Strides(stride_coord_n, stride_coord_t, stride_coord_c, stride_coord))
+    images = Images(input=input, tangent=tangent, coord=coord, output=output)
 
-    work = work_of(params, sizes, tiling, SPEC)
-    jvp_block(input, tangent, coord, output, params, work, sizes, SPEC)
+    jvp_block(images, work_of(params, sizes, tiling, SPEC), sizes, SPEC)
 
 
 # ---------------------------------------------------------------------------------- second derivatives
 @triton.jit
-def hvp_block(
-    grad_output, input, tangent, coord, grad_input, by_coord_ptr, params, work, sizes, SPEC: tl.constexpr
-):  # fmt: skip
+def hvp_block(images, by_coord_ptr, work, sizes, SPEC: tl.constexpr):
     """The change of both gradients by a block of pixels."""
-    out, mask, places = pixels_of(work, 0, params, sizes, SPEC)
-    offset = offset_of(out, grad_output.strides.pixel, SPEC.vector_output, SPEC)
+    input, tangent, grad = images.input, images.tangent, images.grad
+    block = block_of(work, 0, sizes, SPEC)
+    places = sources.places_of(work, block, sizes, SPEC)
     for g in tl.static_range(SPEC.group):
         n, t = work.outputs[g]
         taps = taps_of_axes(places[g], sizes, SPEC)
         slopes = slopes_of_axes(places[g], sizes, SPEC)
         if SPEC.coord_tangent:
-            m = coord_tangent_of(coord, n, t, out, mask, sizes, SPEC)
+            m = coord_tangent_of(images.coord, n, t, block.out, block.mask, sizes, SPEC)
             curvatures = curvatures_of_axes(places[g], SPEC)
-        target = output_of(grad_output, n, t, offset, SPEC)
-        kept = kept_pixels(mask, work.b + g, sizes)
+        target = output_of(images.output, work, g, block, SPEC)
+        kept = kept_pixels(block, work, g, sizes)
         # held by channel until the end, as in the backward kernel
         zero = tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute)
         by_place = (zero, zero, zero)
-        for block in range(work.blocks[0], work.blocks[1]):
+        for number in range(work.blocks[0], work.blocks[1]):
             # all loads before the first atomic, as there
-            values = load_blocks(target, grad_output.strides.c, block, kept, sizes.channels, SPEC)
+            values = load_blocks(target, images.output.strides.c, number, kept, sizes.channels, SPEC)
             for k in tl.static_range(SPEC.unroll):
-                c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
+                c, exists = channel_block(number * SPEC.unroll + k, sizes.channels, SPEC)
                 if SPEC.coord_grad and SPEC.tangent:
-                    plane = image_of(tangent, n, SPEC.vector_tangent) + c * tangent.strides.c
-                    slope = interpolate_grad(
-                        plane, taps, slopes, tangent.strides, exists, SPEC.vector_tangent, SPEC
-                    )
+                    begin = image_of(tangent, n, SPEC.vector_tangent) + c * tangent.strides.c
+                    plane = Plane(begin, tangent.strides.pixel, exists)
+                    slope = interpolate_grad(plane, taps, slopes, SPEC.vector_tangent, SPEC)
                     by_place = add_product(by_place, values[k], slope)
                 if SPEC.coord_grad and SPEC.coord_tangent:
-                    plane = image_of(input, n, SPEC.vector_input) + c * input.strides.c
-                    slope_tangent = interpolate_grad_tangent(
-                        plane, taps, slopes, curvatures, m, input.strides, exists, SPEC
-                    )
+                    begin = image_of(input, n, SPEC.vector_input) + c * input.strides.c
+                    plane = Plane(begin, input.strides.pixel, exists)
+                    slope_tangent = interpolate_grad_tangent(plane, taps, slopes, curvatures, m, SPEC)
                     by_place = add_product(by_place, values[k], slope_tangent)
             if SPEC.input_grad:
                 for k in tl.static_range(SPEC.unroll):
-                    c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
-                    plane = image_of(grad_input, n, SPEC.vector_grad) + c * grad_input.strides.c
-                    inside = kept & exists
-                    scatter_tangent(plane, values[k], taps, slopes, m, grad_input.strides, inside, SPEC)
+                    c, exists = channel_block(number * SPEC.unroll + k, sizes.channels, SPEC)
+                    begin = image_of(grad, n, SPEC.vector_grad) + c * grad.strides.c
+                    plane = Plane(begin, grad.strides.pixel, exists)
+                    scatter_tangent(plane, values[k], taps, slopes, m, kept, SPEC)
         if SPEC.coord_grad:
             total = [tl.sum(by_place[axis], 1, keep_dims=True) for axis in SPEC.axes]
             total = sources.scaled_to_pixels(total, sizes, SPEC)
-            sources.dense_store(by_coord_ptr, total, out, kept, work.b + g, work.split, sizes, SPEC, True)
+            existing = Block(block.step, block.out, kept)
+            sources.dense_store(by_coord_ptr, total, work, g, existing, sizes, SPEC, True)
 
 
 @triton.jit(**SPECIALIZATION)
@@ -179,22 +180,20 @@ def sample_hvp_kernel(
     sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels, (1, 1, 1))
     tiling = Tiling(column_tiles, row_tiles, splits, split_blocks, steps)
     stride_output = (stride_output_x, stride_output_y, stride_output_z)
-    grad_output = Image(
-        grad_output_ptr, Strides(stride_output_n, stride_output_t, stride_output_c, stride_output)
-    )
+    output = Image(grad_output_ptr, Strides(stride_output_n, stride_output_t, stride_output_c, stride_output))
     stride_input = (stride_input_x, stride_input_y, stride_input_z)
     input = Image(input_ptr, Strides(stride_input_n, 0, stride_input_c, stride_input))
     stride_tangent = (stride_tangent_x, stride_tangent_y, stride_tangent_z)
     tangent = Image(tangent_ptr, Strides(stride_tangent_n, 0, stride_tangent_c, stride_tangent))
     stride_grad = (stride_grad_x, stride_grad_y, stride_grad_z)
-    grad_input = Image(grad_input_ptr, Strides(stride_grad_n, 0, stride_grad_c, stride_grad))
+    grad = Image(grad_input_ptr, Strides(stride_grad_n, 0, stride_grad_c, stride_grad))
     stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
     params = Params(source_ptr, stride_source, control_ptr, num_controls)
     stride_coord = (stride_coord_x, stride_coord_y, stride_coord_z)
     coord = Image(coord_ptr, Strides(stride_coord_n, stride_coord_t, stride_coord_c, stride_coord))
+    images = Images(input=input, output=output, grad=grad, tangent=tangent, coord=coord)
 
-    work = work_of(params, sizes, tiling, SPEC)
-    hvp_block(grad_output, input, tangent, coord, grad_input, by_coord_ptr, params, work, sizes, SPEC)
+    hvp_block(images, by_coord_ptr, work_of(params, sizes, tiling, SPEC), sizes, SPEC)
 
 
 # ------------------------------------------------------------------------------------------- launchers

@@ -99,6 +99,16 @@ class Gradients(NamedTuple):
     block: Any
 
 
+class Reads(NamedTuple):
+    """A block of outputs, [outputs, 1]: which, whether they exist, where they are read, what weights are
+    multiplied by."""
+
+    out: Any
+    exists: Any
+    places: Any
+    share: Any
+
+
 # --------------------------------------------------------------------------------------------- by pixel
 @triton.jit
 def add_by_pixel(sums, map, visits, pixels, gradients, sizes, SPEC: tl.constexpr):
@@ -258,23 +268,21 @@ def add_block(sums, map, block, blocks, pixels, gradients, sizes, SPEC: tl.const
         for number in range(footprint.most):
             sample = footprints.sample_of(number, footprint, out, SPEC)
             places = map_places(map, sample.out, footprint.grid, SPEC)
-            exists = mask & sample.exists
-            sums = add_places(sums, places, footprint.share, exists, out, pixels, gradients, sizes, SPEC)
+            reads = Reads(out, mask & sample.exists, places, footprint.share)
+            sums = add_reads(sums, reads, pixels, gradients, sizes, SPEC)
         return sums
     else:
-        places = map_places(map, out, sizes, SPEC)
-        return add_places(sums, places, 1.0, mask, out, pixels, gradients, sizes, SPEC)
+        reads = Reads(out, mask, map_places(map, out, sizes, SPEC), 1.0)
+        return add_reads(sums, reads, pixels, gradients, sizes, SPEC)
 
 
 @triton.jit
-def add_places(sums, places, scale, mask, out, pixels, gradients, sizes, SPEC: tl.constexpr):
-    """``sums`` plus what the outputs ``out``, where ``mask`` is set, add that are read at ``places``.
-
-    scale: what weights are multiplied by.
-    """
+def add_reads(sums, reads, pixels, gradients, sizes, SPEC: tl.constexpr):
+    """``sums`` plus what outputs add to the pixels of the tile that they read."""
+    places = reads.places
     x0, x1, hit_x = pixels_read(places[0], pixels, sizes, 0, SPEC)
     y0, y1, hit_y = pixels_read(places[1], pixels, sizes, 1, SPEC)
-    hit = mask & hit_x & hit_y
+    hit = reads.exists & hit_x & hit_y
     first_z = 0
     last_z = 0
     if SPEC.dims == 3:
@@ -283,7 +291,7 @@ def add_places(sums, places, scale, mask, out, pixels, gradients, sizes, SPEC: t
         first_z, last_z = range_of_all(z0, z1, hit)
     first_x, last_x = range_of_all(x0, x1, hit)
     first_y, last_y = range_of_all(y0, y1, hit)
-    begin = gradients.pointer + offset_of(out, gradients.strides.pixel, SPEC.vector_output, SPEC)
+    begin = gradients.pointer + offset_of(reads.out, gradients.strides.pixel, SPEC.vector_output, SPEC)
     values = load_blocks(begin, gradients.strides.c, gradients.block, hit, sizes.channels, SPEC)
     for z in range(first_z, last_z + 1):
         for y in range(first_y, last_y + 1):
@@ -295,7 +303,7 @@ def add_places(sums, places, scale, mask, out, pixels, gradients, sizes, SPEC: t
                     q = (x, y, z)
                 weight = tl.where(hit, weight_of_pixel(places, q, sizes, SPEC), 0.0)
                 if SPEC.antialias:
-                    weight *= scale
+                    weight *= reads.share
                 new = ()
                 for k in tl.static_range(SPEC.unroll):
                     # a gradient that is not read adds nothing, not even a NaN

@@ -9,8 +9,8 @@ import triton.language as tl
 
 from .device import sources
 from .device.arithmetic import rounded
-from .device.programs import work_of
-from .device.tiles import offset_of, pixels_from
+from .device.programs import block_of, work_of
+from .device.tiles import offset_of
 from .host import configs, parameters
 from .host.cut import cut, image_numbers, source_numbers
 from .host.launch import Plan, compute_dtypes, index_dtype, planned
@@ -36,21 +36,20 @@ def grid_kernel(
     stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
     params = Params(source_ptr, stride_source, control_ptr, num_controls)
     work = work_of(params, sizes, Tiling(column_tiles, row_tiles, 1, 1, 1), SPEC)
-    out, mask = pixels_from(work.column, work.row, size, SPEC.rows, SPEC.columns, SPEC)
+    block = block_of(work, work.b * 0, sizes, SPEC)
     strides = Strides(stride_grid_n, 0, stride_grid_c, (stride_grid_x, stride_grid_y, stride_grid_z))
     begin = grid_ptr + work.b.to(tl.int64) * stride_grid_n
     if SPEC.source_grad:
-        gradients = (sources.dense_load(begin, strides, out, mask, SPEC),)
+        gradients = (sources.dense_load(begin, strides, block.out, block.mask, SPEC),)
         sums = sources.zero_sums(SPEC)
-        step = work.b * 0
-        sums = sources.add_gradient(partial_ptr, sums, params, work, step, gradients, out, mask, sizes, SPEC)
+        sums = sources.add_gradient(partial_ptr, sums, work, gradients, block, sizes, SPEC)
         sources.store_sums(partial_ptr, sums, work, sizes, SPEC)
     else:
-        coordinates = sources.coordinates_of(params, work, out, mask, sizes, SPEC)
-        offset = offset_of(out, strides.pixel, 1, SPEC)
+        coordinates = sources.coordinates_of(work, block.out, block.mask, sizes, SPEC)
+        offset = offset_of(block.out, strides.pixel, 1, SPEC)
         for k in tl.static_range(SPEC.dims):
             target = begin + (offset + tl.cast(stride_grid_c, SPEC.index) * k)  # twice of it may pass 2^31
-            tl.store(target, rounded(coordinates[0][k], grid_ptr), mask)
+            tl.store(target, rounded(coordinates[0][k], grid_ptr), block.mask)
 
 
 @planned

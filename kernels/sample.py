@@ -20,90 +20,79 @@ import triton
 import triton.language as tl
 
 from .device import footprints, sources
-from .device.arithmetic import rounded, widened
+from .device.arithmetic import widened
 from .device.bounds import has_interior_path
 from .device.filling import filled, outside_of
 from .device.interpolation import slopes_of_axes, taps_of_axes
-from .device.programs import image_of, kept_pixels, output_of, pixels_of, work_of
+from .device.programs import block_of, image_of, kept_pixels, output_of, work_of
 from .device.sampling import add_coordinate_gradient, gradient_of, interpolate, scatter
-from .device.tiles import channel_block, load_blocks, offset_of, pixels_from, store_blocks, zero_blocks
+from .device.tiles import channel_block, load_blocks, store_blocks, zero_blocks
 from .host import configs, parameters
 from .host.cut import Cut, cut, source_numbers
 from .host.launch import INT32_MAX, Plan, compute_dtypes, index_dtype, planned
 from .host.parameters import channel_dim
 from .modes import MOST_STEPS, Source
-from .spec import SPECIALIZATION, Image, Params, Sizes, Strides, Tiling
+from .spec import SPECIALIZATION, Image, Images, Params, Plane, Sizes, Strides, Tiling
 
 
 # ---------------------------------------------------------------------------------------------- forward
 @triton.jit
-def forward_block(
-    input, output, fill, params, work, step, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr
-):  # fmt: skip
+def forward_block(images, work, step, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr):
     """The samples of one block of pixels."""
-    out, mask, places = pixels_of(work, step, params, sizes, SPEC, INTERIOR)
-    offset = offset_of(out, output.strides.pixel, SPEC.vector_output, SPEC)
+    input, output = images.input, images.output
+    block = block_of(work, step, sizes, SPEC)
+    places = sources.places_of(work, block, sizes, SPEC, INTERIOR)
     for g in tl.static_range(SPEC.group):
-        n, t = work.outputs[g]
+        n, _ = work.outputs[g]
         taps = taps_of_axes(places[g], sizes, SPEC, INTERIOR)
         image = image_of(input, n, SPEC.vector_input)
-        target = output_of(output, n, t, offset, SPEC)
-        kept = kept_pixels(mask, work.b + g, sizes, INTERIOR)
+        target = output_of(output, work, g, block, SPEC)
+        kept = kept_pixels(block, work, g, sizes, INTERIOR)
         if SPEC.fill and not INTERIOR:
             outside = outside_of(places[g], taps, sizes, SPEC)
-        for block in range(work.blocks[0], work.blocks[1]):
+        for number in range(work.blocks[0], work.blocks[1]):
             # all loads before the first store, behind which the compiler may not move them
             values = ()
             for k in tl.static_range(SPEC.unroll):
-                c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
-                plane = image + c * input.strides.c
-                value = interpolate(plane, taps, input.strides, exists, SPEC.vector_input, SPEC, INTERIOR)
+                c, exists = channel_block(number * SPEC.unroll + k, sizes.channels, SPEC)
+                plane = Plane(image + c * input.strides.c, input.strides.pixel, exists)
+                value = interpolate(plane, taps, SPEC.vector_input, SPEC, INTERIOR)
                 if SPEC.fill and not INTERIOR:
-                    value = filled(value, outside, fill, n, c, exists, SPEC)
+                    value = filled(value, outside, images.fill, n, c, exists, SPEC)
                 values += (value,)
-            store_blocks(values, target, output.strides.c, block, kept, sizes.channels, SPEC.unroll, SPEC)
+            store_blocks(values, target, output.strides.c, number, kept, sizes.channels, SPEC.unroll, SPEC)
 
 
 @triton.jit
-def sub_samples_of(input, output, work, step, sizes, SPEC: tl.constexpr):
-    """Block ``step`` of a program: its pixels, whether they exist, and the ``Footprint`` of each; where its
-    image begins, and where the pixels are in ``output``."""
-    row = work.row + step * SPEC.rows
-    out, mask = pixels_from(work.column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
-    n, t = work.outputs[0]
-    offset = offset_of(out, output.strides.pixel, SPEC.vector_output, SPEC)
-    image = image_of(input, n, SPEC.vector_input)
-    footprint = footprints.footprint_of(work.map, out, mask, sizes, SPEC)
-    return out, mask, footprint, image, output_of(output, n, t, offset, SPEC)
-
-
-@triton.jit
-def averaged_block(input, output, fill, params, work, step, sizes, SPEC: tl.constexpr):
+def averaged_block(images, work, step, sizes, SPEC: tl.constexpr):
     """The averages of one block of pixels over their sub-samples."""
-    out, mask, footprint, image, target = sub_samples_of(input, output, work, step, sizes, SPEC)
-    for block in range(work.blocks[0], work.blocks[1]):
+    input, output = images.input, images.output
+    block = block_of(work, step, sizes, SPEC)
+    footprint = footprints.footprint_of(work.map, block.out, block.mask, sizes, SPEC)
+    n, _ = work.outputs[0]
+    image = image_of(input, n, SPEC.vector_input)
+    target = output_of(output, work, 0, block, SPEC)
+    for number in range(work.blocks[0], work.blocks[1]):
         values = zero_blocks(SPEC.unroll, SPEC)
-        for number in range(footprint.most):
-            sample = footprints.sample_of(number, footprint, out, SPEC)
-            places = footprints.places_of_sample(params, work, sample, footprint, step, mask, SPEC)
+        for i in range(footprint.most):
+            sample = footprints.sample_of(i, footprint, block.out, SPEC)
+            places = footprints.places_of_sample(work, sample, footprint, block, SPEC)
             taps = taps_of_axes(places, sizes, SPEC)
             if SPEC.fill:
                 outside = outside_of(places, taps, sizes, SPEC)
             new = ()
             for k in tl.static_range(SPEC.unroll):
-                c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
-                plane = image + c * input.strides.c
+                c, exists = channel_block(number * SPEC.unroll + k, sizes.channels, SPEC)
                 read = exists & sample.exists
-                value = interpolate(plane, taps, input.strides, read, SPEC.vector_input, SPEC)
+                plane = Plane(image + c * input.strides.c, input.strides.pixel, read)
+                value = interpolate(plane, taps, SPEC.vector_input, SPEC)
                 if SPEC.fill:
-                    value = filled(value, outside, fill, work.outputs[0][0], c, exists, SPEC)
+                    value = filled(value, outside, images.fill, n, c, exists, SPEC)
                     value = tl.where(sample.exists, value, 0.0)
                 new += (values[k] + value,)
             values = new
-        for k in tl.static_range(SPEC.unroll):
-            c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
-            value = rounded(values[k] * footprint.share, output.pointer)
-            tl.store(target + c * output.strides.c, value, mask & exists)
+        values = [value * footprint.share for value in values]
+        store_blocks(values, target, output.strides.c, number, block.mask, sizes.channels, SPEC.unroll, SPEC)
 
 
 @triton.jit(**SPECIALIZATION)
@@ -132,86 +121,89 @@ def sample_forward_kernel(
     stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
     params = Params(source_ptr, stride_source, control_ptr, num_controls)
     fill = Image(fill_ptr, Strides(stride_fill_n, 0, stride_fill_c, 0))
+    images = Images(input=input, output=output, fill=fill)
 
     work = work_of(params, sizes, tiling, SPEC)
     if has_interior_path(SPEC) and work.interior:
         for step in range(work.steps):
-            forward_block(input, output, fill, params, work, step, sizes, SPEC, True)
+            forward_block(images, work, step, sizes, SPEC, True)
     elif SPEC.antialias:
         for step in range(work.steps):
-            averaged_block(input, output, fill, params, work, step, sizes, SPEC)
+            averaged_block(images, work, step, sizes, SPEC)
     else:
         for step in range(work.steps):
-            forward_block(input, output, fill, params, work, step, sizes, SPEC, False)
+            forward_block(images, work, step, sizes, SPEC, False)
 
 
 # --------------------------------------------------------------------------------------------- backward
 @triton.jit
 def backward_block(
-    grad_output, input, grad_input, partial_ptr, sums, params, work, step, sizes,
-    SPEC: tl.constexpr, INTERIOR: tl.constexpr,
+    images, partial_ptr, sums, work, step, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr
 ):  # fmt: skip
     """What a block of pixels adds to d input and d params. Returns ``sums`` with a matrix's share added."""
-    out, mask, places = pixels_of(work, step, params, sizes, SPEC, INTERIOR)
-    offset = offset_of(out, grad_output.strides.pixel, SPEC.vector_output, SPEC)
+    input, grad = images.input, images.grad
+    block = block_of(work, step, sizes, SPEC)
+    places = sources.places_of(work, block, sizes, SPEC, INTERIOR)
     gradients = ()
     for g in tl.static_range(SPEC.group):
-        n, t = work.outputs[g]
+        n, _ = work.outputs[g]
         taps = taps_of_axes(places[g], sizes, SPEC, INTERIOR)
         slopes = slopes_of_axes(places[g], sizes, SPEC, INTERIOR)
         image = image_of(input, n, SPEC.vector_input)
-        grad_image = image_of(grad_input, n, SPEC.vector_grad)
-        target = output_of(grad_output, n, t, offset, SPEC)
-        kept = kept_pixels(mask, work.b + g, sizes, INTERIOR)
+        grad_image = image_of(grad, n, SPEC.vector_grad)
+        target = output_of(images.output, work, g, block, SPEC)
+        kept = kept_pixels(block, work, g, sizes, INTERIOR)
         # held by channel until the end: one reduction in all, not one for each block of channels
         zero = tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute)
         by_place = (zero, zero, zero)
-        for block in range(work.blocks[0], work.blocks[1]):
+        for number in range(work.blocks[0], work.blocks[1]):
             # all loads before the first atomic, behind which the compiler may not move them
-            values = load_blocks(target, grad_output.strides.c, block, kept, sizes.channels, SPEC)
+            values = load_blocks(target, images.output.strides.c, number, kept, sizes.channels, SPEC)
             if SPEC.source_grad:
                 for k in tl.static_range(SPEC.unroll):
-                    c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
-                    plane = image + c * input.strides.c
+                    c, exists = channel_block(number * SPEC.unroll + k, sizes.channels, SPEC)
+                    plane = Plane(image + c * input.strides.c, input.strides.pixel, exists)
                     by_place = add_coordinate_gradient(
-                        by_place, values[k], plane, taps, slopes, input.strides, exists, SPEC, INTERIOR
+                        by_place, values[k], plane, taps, slopes, SPEC, INTERIOR
                     )
             if SPEC.input_grad:
                 for k in tl.static_range(SPEC.unroll):
-                    c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
-                    plane = grad_image + c * grad_input.strides.c
-                    scatter(plane, values[k], taps, grad_input.strides, kept & exists, SPEC, INTERIOR)
+                    c, exists = channel_block(number * SPEC.unroll + k, sizes.channels, SPEC)
+                    plane = Plane(grad_image + c * grad.strides.c, grad.strides.pixel, exists)
+                    scatter(plane, values[k], taps, kept, SPEC, INTERIOR)
         gradient = gradient_of(by_place, taps, slopes, kept, SPEC)
         if not sources.is_affine(SPEC):
             gradient = sources.scaled_to_pixels(gradient, sizes, SPEC)
         gradients += (gradient,)
     if SPEC.source_grad:
-        sums = sources.add_gradient(partial_ptr, sums, params, work, step, gradients, out, mask, sizes, SPEC)
+        sums = sources.add_gradient(partial_ptr, sums, work, gradients, block, sizes, SPEC)
     return sums
 
 
 @triton.jit
-def averaged_backward_block(grad_output, input, sums, params, work, step, sizes, SPEC: tl.constexpr):
+def averaged_backward_block(images, sums, work, step, sizes, SPEC: tl.constexpr):
     """``sums`` with what a block of pixels adds to d params, sub-sample by sub-sample."""
-    out, mask, footprint, image, target = sub_samples_of(input, grad_output, work, step, sizes, SPEC)
+    input, output = images.input, images.output
+    block = block_of(work, step, sizes, SPEC)
+    footprint = footprints.footprint_of(work.map, block.out, block.mask, sizes, SPEC)
+    image = image_of(input, work.outputs[0][0], SPEC.vector_input)
+    target = output_of(output, work, 0, block, SPEC)
     zero = tl.zeros([SPEC.rows * SPEC.columns, SPEC.channels], SPEC.compute)
-    for number in range(footprint.most):
-        sample = footprints.sample_of(number, footprint, out, SPEC)
-        places = footprints.places_of_sample(params, work, sample, footprint, step, mask, SPEC)
+    for i in range(footprint.most):
+        sample = footprints.sample_of(i, footprint, block.out, SPEC)
+        places = footprints.places_of_sample(work, sample, footprint, block, SPEC)
         taps = taps_of_axes(places, sizes, SPEC)
         slopes = slopes_of_axes(places, sizes, SPEC)
-        kept = mask & sample.exists
+        kept = block.mask & sample.exists
         by_place = (zero, zero, zero)
-        for block in range(work.blocks[0], work.blocks[1]):
+        for number in range(work.blocks[0], work.blocks[1]):
             for k in tl.static_range(SPEC.unroll):
-                c, exists = channel_block(block * SPEC.unroll + k, sizes.channels, SPEC)
-                g = widened(tl.load(target + c * grad_output.strides.c, kept & exists, other=0.0), SPEC)
-                plane = image + c * input.strides.c
-                by_place = add_coordinate_gradient(
-                    by_place, g * footprint.share, plane, taps, slopes, input.strides, exists, SPEC
-                )
+                c, exists = channel_block(number * SPEC.unroll + k, sizes.channels, SPEC)
+                g = widened(tl.load(target + c * output.strides.c, kept & exists, other=0.0), SPEC)
+                plane = Plane(image + c * input.strides.c, input.strides.pixel, exists)
+                by_place = add_coordinate_gradient(by_place, g * footprint.share, plane, taps, slopes, SPEC)
         gradient = gradient_of(by_place, taps, slopes, kept, SPEC)
-        sums = footprints.add_gradient(sums, work.map, gradient, sample, footprint, step, out, sizes, SPEC)
+        sums = footprints.add_gradient(sums, work.map, gradient, sample, footprint, block, sizes, SPEC)
     return sums
 
 
@@ -236,13 +228,12 @@ def sample_backward_kernel(
     sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels, (1, 1, 1))
     tiling = Tiling(column_tiles, row_tiles, splits, split_blocks, steps)
     stride_output = (stride_output_x, stride_output_y, stride_output_z)
-    grad_output = Image(
-        grad_output_ptr, Strides(stride_output_n, stride_output_t, stride_output_c, stride_output)
-    )
+    output = Image(grad_output_ptr, Strides(stride_output_n, stride_output_t, stride_output_c, stride_output))
     stride_input = (stride_input_x, stride_input_y, stride_input_z)
     input = Image(input_ptr, Strides(stride_input_n, 0, stride_input_c, stride_input))
     stride_grad = (stride_grad_x, stride_grad_y, stride_grad_z)
-    grad_input = Image(grad_input_ptr, Strides(stride_grad_n, 0, stride_grad_c, stride_grad))
+    grad = Image(grad_input_ptr, Strides(stride_grad_n, 0, stride_grad_c, stride_grad))
+    images = Images(input=input, output=output, grad=grad)
     stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
     params = Params(source_ptr, stride_source, control_ptr, num_controls)
 
@@ -250,17 +241,13 @@ def sample_backward_kernel(
     sums = sources.zero_sums(SPEC)
     if has_interior_path(SPEC) and work.interior:
         for step in range(work.steps):
-            sums = backward_block(
-                grad_output, input, grad_input, partial_ptr, sums, params, work, step, sizes, SPEC, True
-            )
+            sums = backward_block(images, partial_ptr, sums, work, step, sizes, SPEC, True)
     elif SPEC.antialias:
         for step in range(work.steps):
-            sums = averaged_backward_block(grad_output, input, sums, params, work, step, sizes, SPEC)
+            sums = averaged_backward_block(images, sums, work, step, sizes, SPEC)
     else:
         for step in range(work.steps):
-            sums = backward_block(
-                grad_output, input, grad_input, partial_ptr, sums, params, work, step, sizes, SPEC, False
-            )
+            sums = backward_block(images, partial_ptr, sums, work, step, sizes, SPEC, False)
     if SPEC.source_grad:
         sources.store_sums(partial_ptr, sums, work, sizes, SPEC, sources.is_affine(SPEC))
 

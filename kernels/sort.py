@@ -18,14 +18,16 @@ import triton
 import triton.language as tl
 
 from .derivatives import coord_tangent_of
-from .device.cells import cell_of, cell_row, pixel_count, row_parts
+from .device import sources
+from .device.cells import cell_of, cell_row, row_parts
 from .device.interpolation import at_pixel, axis_slopes, axis_taps, tap_count
-from .device.programs import kept_pixels, pixels_of, work_of
+from .device.programs import block_of, kept_pixels, work_of
 from .device.tiles import (
     blocks_of,
     first_row,
     load_blocks,
     offset_of,
+    pixel_count,
     pixels_from,
     place_of_program,
     store_blocks,
@@ -92,12 +94,13 @@ def sort_keys_kernel(
     coord = Image(coord_ptr, Strides(stride_coord_n, stride_coord_t, stride_coord_c, stride_coord))
 
     work = work_of(params, sizes, Tiling(column_tiles, row_tiles, 1, 1, 1), SPEC)
-    out, mask, places = pixels_of(work, 0, params, sizes, SPEC)
-    pixel = offset_of(out, (1, out_width, out_width.to(SPEC.index) * out_height), 1, SPEC)
+    block = block_of(work, 0, sizes, SPEC)
+    places = sources.places_of(work, block, sizes, SPEC)
+    pixel = offset_of(block.out, (1, out_width, out_width.to(SPEC.index) * out_height), 1, SPEC)
     nothing = (batch // transforms).to(KEY) * pixel_count(sizes.input, SPEC).to(KEY)
     for g in tl.static_range(SPEC.group):
         n, t = work.outputs[g]
-        kept = kept_pixels(mask, work.b + g, sizes)
+        kept = kept_pixels(block, work, g, sizes)
         cell, read = cell_of(places[g], sizes, SPEC, KEY)
         key = tl.where(read, n.to(KEY) * pixel_count(sizes.input, SPEC).to(KEY) + cell, nothing)
         first = (work.b + g).to(tl.int64) * pixel_count(sizes.output, SPEC)
@@ -108,7 +111,7 @@ def sort_keys_kernel(
             tl.store(index + k, places[g][k][0], kept)
             tl.store(fraction + k, places[g][k][1], kept)
         if SPEC.coord_tangent:
-            m = coord_tangent_of(coord, n, t, out, kept, sizes, SPEC)
+            m = coord_tangent_of(coord, n, t, block.out, kept, sizes, SPEC)
             for k in tl.static_range(SPEC.dims):
                 tl.store(fraction + (SPEC.dims + k), m[k], kept)
 
@@ -147,7 +150,7 @@ def output_weight(outputs, i, read, q, sizes, SPEC: tl.constexpr):
 
 @triton.jit
 def output_offset(i, sizes, strides, SPEC: tl.constexpr):
-    """The offset of output pixel ``i`` of an image, whose pixels lie along ``pixel_axes`` axes, innermost first."""
+    """The offset of output pixel ``i`` of an image; ``sizes`` and ``strides`` are as in ``Outputs``."""
     if SPEC.pixel_axes == 1:
         offset = i * strides[0]
     else:

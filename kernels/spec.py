@@ -102,6 +102,32 @@ class Image(NamedTuple):
     strides: Strides
 
 
+class Images(NamedTuple):
+    """The tensors that a kernel of the sampler works on, by the names that a ``Spec`` has for them.
+
+    output: the samples, or their gradient. grad: d input. tangent, coord: the tangents of the input and of
+    the coordinates. fill: (N, C).
+    """
+
+    input: Any = None
+    output: Any = None
+    grad: Any = None
+    tangent: Any = None
+    coord: Any = None
+    fill: Any = None
+
+
+class Plane(NamedTuple):
+    """A block of channels of one image.
+
+    pointer: to the first pixel of each, [1, channels]. strides: by pixel. exists: which channels do.
+    """
+
+    pointer: Any
+    strides: Any
+    exists: Any
+
+
 class Params(NamedTuple):
     """A source's parameters: their pointer and five strides; a spline's control points and their number.
 
@@ -145,10 +171,19 @@ class Tiling(NamedTuple):
     steps: Any
 
 
+class Block(NamedTuple):
+    """A block of output pixels: the program's step, the pixels, [pixels, 1], and whether they exist."""
+
+    step: Any
+    out: Any
+    mask: Any
+
+
 class Work(NamedTuple):
     """What one program does.
 
-    b, outputs: the group's first output, and (image, transform) of each output.
+    params: what coordinates are made of. b, outputs: the group's first output, and (image, transform) of each
+    output.
     map: of a matrix, how it takes pixels to pixels (``device.sources.map_of``).
     column, row, steps: the first block of pixels, and how many there are.
     starts: of a fixed-point map, the coordinates of the first block (``device.affine.starts_of``).
@@ -157,6 +192,7 @@ class Work(NamedTuple):
     split, program, programs: where the program's share of a gradient goes.
     """
 
+    params: Params
     b: Any
     outputs: Any
     map: Any

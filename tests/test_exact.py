@@ -20,7 +20,7 @@ import stn_triton as stn
 from stn_triton.kernels.device import affine, sources, tiles
 from stn_triton.kernels.host import parameters
 from stn_triton.kernels.modes import MOST_STEPS, Interpolation, Padding, Source
-from stn_triton.kernels.spec import SPECIALIZATION, Params, Sizes, Spec, Work
+from stn_triton.kernels.spec import SPECIALIZATION, Block, Params, Sizes, Spec, Work
 
 BOUND = Fraction(1, 2**30)
 ALIGN = pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
@@ -50,14 +50,14 @@ def places_kernel(
     outputs = sources.outputs_of(b, sizes, SPEC)
     map = sources.map_of(params, outputs[0][0], outputs[0][1], sizes, SPEC)
     starts = affine.starts_of(map, column, row, sizes, SPEC)
-    work = Work(b, outputs, map, column, row, steps, starts, (0, 1), False, 0, 0, 1)
+    work = Work(params, b, outputs, map, column, row, steps, starts, (0, 1), False, 0, 0, 1)
     tl.store(fits_ptr + program, tl.cast(map.fits, tl.int32))
     LANES: tl.constexpr = SPEC.rows * SPEC.columns
     for step in range(steps):
         row_of_step = row + step * SPEC.rows
         out, mask = tiles.pixels_from(column, row_of_step, sizes.output, SPEC.rows, SPEC.columns, SPEC)
-        places = sources.places_of(params, work, step, out, mask, sizes, READING)[0]
-        single = sources.places_at(params, work, out, mask, sizes, READING)[0]
+        places = sources.places_of(work, Block(step, out, mask), sizes, READING)[0]
+        single = sources.places_at(work, out, mask, sizes, READING)[0]
         at = ((program * steps + step) * LANES + tl.arange(0, LANES)[:, None]) * SPEC.dims
         for axis in tl.static_range(SPEC.dims):
             tl.store(out_ptr + at + axis, out[axis])

@@ -113,12 +113,13 @@ def told_kernel(
     map = sources.map_of(params, outputs[0][0], outputs[0][1], sizes, SPEC)
     told = is_interior(map, column, row, SPEC.rows * STEPS, sizes, SPEC)
     starts = starts_of(map, column, row, sizes, SPEC)
-    work = Work(b, outputs, map, column, row, STEPS, starts, (0, 1), False, 0, 0, 1)
+    work = Work(params, b, outputs, map, column, row, STEPS, starts, (0, 1), False, 0, 0, 1)
     at = tl.program_id(0)
     tl.store(told_ptr + at, tl.cast(told, tl.int32))
     inside = 1
     for step in tl.static_range(STEPS):
-        _, mask, places = programs.pixels_of(work, step, params, sizes, SPEC)
+        block = programs.block_of(work, step, sizes, SPEC)
+        mask, places = block.mask, sources.places_of(work, block, sizes, SPEC)
         x, y, _ = interpolation.taps_of_axes(places[0], sizes, SPEC)
         for k in tl.static_range(interpolation.tap_count(SPEC)):
             mask = mask & x.inside[k] & y.inside[k]

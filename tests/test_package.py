@@ -347,3 +347,17 @@ def test_tables_are_looked_for_where_they_are_shipped():
     from stn_triton.kernels.host import tables
 
     assert tables.SHIPPED.resolve() == ROOT / "kernels" / "tuned"
+
+
+def test_device_functions_take_few_arguments():
+    """8 at most, the specification and flags included; kernels, which bundle their arguments, any number."""
+    checked = 0
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            if "triton.jit" in map(ast.unparse, node.decorator_list):  # kernels' decorators are calls
+                arguments = [argument.arg for argument in node.args.args]
+                assert len(arguments) <= 8, f"{path.name}: {node.name}({', '.join(arguments)})"
+                checked += 1
+    assert checked > 100

@@ -68,7 +68,7 @@ def map_places(map, out, sizes, SPEC: tl.constexpr):
         return affine_places(map, out, sizes, SPEC)
     else:
         coordinates = sources.matrix_coordinates(map, sources.normalised_pixels(out, sizes, SPEC), SPEC)
-        return sources.places_by(coordinates, (), out, sizes, SPEC)
+        return sources.places_by(coordinates, (), sizes, SPEC)
 
 
 # --------------------------------------------------------------------------------------------- by pixel

@@ -41,15 +41,6 @@ def cell_of(places, sizes, SPEC: tl.constexpr, KEY: tl.constexpr):
     return cell * sizes.input[0] + x, read
 
 
-@triton.jit
-def pixel_count(size, SPEC: tl.constexpr):
-    """Pixels of an image, int64."""
-    count = size[0].to(tl.int64) * size[1]
-    if SPEC.dims == 3:
-        count *= size[2]
-    return count
-
-
 @triton.constexpr_function
 def row_parts(spec):
     """Pieces of a row of cells around a pixel: one more where it wraps."""

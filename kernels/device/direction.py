@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .interpolation import has_curvature, tap_count, taps_z
-from .sampling import load_tap, tap_pointer
+from .sampling import load_tap, tap_pointer, zero_samples
 
 
 @triton.jit
@@ -22,23 +22,23 @@ def tap_tangent(taps, slopes, m, k, SPEC: tl.constexpr):
 
 
 @triton.jit
-def interpolate_tangent(plane, taps, slopes, m, strides, exists, SPEC: tl.constexpr):
+def interpolate_tangent(plane, taps, slopes, m, SPEC: tl.constexpr):
     """The derivative of ``interpolate`` along m, [pixels, channels]."""
-    tangent = tl.zeros([taps[0].index[0].shape[0], plane.shape[1]], SPEC.compute)
+    tangent = zero_samples(plane, taps, SPEC)
     for kz in tl.static_range(taps_z(SPEC)):
         for ky in tl.static_range(tap_count(SPEC)):
             for kx in tl.static_range(tap_count(SPEC)):
-                pixel = load_tap(plane, taps, (kx, ky, kz), strides, exists, SPEC.vector_input, SPEC, False)
+                pixel = load_tap(plane, taps, (kx, ky, kz), SPEC.vector_input, SPEC)
                 tangent += tap_tangent(taps, slopes, m, (kx, ky, kz), SPEC) * pixel
     return tangent
 
 
 @triton.jit
-def interpolate_grad_tangent(plane, taps, slopes, curvatures, m, strides, exists, SPEC: tl.constexpr):
+def interpolate_grad_tangent(plane, taps, slopes, curvatures, m, SPEC: tl.constexpr):
     """The derivatives of ``interpolate_grad``'s results along m: the Hessian by x, y, z times m."""
     x, y, z = taps
     CURVED: tl.constexpr = has_curvature(SPEC)
-    zero = tl.zeros([x.index[0].shape[0], plane.shape[1]], SPEC.compute)
+    zero = zero_samples(plane, taps, SPEC)
     by_x = zero
     by_y = zero
     by_z = zero
@@ -54,7 +54,7 @@ def interpolate_grad_tangent(plane, taps, slopes, curvatures, m, strides, exists
             row_by_x = zero
             row_by_xx = zero
             for kx in tl.static_range(tap_count(SPEC)):
-                pixel = load_tap(plane, taps, (kx, ky, kz), strides, exists, SPEC.vector_input, SPEC, False)
+                pixel = load_tap(plane, taps, (kx, ky, kz), SPEC.vector_input, SPEC)
                 row_value += pixel * x.weight[kx]
                 row_by_x += pixel * slopes[0][kx]
                 if CURVED:
@@ -85,13 +85,13 @@ def interpolate_grad_tangent(plane, taps, slopes, curvatures, m, strides, exists
 
 
 @triton.jit
-def scatter_tangent(plane, g, taps, slopes, m, strides, exists, SPEC: tl.constexpr):
+def scatter_tangent(plane, g, taps, slopes, m, kept, SPEC: tl.constexpr):
     """The transpose of ``interpolate_tangent``, as ``scatter`` is ``interpolate``'s."""
     x, y, z = taps
     for kz in tl.static_range(taps_z(SPEC)):
         for ky in tl.static_range(tap_count(SPEC)):
             for kx in tl.static_range(tap_count(SPEC)):
-                pointer = tap_pointer(plane, taps, (kx, ky, kz), strides, SPEC.vector_grad, SPEC, False)
-                inside = exists & x.inside[kx] & y.inside[ky] & z.inside[kz]
+                pointer = tap_pointer(plane, taps, (kx, ky, kz), SPEC.vector_grad, SPEC)
+                inside = (kept & plane.exists) & x.inside[kx] & y.inside[ky] & z.inside[kz]
                 tangent = tap_tangent(taps, slopes, m, (kx, ky, kz), SPEC)
                 tl.atomic_add(pointer, g * tangent, inside, sem="relaxed")

@@ -188,13 +188,13 @@ def sample_of(number, footprint, out, SPEC: tl.constexpr):
 
 
 @triton.jit
-def places_of_sample(params, work, sample, footprint, step, mask, SPEC: tl.constexpr):
-    """Where the sub-samples of a program's block ``step`` are read."""
+def places_of_sample(work, sample, footprint, block, SPEC: tl.constexpr):
+    """Where the sub-samples of a program's block are read."""
     if SPEC.source == AFFINE:
         starts = moved_starts(work.starts, work.map, sample.number, SPEC)
-        return block_places(work.map, starts, step, sample.out, footprint.grid, SPEC, False)
+        return block_places(work.map, starts, block.step, sample.out, footprint.grid, SPEC, False)
     else:
-        return sources.places_at(params, work, sample.out, mask, footprint.grid, SPEC)[0]
+        return sources.places_at(work, sample.out, block.mask, footprint.grid, SPEC)[0]
 
 
 # ------------------------------------------------------------------------------------------ the gather
@@ -258,7 +258,7 @@ def grid_of_cell(map, cell, sizes, SPEC: tl.constexpr):
 
 # ----------------------------------------------------------------------------- gradient of parameters
 @triton.jit
-def add_gradient(sums, map, gradient, sample, footprint, step, out, sizes, SPEC: tl.constexpr):
+def add_gradient(sums, map, gradient, sample, footprint, block, sizes, SPEC: tl.constexpr):
     """``sums`` (``sources.zero_sums``) with a gradient by the sub-sample's coordinates added, 0 if none is.
 
     A matrix is multiplied by the pixel's middle and by the sub-sample's distance from it: each has its sums.
@@ -269,7 +269,7 @@ def add_gradient(sums, map, gradient, sample, footprint, step, out, sizes, SPEC:
         pixels = sources.normalised_pixels(sample.out, footprint.grid, SPEC)
         scaled = sources.scaled_to_pixels(gradient, sizes, SPEC)
         by_rows = sources.projective_backward(map, scaled, pixels, SPEC)
-    new = sources.add_to_sums(sums, by_rows, step, out, sizes, SPEC)
+    new = sources.add_to_sums(sums, by_rows, block, sizes, SPEC)
     for r in tl.static_range(ROWS):
         for k in tl.static_range(SPEC.dims):
             n = footprint.grid.samples[k]

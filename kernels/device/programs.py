@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from ..spec import Work, constant
+from ..spec import Block, Work, constant
 from . import footprints, sources
 from .affine import starts_of
 from .arithmetic import TPS
 from .bounds import has_interior_path, is_interior
-from .tiles import blocks_of, existing, first_row, pixels_from, place_of_program, steps_from
+from .tiles import blocks_of, existing, first_row, offset_of, pixels_from, place_of_program, steps_from
 
 # ``is_interior`` costs about as much as it saves in two blocks of pixels and channels. (In the interpreter,
 # which has no costs that matter, both paths are taken.)
@@ -37,26 +37,26 @@ def work_of(params, sizes, tiling, SPEC: tl.constexpr):
     tiles = tiling.columns * tiling.rows
     starts = starts_of(map, column, row, sizes, SPEC)
     return Work(
-        group * SPEC.group, outputs, map, column, row, steps, starts, blocks, interior, split,
+        params, group * SPEC.group, outputs, map, column, row, steps, starts, blocks, interior, split,
         split * tiles + row_tile * tiling.columns + column_tile, tiling.splits * tiles,
     )  # fmt: skip
 
 
 @triton.jit
-def pixels_of(work, step, params, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
-    """Block ``step`` of a program: which pixels, whether they exist, and where each output is read."""
+def block_of(work, step, sizes, SPEC: tl.constexpr):
+    """The ``Block`` of a program's step."""
     row = work.row + step * SPEC.rows
     out, mask = pixels_from(work.column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
-    return out, mask, sources.places_of(params, work, step, out, mask, sizes, SPEC, INTERIOR)
+    return Block(step, out, mask)
 
 
 @triton.jit
-def kept_pixels(mask, b, sizes, INTERIOR: tl.constexpr = False):
-    """The pixels of output ``b`` that exist."""
+def kept_pixels(block, work, g: tl.constexpr, sizes, INTERIOR: tl.constexpr = False):
+    """The pixels that exist of output ``g`` of the group."""
     if INTERIOR:
-        return tl.full(mask.shape, True, tl.int1)
+        return tl.full(block.mask.shape, True, tl.int1)
     else:
-        return existing(mask, b, sizes.batch)
+        return existing(block.mask, work.b + g, sizes.batch)
 
 
 @triton.jit
@@ -66,7 +66,9 @@ def image_of(image, n, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def output_of(output, n, t, offset, SPEC: tl.constexpr):
-    """Where the pixels at ``offset`` of transform t of image n are."""
+def output_of(output, work, g: tl.constexpr, block, SPEC: tl.constexpr):
+    """Where the pixels of output ``g`` of the group are."""
+    n, t = work.outputs[g]
+    offset = offset_of(block.out, output.strides.pixel, SPEC.vector_output, SPEC)
     begin = tl.multiple_of(n * output.strides.n + t * output.strides.t, SPEC.vector_output)
     return output.pointer + begin + offset

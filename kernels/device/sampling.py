@@ -1,7 +1,7 @@
 """The taps of a block of pixels put together: values, their derivatives, and the transpose.
 
-A plane is a block of pointers to the first pixel of each channel, [1, channels]; results are [pixels,
-channels]. ``taps`` are those of x, y and z, ``slopes`` their weights' derivatives (``interpolation``).
+Values of a ``Plane`` are [pixels, channels]. ``taps`` are those of x, y and z, ``slopes`` their weights'
+derivatives (``interpolation``).
 """
 
 import triton
@@ -21,38 +21,42 @@ def has_differences(spec):
 
 
 @triton.jit
-def tap_pointer(plane, taps, k, strides, VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr):
+def tap_pointer(plane, taps, k, VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
     """Where tap k = (kx, ky, kz) of a plane's channels is."""
     x, y, z = taps
     # where x is innermost, the distance of taps in a row is a constant, and part of the load instruction
     if taps_in_a_row(SPEC, INTERIOR) and VECTOR == 1:
-        row = plane + offset_of((x.index[0], y.index[k[1]], z.index[k[2]]), strides.pixel, VECTOR, SPEC)
-        return row + tl.cast(strides.pixel[0], SPEC.index) * k[0]
+        pixel = (x.index[0], y.index[k[1]], z.index[k[2]])
+        row = plane.pointer + offset_of(pixel, plane.strides, VECTOR, SPEC)
+        return row + tl.cast(plane.strides[0], SPEC.index) * k[0]
     else:
-        return plane + offset_of((x.index[k[0]], y.index[k[1]], z.index[k[2]]), strides.pixel, VECTOR, SPEC)
+        pixel = (x.index[k[0]], y.index[k[1]], z.index[k[2]])
+        return plane.pointer + offset_of(pixel, plane.strides, VECTOR, SPEC)
 
 
 @triton.jit
-def load_tap(
-    plane, taps, k, strides, exists, VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr
-):
+def load_tap(plane, taps, k, VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
     """Tap k of a plane's channels, 0 where it is not to be read."""
-    pointer = tap_pointer(plane, taps, k, strides, VECTOR, SPEC, INTERIOR)
-    inside = exists & taps[2].inside[k[2]] & taps[1].inside[k[1]] & taps[0].inside[k[0]]
+    pointer = tap_pointer(plane, taps, k, VECTOR, SPEC, INTERIOR)
+    inside = plane.exists & taps[2].inside[k[2]] & taps[1].inside[k[1]] & taps[0].inside[k[0]]
     return widened(tl.load(pointer, inside, other=0.0), SPEC)
 
 
 @triton.jit
-def interpolate(
-    plane, taps, strides, exists, VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False
-):
+def zero_samples(plane, taps, SPEC: tl.constexpr):
+    """Zeros for the samples of a plane's channels, [pixels, channels]."""
+    return tl.zeros([taps[0].index[0].shape[0], plane.pointer.shape[1]], SPEC.compute)
+
+
+@triton.jit
+def interpolate(plane, taps, VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
     """The samples of a plane's channels."""
     x, y, z = taps
-    value = tl.zeros([x.index[0].shape[0], plane.shape[1]], SPEC.compute)
+    value = zero_samples(plane, taps, SPEC)
     for kz in tl.static_range(taps_z(SPEC)):
         for ky in tl.static_range(tap_count(SPEC)):
             for kx in tl.static_range(tap_count(SPEC)):
-                pixel = load_tap(plane, taps, (kx, ky, kz), strides, exists, VECTOR, SPEC, INTERIOR)
+                pixel = load_tap(plane, taps, (kx, ky, kz), VECTOR, SPEC, INTERIOR)
                 if SPEC.interpolation == NEAREST:
                     value = pixel
                 else:
@@ -62,12 +66,11 @@ def interpolate(
 
 @triton.jit
 def interpolate_grad(
-    plane, taps, slopes, strides, exists,
-    VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False,
+    plane, taps, slopes, VECTOR: tl.constexpr, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False
 ):  # fmt: skip
     """The derivatives of ``interpolate`` by x, y and z, built up axis by axis."""
     x, y, z = taps
-    zero = tl.zeros([x.index[0].shape[0], plane.shape[1]], SPEC.compute)
+    zero = zero_samples(plane, taps, SPEC)
     by_x = zero
     by_y = zero
     by_z = zero
@@ -79,7 +82,7 @@ def interpolate_grad(
             row_by_x = zero
             row_value = zero
             for kx in tl.static_range(tap_count(SPEC)):
-                pixel = load_tap(plane, taps, (kx, ky, kz), strides, exists, VECTOR, SPEC, INTERIOR)
+                pixel = load_tap(plane, taps, (kx, ky, kz), VECTOR, SPEC, INTERIOR)
                 row_by_x += pixel * slopes[0][kx]
                 row_value += pixel * x.weight[kx]
             plane_by_x += row_by_x * y.weight[ky]
@@ -92,15 +95,15 @@ def interpolate_grad(
 
 
 @triton.jit
-def add_differences(sums, g, plane, taps, strides, exists, SPEC: tl.constexpr, INTERIOR: tl.constexpr):
+def add_differences(sums, g, plane, taps, SPEC: tl.constexpr, INTERIOR: tl.constexpr):
     """``sums`` plus g times the differences of a plane's neighbours: upper, lower and left side.
 
     The right side's follows: right = left + lower - upper. Weights come in once a pixel, in ``gradient_of``.
     """
-    top_left = load_tap(plane, taps, (0, 0, 0), strides, exists, SPEC.vector_input, SPEC, INTERIOR)
-    top_right = load_tap(plane, taps, (1, 0, 0), strides, exists, SPEC.vector_input, SPEC, INTERIOR)
-    low_left = load_tap(plane, taps, (0, 1, 0), strides, exists, SPEC.vector_input, SPEC, INTERIOR)
-    low_right = load_tap(plane, taps, (1, 1, 0), strides, exists, SPEC.vector_input, SPEC, INTERIOR)
+    top_left = load_tap(plane, taps, (0, 0, 0), SPEC.vector_input, SPEC, INTERIOR)
+    top_right = load_tap(plane, taps, (1, 0, 0), SPEC.vector_input, SPEC, INTERIOR)
+    low_left = load_tap(plane, taps, (0, 1, 0), SPEC.vector_input, SPEC, INTERIOR)
+    low_right = load_tap(plane, taps, (1, 1, 0), SPEC.vector_input, SPEC, INTERIOR)
     upper = sums[0] + g * (top_right - top_left)
     lower = sums[1] + g * (low_right - low_left)
     left = sums[2] + g * (low_left - top_left)
@@ -115,13 +118,13 @@ def add_product(sums, g, values):
 
 @triton.jit
 def add_coordinate_gradient(
-    sums, g, plane, taps, slopes, strides, exists, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False
+    sums, g, plane, taps, slopes, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False
 ):  # fmt: skip
     """``sums`` plus what samples of a plane, with gradient ``g``, add to the coordinates' gradient."""
     if has_differences(SPEC):
-        return add_differences(sums, g, plane, taps, strides, exists, SPEC, INTERIOR)
+        return add_differences(sums, g, plane, taps, SPEC, INTERIOR)
     else:
-        slope = interpolate_grad(plane, taps, slopes, strides, exists, SPEC.vector_input, SPEC, INTERIOR)
+        slope = interpolate_grad(plane, taps, slopes, SPEC.vector_input, SPEC, INTERIOR)
         return add_product(sums, g, slope)
 
 
@@ -147,14 +150,17 @@ def gradient_of(sums, taps, slopes, kept, SPEC: tl.constexpr):
 
 
 @triton.jit
-def scatter(plane, g, taps, strides, exists, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
-    """The transpose of ``interpolate``: adds ``g``, [pixels, channels], to the pixels it was read from."""
+def scatter(plane, g, taps, kept, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
+    """The transpose of ``interpolate``: adds ``g``, [pixels, channels], to the pixels it was read from.
+
+    kept: the outputs that exist.
+    """
     x, y, z = taps
     for kz in tl.static_range(taps_z(SPEC)):
         for ky in tl.static_range(tap_count(SPEC)):
             for kx in tl.static_range(tap_count(SPEC)):
-                pointer = tap_pointer(plane, taps, (kx, ky, kz), strides, SPEC.vector_grad, SPEC, INTERIOR)
-                inside = exists & z.inside[kz] & y.inside[ky] & x.inside[kx]
+                pointer = tap_pointer(plane, taps, (kx, ky, kz), SPEC.vector_grad, SPEC, INTERIOR)
+                inside = (kept & plane.exists) & z.inside[kz] & y.inside[ky] & x.inside[kx]
                 weight = x.weight[kx] * y.weight[ky] * z.weight[kz]
                 # relaxed: the sums need no order between memory operations, and a fence each is slow
                 tl.atomic_add(pointer, g * weight, inside, sem="relaxed")

@@ -39,7 +39,7 @@ from .arithmetic import (
     whole_quotient,
 )
 from .padding import place_of
-from .tiles import existing, offset_of, pixels_from
+from .tiles import existing, offset_of, pixel_count, pixels_from
 
 
 @triton.constexpr_function
@@ -117,20 +117,23 @@ def dense_load(pointer, strides, out, mask, SPEC: tl.constexpr):
 
 
 @triton.jit
-def dense_store(partial, values, out, mask, b, split, sizes, SPEC: tl.constexpr, INNERMOST: tl.constexpr):
-    """Stores a number for each axis: (splits, batch, [D,] H, W, dims), or components before pixels."""
+def dense_store(partial, values, work, g: tl.constexpr, block, sizes, SPEC: tl.constexpr, LAST: tl.constexpr):
+    """Stores a number for each axis: (splits, batch, [D,] H, W, dims), or if not LAST dims before pixels.
+
+    Those of output ``g`` of the group.
+    """
+    out = block.out
     pixel = out[1].to(SPEC.index) * sizes.output[0] + out[0]
-    pixels = sizes.output[0].to(tl.int64) * sizes.output[1]
     if SPEC.dims == 3:
         pixel += out[2].to(SPEC.index) * sizes.output[1] * sizes.output[0]
-        pixels *= sizes.output[2]
-    base = partial + (split.to(tl.int64) * sizes.batch + b) * pixels * SPEC.dims
+    pixels = pixel_count(sizes.output, SPEC)
+    base = partial + (work.split.to(tl.int64) * sizes.batch + (work.b + g)) * pixels * SPEC.dims
     for k in tl.static_range(SPEC.dims):
-        if INNERMOST:
+        if LAST:
             target = base + (pixel * SPEC.dims + k)
         else:
             target = base + pixels * k + pixel
-        tl.store(target, rounded(values[k], partial), mask)
+        tl.store(target, rounded(values[k], partial), block.mask)
 
 
 # ------------------------------------------------------------------------------- affine and projective
@@ -232,7 +235,7 @@ def zero_sums(SPEC: tl.constexpr):
 
 
 @triton.jit
-def add_to_sums(sums, gradients, step, out, sizes, SPEC: tl.constexpr):
+def add_to_sums(sums, gradients, block, sizes, SPEC: tl.constexpr):
     """``sums`` with the gradients by a matrix's rows added, for each pixel.
 
     A lane keeps its column from block to block, and in 2-D its rows are evenly apart: the sums of g and of g
@@ -242,9 +245,9 @@ def add_to_sums(sums, gradients, step, out, sizes, SPEC: tl.constexpr):
     for r in tl.static_range(matrix_rows(SPEC)):
         new += (sums[SPEC.dims * r] + gradients[r],)
         for k in tl.static_range(1, SPEC.dims):
-            factor = step
+            factor = block.step
             if SPEC.dims == 3:
-                factor = doubled(out[k], sizes.output[k])
+                factor = doubled(block.out[k], sizes.output[k])
             new += (sums[SPEC.dims * r + k] + gradients[r] * factor.to(SPEC.compute),)
     return new
 
@@ -341,12 +344,13 @@ def tps_coordinates(params, outputs, pixels, SPEC: tl.constexpr):
 
 
 @triton.jit
-def tps_backward(partial, params, work, gradients, pixels, sizes, SPEC: tl.constexpr):
+def tps_backward(partial, work, gradients, pixels, sizes, SPEC: tl.constexpr):
     """This program's shares of d w_k = sum of g U_k, of d A, and if asked for of d c_k.
 
     d c_k = sum over pixels of (g . w_k) U'(s) (-2) (p - c_k), with U'(s) = log s + 1. The buffer is (batch,
     2 * (num_controls + 3) [+ 2 * num_controls], programs).
     """
+    params = work.params
     num_controls = params.num_controls
     stride_n, stride_t, stride_row, stride_col, _ = params.strides
     stride_row = tl.cast(stride_row, tl.int64)
@@ -390,11 +394,12 @@ def tps_backward(partial, params, work, gradients, pixels, sizes, SPEC: tl.const
 
 # ---------------------------------------------------------------------------------- dispatchers
 @triton.jit
-def coordinates_of(params, work, out, mask, sizes, SPEC: tl.constexpr):
+def coordinates_of(work, out, mask, sizes, SPEC: tl.constexpr):
     """The source's own coordinates of the pixels ``out``, (x, y[, z]) in the compute type, for each output.
 
     Normalised; of a flow, the displacement in pixels. NaN and infinities are possible.
     """
+    params = work.params
     if SPEC.source == GRID or SPEC.source == FLOW:
         stride_n, component, stride_x, stride_y, stride_z = params.strides
         strides = Strides(stride_n, 0, component, (stride_x, stride_y, stride_z))
@@ -412,8 +417,8 @@ def coordinates_of(params, work, out, mask, sizes, SPEC: tl.constexpr):
 
 
 @triton.jit
-def places_by(coordinates, identity, out, sizes, SPEC: tl.constexpr):
-    """The places of a source's own coordinates of the pixels ``out``, of one output.
+def places_by(coordinates, identity, sizes, SPEC: tl.constexpr):
+    """The places of a source's own coordinates of one output's pixels.
 
     identity: of a flow, where the output's identity grid lies.
     """
@@ -425,46 +430,48 @@ def places_by(coordinates, identity, out, sizes, SPEC: tl.constexpr):
 
 
 @triton.jit
-def places_at(params, work, out, mask, sizes, SPEC: tl.constexpr):
+def places_at(work, out, mask, sizes, SPEC: tl.constexpr):
     """Where any pixels ``out`` are read: a ``Place`` for each axis, for each output of the group."""
     if SPEC.source == AFFINE:
         return (affine_places(work.map, out, sizes, SPEC),)
     else:
-        coordinates = coordinates_of(params, work, out, mask, sizes, SPEC)
+        coordinates = coordinates_of(work, out, mask, sizes, SPEC)
         identity = ()
         if SPEC.source == FLOW:
             identity = identity_places(work.map, out, sizes, SPEC)
-        return [places_by(own, identity, out, sizes, SPEC) for own in coordinates]
+        return [places_by(own, identity, sizes, SPEC) for own in coordinates]
 
 
 @triton.jit
-def places_of(params, work, step, out, mask, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
-    """``places_at`` of a program's block ``step``, whose pixels are ``out``."""
+def places_of(work, block, sizes, SPEC: tl.constexpr, INTERIOR: tl.constexpr = False):
+    """``places_at`` of a program's ``Block``."""
     if SPEC.source == AFFINE:
-        return (block_places(work.map, work.starts, step, out, sizes, SPEC, INTERIOR),)
+        return (block_places(work.map, work.starts, block.step, block.out, sizes, SPEC, INTERIOR),)
     elif SPEC.source == FLOW and has_starts(SPEC):
-        coordinates = coordinates_of(params, work, out, mask, sizes, SPEC)
-        return (places_by(coordinates[0], stepped_places(work.starts, step, SPEC), out, sizes, SPEC),)
+        coordinates = coordinates_of(work, block.out, block.mask, sizes, SPEC)
+        identity = stepped_places(work.starts, block.step, SPEC)
+        return (places_by(coordinates[0], identity, sizes, SPEC),)
     else:
-        return places_at(params, work, out, mask, sizes, SPEC)
+        return places_at(work, block.out, block.mask, sizes, SPEC)
 
 
 @triton.jit
-def add_gradient(partial, sums, params, work, step, gradients, out, mask, sizes, SPEC: tl.constexpr):
-    """From gradients by the source's coordinates, 0 outside ``mask``, to this program's share of d params.
+def add_gradient(partial, sums, work, gradients, block, sizes, SPEC: tl.constexpr):
+    """From gradients by the source's coordinates, 0 where pixels do not exist, to this program's share of d
+    params.
 
     Of an affine map they may be by pixel coordinates, which ``store_sums`` is told. Returns ``sums``, with a
     matrix's share added. The others' is stored here.
     """
     if SPEC.source == GRID or SPEC.source == FLOW:
-        dense_store(partial, gradients[0], out, mask, work.b, work.split, sizes, SPEC, SPEC.source == GRID)
+        dense_store(partial, gradients[0], work, 0, block, sizes, SPEC, SPEC.source == GRID)
     elif SPEC.source == AFFINE:
-        sums = add_to_sums(sums, gradients[0], step, out, sizes, SPEC)
+        sums = add_to_sums(sums, gradients[0], block, sizes, SPEC)
     else:
-        pixels = normalised_pixels(out, sizes, SPEC)
+        pixels = normalised_pixels(block.out, sizes, SPEC)
         if SPEC.source == TPS:
-            tps_backward(partial, params, work, gradients, pixels, sizes, SPEC)
+            tps_backward(partial, work, gradients, pixels, sizes, SPEC)
         else:
             by_rows = projective_backward(work.map, gradients[0], pixels, SPEC)
-            sums = add_to_sums(sums, by_rows, step, out, sizes, SPEC)
+            sums = add_to_sums(sums, by_rows, block, sizes, SPEC)
     return sums

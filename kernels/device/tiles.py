@@ -36,6 +36,15 @@ def row_count(size, like, SPEC: tl.constexpr):
 
 
 @triton.jit
+def pixel_count(size, SPEC: tl.constexpr):
+    """Pixels of an image, int64."""
+    count = size[0].to(tl.int64) * size[1]
+    if SPEC.dims == 3:
+        count *= size[2]
+    return count
+
+
+@triton.jit
 def steps_from(row, steps, size, SPEC: tl.constexpr):
     """How many of ``steps`` blocks of rows from ``row`` on begin within the image."""
     left = row_count(size, row, SPEC) - row
