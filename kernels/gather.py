@@ -58,6 +58,7 @@ from .device.tiles import (
     offset_of,
     pixels_from,
     place_of_program,
+    row_by_row,
     steps_from,
     store_blocks,
     zero_blocks,
@@ -262,7 +263,8 @@ def pixels_read(place, pixels, sizes, AXIS: tl.constexpr, SPEC: tl.constexpr):
 def add_block(sums, map, block, blocks, pixels, gradients, sizes, SPEC: tl.constexpr):
     """``sums`` plus what one block of outputs adds to the pixels of the tile that it reads."""
     column, row = begin_of(block, blocks, SPEC)
-    out, mask = pixels_from(column, row, sizes.output, SPEC.block_rows, SPEC.block_columns, SPEC)
+    numbers = row_by_row(SPEC.block_rows * SPEC.block_columns)
+    out, mask = pixels_from(column, row, sizes.output, numbers, SPEC.block_columns, SPEC)
     if SPEC.antialias:
         footprint = footprints.footprint_of(map, out, mask, sizes, SPEC)
         for number in range(footprint.most):
@@ -363,7 +365,8 @@ def add_transform(sums, found, pixels, gradients, sizes, SPEC: tl.constexpr):
 @triton.jit
 def pixels_of_tile(column, row, sizes, SPEC: tl.constexpr):
     """The ``Pixels`` of the block at ``column`` and ``row``."""
-    q, exists = pixels_from(column, row, sizes.input, SPEC.rows, SPEC.columns, SPEC)
+    numbers = row_by_row(SPEC.rows * SPEC.columns)
+    q, exists = pixels_from(column, row, sizes.input, numbers, SPEC.columns, SPEC)
     first, last = box_of(column, row, SPEC.columns, SPEC.rows, sizes.input, SPEC)
     return Pixels(q, exists, first, last)
 

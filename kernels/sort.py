@@ -30,6 +30,7 @@ from .device.tiles import (
     pixel_count,
     pixels_from,
     place_of_program,
+    row_by_row,
     store_blocks,
     zero_blocks,
 )
@@ -242,6 +243,7 @@ def sort_sums_kernel(
     """
     FRACTIONS: tl.constexpr = 2 * SPEC.dims if SPEC.coord_tangent else SPEC.dims
     TAPS: tl.constexpr = tap_count(SPEC)
+    PIXELS: tl.constexpr = SPEC.rows * SPEC.columns
     CELL_ROWS: tl.constexpr = (TAPS * TAPS if SPEC.dims == 3 else TAPS) * row_parts(SPEC)
     in_size = (in_width, in_height, in_depth)
     sizes = Sizes(in_size, in_size, images, 1, channels, (1, 1, 1))
@@ -254,7 +256,7 @@ def sort_sums_kernel(
     column_tile, row_tile, split, image = place_of_program(tiling)
     n = image.to(tl.int64)
     row = first_row(row_tile, SPEC.rows, SPEC)
-    q, mask = pixels_from(column_tile * SPEC.columns, row, in_size, SPEC.rows, SPEC.columns, SPEC)
+    q, mask = pixels_from(column_tile * SPEC.columns, row, in_size, row_by_row(PIXELS), SPEC.columns, SPEC)
     cells = pixel_count(in_size, SPEC)
     gradients = grad_output_ptr + tl.multiple_of(n * stride_output_n, SPEC.vector_output)
     target = grad_input_ptr + tl.multiple_of(n * stride_input_n, SPEC.vector_input)

@@ -186,6 +186,7 @@ class Work(NamedTuple):
     output.
     map: of a matrix, how it takes pixels to pixels (``device.sources.map_of``).
     column, row, steps: the first block of pixels, and how many there are.
+    numbers: which pixel of a block each lane has, counted row by row.
     starts: of a fixed-point map, the coordinates of the first block (``device.affine.starts_of``).
     blocks: the first block of channels, and the one after the last.
     interior: whether all of it is known to be read inside the image.
@@ -199,6 +200,7 @@ class Work(NamedTuple):
     column: Any
     row: Any
     steps: Any
+    numbers: Any
     starts: Any
     blocks: Any
     interior: Any

@@ -49,13 +49,14 @@ def places_kernel(
     row = tl.load(blocks_ptr + 2 * (program % blocks) + 1)
     outputs = sources.outputs_of(b, sizes, SPEC)
     map = sources.map_of(params, outputs[0][0], outputs[0][1], sizes, SPEC)
-    starts = affine.starts_of(map, column, row, sizes, SPEC)
-    work = Work(params, b, outputs, map, column, row, steps, starts, (0, 1), False, 0, 0, 1)
+    numbers = tiles.row_by_row(SPEC.rows * SPEC.columns)
+    starts = affine.starts_of(map, column, row, numbers, sizes, SPEC)
+    work = Work(params, b, outputs, map, column, row, steps, numbers, starts, (0, 1), False, 0, 0, 1)
     tl.store(fits_ptr + program, tl.cast(map.fits, tl.int32))
     LANES: tl.constexpr = SPEC.rows * SPEC.columns
     for step in range(steps):
         row_of_step = row + step * SPEC.rows
-        out, mask = tiles.pixels_from(column, row_of_step, sizes.output, SPEC.rows, SPEC.columns, SPEC)
+        out, mask = tiles.pixels_from(column, row_of_step, sizes.output, numbers, SPEC.columns, SPEC)
         places = sources.places_of(work, Block(step, out, mask), sizes, READING)[0]
         single = sources.places_at(work, out, mask, sizes, READING)[0]
         at = ((program * steps + step) * LANES + tl.arange(0, LANES)[:, None]) * SPEC.dims

@@ -421,7 +421,7 @@ def bound_kernel(
                 fraction_ptr + at + axis, tl.where(map.fits, fixed[axis].fraction, places[axis].fraction)
             )
     else:
-        work = Work((), 0, (), map, 0, 0, 1, (), (0, 1), False, 0, 0, 1)
+        work = Work((), 0, (), map, 0, 0, 1, (), (), (0, 1), False, 0, 0, 1)
         places = sources.places_at(work, out, True, sizes, SPEC)[0]
         for axis in tl.static_range(SPEC.dims):
             tl.store(index_ptr + at + axis, places[axis].index)

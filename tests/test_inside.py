@@ -112,8 +112,9 @@ def told_kernel(
     outputs = sources.outputs_of(b, sizes, SPEC)
     map = sources.map_of(params, outputs[0][0], outputs[0][1], sizes, SPEC)
     told = is_interior(map, column, row, SPEC.rows * STEPS, sizes, SPEC)
-    starts = starts_of(map, column, row, sizes, SPEC)
-    work = Work(params, b, outputs, map, column, row, STEPS, starts, (0, 1), False, 0, 0, 1)
+    numbers = programs.numbers_of_lanes(map, sizes, SPEC)
+    starts = starts_of(map, column, row, numbers, sizes, SPEC)
+    work = Work(params, b, outputs, map, column, row, STEPS, numbers, starts, (0, 1), False, 0, 0, 1)
     at = tl.program_id(0)
     tl.store(told_ptr + at, tl.cast(told, tl.int32))
     inside = 1

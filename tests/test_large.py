@@ -21,7 +21,7 @@ import stn_triton as stn
 from bench import specialisations
 from stn_triton.kernels import derivatives, gather, grid, sample
 from stn_triton.kernels.device.arithmetic import divided
-from stn_triton.kernels.device.tiles import first_row, pixels_from
+from stn_triton.kernels.device.tiles import first_row, pixels_from, row_by_row
 from stn_triton.kernels.host import launch
 from stn_triton.kernels.modes import Interpolation, Padding, Source
 from stn_triton.kernels.spec import SPECIALIZATION, Spec
@@ -368,7 +368,8 @@ def pixels_kernel(result_ptr, tile, column_tiles, out_width, out_height, out_dep
     row_tile, column_tile = divided(tile, column_tiles)
     row = first_row(row_tile, SPEC.rows, SPEC)
     size = (out_width, out_height, out_depth)
-    out, mask = pixels_from(column_tile * SPEC.columns, row, size, SPEC.rows, SPEC.columns, SPEC)
+    numbers = row_by_row(SPEC.rows * SPEC.columns)
+    out, mask = pixels_from(column_tile * SPEC.columns, row, size, numbers, SPEC.columns, SPEC)
     target = result_ptr + 4 * tl.arange(0, SPEC.rows)[:, None]
     for axis in tl.static_range(3):
         tl.store(target + axis, out[axis].to(tl.int64))

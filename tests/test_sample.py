@@ -1,10 +1,13 @@
 """The samplers against float64: values and every gradient, over sources, modes, layouts and dtypes."""
 
 import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from common import (
     MODES,
     PADDINGS,
@@ -20,6 +23,7 @@ from common import (
 from test_padding import witness_of
 
 import stn_triton as stn
+from stn_triton.kernels.device.tiles import patch_by_patch
 from stn_triton.kernels.host import configs
 
 align = pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
@@ -483,3 +487,43 @@ def test_saved_tensors_hold_no_grid(device):
     assert {id(t) for t in kept} <= {id(input), id(theta)} or all(
         t.data_ptr() in (input.data_ptr(), theta.data_ptr()) for t in kept
     )
+
+
+@triton.jit
+def numbers_kernel(result_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    lanes = tl.arange(0, ROWS * COLUMNS)[:, None]
+    tl.store(result_ptr + lanes, patch_by_patch(ROWS, COLUMNS))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(8, 16), (4, 32), (16, 64)])
+def test_lanes_in_patches(rows, columns, device):
+    """Each pixel of a block has one lane, and 32 lanes side by side a patch of 8 x 4."""
+    numbers = torch.full((rows * columns,), -1, dtype=torch.int32, device=device)
+    numbers_kernel[(1,)](numbers, rows, columns)
+    assert sorted(numbers.tolist()) == list(range(rows * columns))
+    x, y = numbers.view(-1, 32) % columns, numbers.view(-1, 32) // columns
+    assert set((x.amax(1) - x.amin(1) + 1).tolist()) == {8}
+    assert set((y.amax(1) - y.amin(1) + 1).tolist()) == {4}
+
+
+@pytest.mark.parametrize("source", ["affine", "projective"])
+@pytest.mark.parametrize(("degrees", "antialias"), [(0, False), (88, False), (-100, False), (135, True)])
+def test_lanes_that_follow_the_map(degrees, antialias, source, device):
+    """Turned maps change which lane has which pixel, and nothing else."""
+    turn = math.radians(degrees)
+    theta = torch.tensor([[math.cos(turn), -math.sin(turn), 0.1], [math.sin(turn), math.cos(turn), -0.2]])
+    sample = stn.affine_grid_sample
+    if source == "projective":
+        theta = torch.cat([theta, torch.tensor([[0.1, -0.2, 1.0]])])
+        sample = stn.projective_grid_sample
+    image = torch.randn(1, 1, 20, 27, device=device)
+    grad_output = torch.randn(1, 1, 11, 21, device=device)
+
+    def run(dtype, **tile):
+        leaves = [tensor.to(device, dtype).requires_grad_() for tensor in (image, theta[None])]
+        with configs.override(**tile):
+            output = sample(*leaves, (11, 21), align_corners=False, antialias=antialias)
+            return output, *grads(output, leaves[1:], grad_output.to(dtype))
+
+    for found, exact in zip(run(torch.float32, rows=8, columns=16), run(torch.float64, columns=8)):
+        assert_close(found, exact)

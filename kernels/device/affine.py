@@ -281,11 +281,11 @@ def start_and_growth(high, low, u, own, TERMS: tl.constexpr, SPEC: tl.constexpr)
 
 
 @triton.jit
-def starts_of(map, column, row, sizes, SPEC: tl.constexpr):
+def starts_of(map, column, row, numbers, sizes, SPEC: tl.constexpr):
     """``start_and_growth`` of each axis; nothing where coordinates do not go by steps."""
     starts = ()
     if has_starts(SPEC):
-        out, _ = pixels_from(column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
+        out, _ = pixels_from(column, row, sizes.output, numbers, SPEC.columns, SPEC)
         # of pixels' first sub-samples
         u = [doubled(out[k] * map.samples[k], sizes.output[k] * map.samples[k]) for k in SPEC.axes]
         for r in tl.static_range(2):

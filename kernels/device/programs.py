@@ -3,16 +3,65 @@
 import triton
 import triton.language as tl
 
-from ..spec import Block, Work, constant
+from ..spec import Block, Work, constant, plain
 from . import footprints, sources
 from .affine import starts_of
-from .arithmetic import TPS
-from .bounds import has_interior_path, is_interior
-from .tiles import blocks_of, existing, first_row, offset_of, pixels_from, place_of_program, steps_from
+from .arithmetic import PROJECTIVE, TPS
+from .bounds import has_interior_path, is_interior, minor, rows_of
+from .tiles import (
+    blocks_of,
+    existing,
+    first_row,
+    offset_of,
+    patch_by_patch,
+    pixels_from,
+    place_of_program,
+    row_by_row,
+    steps_from,
+)
 
 # ``is_interior`` costs about as much as it saves in two blocks of pixels and channels. (In the interpreter,
 # which has no costs that matter, both paths are taken.)
 INTERIOR_MIN_BLOCKS = constant(3 if not triton.knobs.runtime.interpret else 1)
+
+
+@triton.constexpr_function
+def may_turn(spec):
+    """Whether lanes' pixels follow the map: of matrices, in the plane, if rows are longer than a patch's.
+
+    With channels last lanes lie along channels.
+    """
+    patches = plain(spec.columns) >= 16 and plain(spec.rows) >= 4 and plain(spec.channels) == 1
+    return patches and plain(spec.dims) == 2 and plain(sources.matrix_rows(spec)) > 0
+
+
+@triton.jit
+def turns(map, sizes, SPEC: tl.constexpr):
+    """Whether a step along x of the output is one along y of the input, more than along x; not with NaN.
+
+    A homography's derivative is that in the middle of the output.
+    """
+    rows = rows_of(map, SPEC)
+    if SPEC.source == PROJECTIVE:
+        along_x, _ = minor(rows[0][0], rows[0][2], rows[2][0], rows[2][2])
+        along_y, _ = minor(rows[1][0], rows[1][2], rows[2][0], rows[2][2])
+        return tl.abs(along_y) * sizes.input[1] > tl.abs(along_x) * sizes.input[0]
+    else:
+        return tl.abs(rows[1][0]) > tl.abs(rows[0][0])
+
+
+@triton.jit
+def numbers_of_lanes(map, sizes, SPEC: tl.constexpr):
+    """Which pixel of a block each lane has.
+
+    Rows of an output that is turned by 90 degrees are columns of the input: 32 pixels of one lie in as many
+    of its rows, and cache lines. Those of a patch, 8 x 4, lie in 8.
+    """
+    numbers = row_by_row(SPEC.rows * SPEC.columns)
+    if may_turn(SPEC):
+        patches = patch_by_patch(SPEC.rows, SPEC.columns)
+        numbers = tl.where(turns(map, sizes, SPEC), patches, numbers)
+    return numbers
 
 
 @triton.jit
@@ -35,10 +84,11 @@ def work_of(params, sizes, tiling, SPEC: tl.constexpr):
         if interior:
             interior = is_interior(map, column, row, steps * SPEC.rows, sizes, SPEC)
     tiles = tiling.columns * tiling.rows
-    starts = starts_of(map, column, row, sizes, SPEC)
+    numbers = numbers_of_lanes(map, sizes, SPEC)
+    starts = starts_of(map, column, row, numbers, sizes, SPEC)
     return Work(
-        params, group * SPEC.group, outputs, map, column, row, steps, starts, blocks, interior, split,
-        split * tiles + row_tile * tiling.columns + column_tile, tiling.splits * tiles,
+        params, group * SPEC.group, outputs, map, column, row, steps, numbers, starts, blocks, interior,
+        split, split * tiles + row_tile * tiling.columns + column_tile, tiling.splits * tiles,
     )  # fmt: skip
 
 
@@ -46,7 +96,7 @@ def work_of(params, sizes, tiling, SPEC: tl.constexpr):
 def block_of(work, step, sizes, SPEC: tl.constexpr):
     """The ``Block`` of a program's step."""
     row = work.row + step * SPEC.rows
-    out, mask = pixels_from(work.column, row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
+    out, mask = pixels_from(work.column, row, sizes.output, work.numbers, SPEC.columns, SPEC)
     return Block(step, out, mask)
 
 

@@ -259,7 +259,7 @@ def store_sums(partial, sums, work, sizes, SPEC: tl.constexpr, BY_PIXELS: tl.con
     BY_PIXELS: the gradients that were added are by pixel coordinates, not by normalised ones.
     """
     ROWS: tl.constexpr = matrix_rows(SPEC)
-    out, _ = pixels_from(work.column, work.row, sizes.output, SPEC.rows, SPEC.columns, SPEC)
+    out, _ = pixels_from(work.column, work.row, sizes.output, work.numbers, SPEC.columns, SPEC)
     programs = tl.cast(work.programs, tl.int64)
     base = partial + work.b.to(tl.int64) * (ROWS * (SPEC.dims + 1)) * programs + work.program
     for r in tl.static_range(ROWS):

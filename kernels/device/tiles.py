@@ -52,25 +52,41 @@ def steps_from(row, steps, size, SPEC: tl.constexpr):
 
 
 @triton.jit
-def pixels_from(column, row, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPEC: tl.constexpr):
+def row_by_row(PIXELS: tl.constexpr):
+    """Which pixel of its block each lane has, [pixels, 1]: rows one after the other."""
+    return tl.arange(0, PIXELS)[:, None]
+
+
+@triton.jit
+def patch_by_patch(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """``row_by_row``, but patches of 8 x 4 pixels one after the other, row by row in each."""
+    lane = row_by_row(ROWS * COLUMNS)
+    patch = lane // 32
+    x = patch % (COLUMNS // 8) * 8 + lane % 8
+    y = patch // (COLUMNS // 8) * 4 + lane // 8 % 4
+    return y * COLUMNS + x
+
+
+@triton.jit
+def pixels_from(column, row, size, numbers, COLUMNS: tl.constexpr, SPEC: tl.constexpr):
     """The pixels (x, y[, z]) of the block at ``column`` and ``row``, [pixels, 1], and which of them exist.
 
-    Rows of a volume, depth * height of them, are counted in the index type.
+    numbers: which of the block each lane has, as of ``row_by_row``. Rows of a volume, depth * height of them,
+    are counted in the index type.
     """
-    lane = tl.arange(0, ROWS * COLUMNS)[:, None]
-    x = column + lane % COLUMNS
+    x = column + numbers % COLUMNS
     if SPEC.dims == 3:
         slices = 0
         if SPEC.index == tl.int64:  # one wide division for the tile: its rows then count from a slice's first
             slices = (row // size[1]).to(tl.int32)
             row = (row % size[1]).to(tl.int32)
-        row = row + lane // COLUMNS
+        row = row + numbers // COLUMNS
         z = row // size[1]
         y = row - z * size[1]
         z += slices
         return (x, y, z), (x < size[0]) & (z < size[2])
     else:
-        y = row + lane // COLUMNS
+        y = row + numbers // COLUMNS
         return (x, y), (x < size[0]) & (y < size[1])
 
 

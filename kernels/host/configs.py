@@ -290,14 +290,16 @@ def _tile_columns(problem: Problem) -> int:
     """The columns of a planar tile of few channels.
 
     On an H200, forward, rows of 16 are as good as longer ones up to a turn of 45 degrees, and by 90 degrees
-    take half the time. (Sums by the parameters would gain 7 % by rows of 32; by 90 degrees they are untimed.)
-    Where images' rows do not begin at a multiple of 64 bytes, each row of a tile writes parts of sectors at
-    both ends, and longer ones waste less: a tenth at small turns. Turned by 45 degrees they lose as much.
+    take half the time, if lanes do not follow the map (``device.programs.numbers_of_lanes``). Where images'
+    rows do not begin at a multiple of 64 bytes, each row of a tile writes parts of sectors at both ends, and
+    longer ones waste less: a tenth at small turns. Turned by 45 degrees they lose as much. Sums by a matrix
+    write nothing, and gain 7 % by rows of 32 at either turn.
     """
     if problem.channels > 4:
         return _patch_columns(problem.element_size) if problem.columns > 16 else 16
     whole = problem.columns * problem.element_size % 64 == 0
-    return 16 if whole and problem.element_size > 1 and problem.dims == 2 else 32
+    sums = problem.backward and problem.source in (Source.AFFINE, Source.PROJECTIVE)
+    return 16 if whole and not sums and problem.element_size > 1 and problem.dims == 2 else 32
 
 
 def prefers_sorted(device: torch.device, problem: Problem) -> bool:
