@@ -95,6 +95,25 @@ def _reachable(code: list[Instruction]) -> list[Instruction]:
 
 
 # ------------------------------------------------------------------------------------ what they do
+def waits(code: Iterable[Instruction]) -> tuple[int, int]:
+    """(loads, waits) of NVIDIA's machine code as it stands: a warp goes on after a load from global memory
+    until it comes to a register that is loaded; by then all that it has asked for is taken to be there."""
+    loads = found = 0
+    awaited: set[int] = set()
+    for op, text, *_ in code:
+        kind, *rest = op.split(".")
+        target = re.search(r"\bR(\d+)\b", text) if kind == "LDG" else None
+        read = text[target.end() :] if target else text
+        named = re.findall(r"\bR(\d+)(\.64)?", read)
+        if awaited & {int(number) + k for number, wide in named for k in range(2 if wide else 1)}:
+            found += 1
+            awaited = set()
+        if target:
+            loads += 1
+            awaited |= {int(target[1]) + k for k in range(_sass_bytes(rest) // 4 or 1)}
+    return loads, found
+
+
 class Traffic(NamedTuple):
     """How often each kind of memory operation stands in the code.
 

@@ -29,6 +29,7 @@ import numpy as np
 from bench.ptx import BITS, TYPES, Array, Fault, narrowed, operation, widened
 
 WARP, SECTOR, LINE = 32, 32, 128  # lanes; bytes that memory moves at least; bytes of a cache line
+WORD = 4  # bytes of a bank of shared memory, of which there are 32
 SHARED = 0x400  # address of a program's shared memory
 Lanes = Any  # which threads an instruction is for, an array of bool; None is all
 
@@ -261,6 +262,7 @@ def _exchange(kernel: Kernel, parts: list[str], operands: list[str]) -> Callable
 
     def run(batch: Batch, lanes: Lanes) -> None:
         batch.together(lanes, WARP)
+        batch.counts.exchanges += int(batch.here.sum())
         value, *rest = [batch.warps(each(batch)) for each in fetch]
         here = True if lanes is None else batch.warps(lanes)
         if ((rest[-1] != 0xFFFFFFFF) & here).any():
@@ -355,30 +357,59 @@ class Memory:
         return found
 
 
+def _ordered(numbers: Array) -> tuple[Array, Array]:
+    """Each row's numbers in order, and which of them are not the one before."""
+    ordered = np.sort(numbers, 1)
+    new = np.ones(ordered.shape, bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return ordered, new
+
+
+def wavefronts(addresses: Array, size: int, bank: int = SECTOR) -> Array:
+    """How often L1 turns to each request (a row of lanes' addresses) of ``size`` bytes a lane.
+
+    L1's data lie in banks of ``bank`` bytes, one line's bytes in all of them. In a clock each bank gives one
+    place to all lanes that ask for it; a half, a quarter or an eighth of a warp is served at a time where
+    lanes ask for 8, 16 or 32 bytes. ``counting`` says how well this fits an H200's counters.
+    """
+    parts = max(size // WORD, 1)
+    if not len(addresses):
+        return np.zeros(0, int)
+    places, new = _ordered(addresses.reshape(len(addresses) * parts, -1) // bank)
+    banks = LINE // bank
+    each = [(new & (places % banks == number)).sum(1) for number in range(banks)]
+    return np.max(each, 0).reshape(len(addresses), parts).sum(1)
+
+
 class Traffic:
-    """Accesses to global memory: requests of warps, and the sectors and lines that they touch."""
+    """Accesses to global memory: requests of warps, the sectors and lines that they touch, and how often L1
+    turns to them. ``idle``: requests of which a predicate keeps all lanes; L1 turns to each once."""
 
     def __init__(self) -> None:
-        self.requests = self.sectors = self.lines = 0
+        self.requests = self.idle = self.sectors = self.lines = self.wavefronts = 0
 
-    def add(self, addresses: Array, size: int) -> None:
-        """``addresses``: (requests, lanes); those of lanes that are not there repeat another's."""
-
-        def distinct(numbers: Array) -> int:
-            ordered = np.sort(numbers, 1)
-            return len(ordered) + int((ordered[:, 1:] != ordered[:, :-1]).sum())
-
+    def add(self, addresses: Array, size: int) -> tuple[Array, Array]:
+        """``addresses``: (requests, lanes); those of lanes that are not there repeat another's. Returns the
+        sectors of each request in order, and which of them are not the one before."""
         self.requests += len(addresses)
-        self.sectors += distinct(addresses // SECTOR) * max(size // SECTOR, 1)
-        self.lines += distinct(addresses // LINE)
+        sectors, new = _ordered(addresses // SECTOR)
+        lines = sectors // (LINE // SECTOR)
+        self.sectors += int(new.sum()) * max(size // SECTOR, 1)
+        self.lines += len(lines) + int((lines[:, 1:] != lines[:, :-1]).sum())
+        self.wavefronts += int(wavefronts(addresses, size).sum())
+        return sectors, new
 
 
 class Counts:
-    """Of a launch: programs that ran, instructions that their warps issued, and global memory by "load",
-    "store" and "add"."""
+    """Of a launch.
+
+    ``programs`` ran, ``instructions`` were issued by their warps. ``traffic`` is global memory's, by "load",
+    "store" and "add". ``exchanges``: wavefronts of L1 by shared memory and by shuffles. ``fetched``: sectors
+    that programs loaded, each once a program: what L2 gives to an L1 that keeps them until the program ends.
+    """
 
     def __init__(self) -> None:
-        self.programs = self.instructions = 0
+        self.programs = self.instructions = self.exchanges = self.fetched = 0
         self.traffic: dict[str, Traffic] = defaultdict(Traffic)
 
 
@@ -392,6 +423,9 @@ class Batch:
         self.kernel, self.memory, self.params, self.counts = kernel, memory, params, counts
         self.shape = len(numbers), kernel.threads
         self.registers: dict[str, Array] = {}
+        self.everyone = np.ones(self.shape[0] * self.shape[1] // WARP, bool)
+        self.here: Any = self.everyone  # the warps that are where the batch is
+        self.seen: list[Array] = []  # sectors that were loaded, with their program
         self.shared = np.full(len(numbers) * kernel.shared, 0xCD, np.uint8)
         self.special = {
             "%tid.x": np.arange(kernel.threads, dtype=np.uint32)[None],
@@ -444,11 +478,12 @@ class Batch:
                 stack.append((meeting, stop, lanes))
                 stack.append((after[1], meeting, ~taken if lanes is None else lanes & ~taken))
                 stack.append((after[0], meeting, taken))
+        self.counts.fetched += len(np.unique(np.concatenate(self.seen))) if self.seen else 0
 
     def block(self, instructions: list[Instruction], lanes: Lanes) -> Any:
         """Runs a block; returns who takes the branch at its end, of the lanes that are there."""
-        warps = self.shape[0] * self.shape[1] // WARP if lanes is None else self.warps(lanes).any(1).sum()
-        self.counts.instructions += int(warps) * len(instructions)
+        self.here = self.everyone if lanes is None else self.warps(lanes).any(1)
+        self.counts.instructions += int(self.here.sum()) * len(instructions)
         for instruction in instructions:
             some = lanes
             if instruction.guard is not None:
@@ -479,6 +514,7 @@ class Batch:
         shape = self.shape
         if not alone:
             shape = np.broadcast_shapes(addresses.shape, () if lanes is None else lanes.shape)
+        self.measure(space, what, addresses, size, lanes)
         active = None if lanes is None else np.broadcast_to(lanes, shape).ravel()
         if active is not None and not active.any():
             return [np.zeros((1, 1), dtype)] * vector
@@ -497,7 +533,6 @@ class Batch:
             offsets = offsets + self.kernel.shared * (program if active is None else program[active])
             _move(self.shared, offsets, slice(None), what, dtype, given, results)
         else:
-            self.measure(what, addresses, size, lanes)
             for buffer, which, offsets in self.memory.find(chosen, size):
                 _move(buffer.data, offsets, which, what, dtype, given, results)
         if active is None:
@@ -507,15 +542,26 @@ class Batch:
             whole[active] = result
         return [whole.reshape(shape) for whole in spread]
 
-    def measure(self, what: str, addresses: Array, size: int, lanes: Lanes) -> None:
+    def measure(self, space: str, what: str, addresses: Array, size: int, lanes: Lanes) -> None:
         places = self.warps(addresses.astype(np.int64))
+        asking: Any = self.here
         if lanes is not None:
             here = self.warps(lanes)
-            some = here.any(1)
-            places, here = places[some], here[some]
+            asking = here.any(1)
+            places, here = places[asking], here[asking]
             first = places[np.arange(len(places)), here.argmax(1)]
             places = np.where(here, places, first[:, None])
-        self.counts.traffic[what.split()[0]].add(places, size)
+        if space == "shared":
+            self.counts.exchanges += int(wavefronts(places, size, WORD).sum())
+            return
+        traffic = self.counts.traffic[what.split()[0]]
+        sectors, new = traffic.add(places, size)
+        idle = int((self.here & ~asking).sum())
+        traffic.idle += idle
+        traffic.wavefronts += idle
+        if what == "load":
+            program = np.flatnonzero(asking) // (self.shape[1] // WARP)
+            self.seen.append((sectors | program[:, None] << 48)[new])  # 48 bits hold a sector's number
 
 
 def _move(

@@ -7,13 +7,13 @@ Each case is one launch at a realistic size, with the tiles that ``configs.choos
 launcher itself is called, with tensors that have no memory; what it would run is compiled and read.
 
 **Code.** Registers, spills, and widths of loads and stores are read from machine code. **Execution.** What
-the hot cases issue and touch for each pixel, and three bounds on an H200: ``bench.counting``.
+the hot cases issue and touch for each pixel, and what an H200 takes for it: ``bench.counting``.
 
 ``budget.json`` holds what was counted for sm_90, by Triton's version. ``--check`` holds some telling cases to
 it (``launches.TOLD``, or those that are named): no spills, no fences, no compare-and-swap, 16 bytes a lane in
-channels-last cases; registers and code no more than a tenth larger, instructions and lines that are executed
-no more than a hundredth. Under another Triton only the rules hold. Exceptions to any of them stand in the
-file, each with its reason.
+channels-last cases; registers and code no more than a tenth larger, instructions, lines and wavefronts that
+are executed no more than a hundredth. Under another Triton only the rules hold. Exceptions to any of them
+stand in the file, each with its reason.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import triton
 from torch import Tensor
 
 from bench import counting, executor, specialisations
-from bench.assembly import Instruction, Line, parse_amdgcn, parse_sass, traffic
+from bench.assembly import Instruction, Line, parse_amdgcn, parse_sass, traffic, waits
 from bench.budget import BUDGET, HELP, Budget, broken_rules, complaints, update
 from bench.launches import CASES, HOT, TOLD
 from bench.specialisations import TARGETS, Launch, field_of
@@ -163,6 +163,7 @@ def measure(launch: Launch) -> dict[str, Any]:
         "special": dict(sorted(counted.special.items())),
         "image_loads": dict(sorted(traffic(filter(reads_image, instructions)).loads.items())),
         "code": len(instructions),
+        "waits": waits(instructions),
         "by_function": dict(Counter(function_of(each.line) for each in instructions).most_common()),
     }
     return result
@@ -179,11 +180,15 @@ def run(target: str, name: str, maps: tuple[str, ...] = ()) -> dict[str, Any]:
         row["bytes"] = moved_bytes(launch) / case.pixels
         kernel = executor.Kernel(launch.compiled.asm["ptx"], launch.compiled.metadata.shared)
         row["machine_per_ptx"] = row["code"] / sum(map(len, kernel.blocks))
+        loads, found = row["waits"]
+        facts = launch.programs, launch.compiled.metadata.num_warps, row["registers"], row["shared"]
+        row["launch"] = counting.Code(*facts, loads / max(found, 1))._asdict()
         works = counting.count(name, maps)
         row["work"] = {map: work._asdict() for map, work in works.items()}
         budgeted = {map: work for map, work in works.items() if map in counting.BUDGETED_MAPS}
         row["instructions"] = {map: round(work.instructions, 2) for map, work in budgeted.items()}
-        row["lines"] = {map: round(work.lines, 3) for map, work in budgeted.items()}
+        for number in ("lines", "wavefronts"):
+            row[number] = {map: round(getattr(work, number), 3) for map, work in budgeted.items()}
     return row
 
 
@@ -227,12 +232,12 @@ def markdown(results: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
     yield from _head(counting.HEADS)
     for name, row in hot.items():
         works = {map: counting.Work(**work) for map, work in row["work"].items()}
-        yield from counting.table(name, works, row["bytes"], row["machine_per_ptx"])
+        code = counting.Code(**row["launch"])
+        yield from counting.table(name, works, row["bytes"], row["machine_per_ptx"], code)
     yield from _training_steps(hot)
     yield (
-        "\nBounds and ratios are predictions for an H200 of "
-        f"{counting.BYTES_PER_SECOND / 1e12:g} TB/s; nothing was timed. L1 binds by the friendlier of its "
-        "two readings."
+        "\nBounds, predictions and ratios are for an H200 of "
+        f"{counting.BYTES_PER_SECOND / 1e12:g} TB/s; nothing was timed here."
     )
 
 

@@ -1,5 +1,6 @@
 """``bench``: the registry, the judge, the sweep's file, the pictures, and the command for a GPU."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -448,6 +449,17 @@ def test_counters_of_the_hardware():
         "  sample_forward_kernel: us 12.5 us; registers 64; waits: wait 1234.5",
         f"\n{case.id}: eager",
     ]
+    assert inside.report(lines, [case], "none", [inside.tile("rows=2,columns=8")]) == [
+        f"\n{case.id}: ours",
+        "  sample_forward_kernel: us 12.5 us; registers 64; waits: wait 1234.5",
+        f"\n{case.id}: ours rows=2 columns=8",
+    ]
+
+
+@pytest.mark.parametrize("text", ["rows", "rows=", "rows=x", "lanes=3", ""])
+def test_tiles_that_are_none_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"a number for one of rows, columns"):
+        inside.tile(text)
 
 
 def test_pictures(tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("triton")
@@ -13,7 +14,8 @@ import triton
 
 from bench import budget as budgets
 from bench import counting, launches, report
-from bench.assembly import parse_amdgcn, parse_sass, traffic
+from bench.assembly import parse_amdgcn, parse_sass, traffic, waits
+from bench.executor import wavefronts
 
 ROOT = Path(__file__).resolve().parent.parent
 has_tools = (Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm").exists()
@@ -63,21 +65,105 @@ def test_budget_has_every_case():
     assert set(launches.HOT) | set(launches.TOLD) <= set(launches.CASES)
     for name, row in budget.cases.items():
         executed = dict.fromkeys(counting.BUDGETED_MAPS) if name in launches.HOT else {}
-        assert list(row.get("instructions", {})) == list(row.get("lines", {})) == list(executed), name
+        for number in budgets.EXECUTED:
+            assert list(row.get(number, {})) == list(executed), (name, number)
     for exception in budget.exceptions:
         assert exception["rule"] in ("spills", "vectors", *budgets.GROWTH)
         assert len(exception["why"]) > 20
     assert set(counting.PYTORCH["kernels"]) <= set(launches.HOT)
 
 
+LANES = np.arange(32)
+ROWS_OF_8 = LANES % 8 * 4, LANES // 8
+
+
+@pytest.mark.parametrize(
+    "addresses, size, expected",
+    [
+        pytest.param(4 * LANES, 4, 1, id="a row"),
+        pytest.param(4 * LANES + 4, 4, 2, id="a row that begins inside a sector"),
+        pytest.param(2 * LANES, 2, 1, id="a row of halves"),
+        pytest.param(0 * LANES, 4, 1, id="one word for all"),
+        pytest.param(128 * LANES, 4, 32, id="a column, 128 bytes apart"),
+        pytest.param(32 * LANES, 4, 8, id="a sector each"),
+        # 32 different banks of four bytes: shared memory would give all at once
+        pytest.param(129 * 4 * LANES, 4, 8, id="a diagonal"),
+        pytest.param(ROWS_OF_8[0] + 1920 * 4 * ROWS_OF_8[1], 4, 4, id="rows of 8, whole lines apart"),
+        pytest.param(ROWS_OF_8[0] + 56 * 4 * ROWS_OF_8[1], 4, 1, id="rows of 8, 7 sectors apart"),
+        pytest.param(8 * LANES, 8, 2, id="8 bytes a lane"),
+        pytest.param(16 * LANES, 16, 4, id="16 bytes a lane"),
+        pytest.param(0 * LANES, 16, 4, id="the same 16 bytes for all"),
+        pytest.param(LANES // 4 * 1024 + LANES % 4 * 16, 16, 8, id="64 bytes of each of 8 pixels"),
+    ],
+)
+def test_lanes_that_meet_in_a_bank_are_served_in_turn(addresses, size, expected):
+    """Beside another request; a bank of L1 has 32 bytes, and gives one place of it in a clock."""
+    assert wavefronts(np.stack([addresses, 0 * addresses]), size).tolist() == [expected, max(size // 4, 1)]
+
+
+def test_banks_of_shared_memory_are_words():
+    def shared(addresses):
+        return wavefronts(addresses[None], 4, bank=4).item()
+
+    assert shared(129 * 4 * LANES) == shared(4 * LANES + 4) == shared(0 * LANES) == 1
+    assert shared(8 * LANES) == 2
+    assert shared(128 * LANES) == 32
+
+
+WORK = counting.Work(
+    instructions=320,
+    lines=1.0,
+    sectors=8.0,
+    wavefronts=2.0,
+    l2_bytes=8.6,
+    loads=0.25,
+    lines_per_load=4,
+    sectors_per_load=8,
+)
+
+
 def test_the_longest_bound_binds():
-    """Of a pixel: 132 x 4 warps issue an instruction a clock, and 132 processors read a line."""
-    work = counting.Work(instructions=320, lines=1.0, sectors=8.0, lines_per_load=4, sectors_per_load=8)
-    bounds = counting.bounds(work, bytes_per_pixel=4.3)
-    assert bounds.issue / bounds.l1_lines == pytest.approx(320 / 32 / 4)
-    assert bounds.l1_sectors / bounds.l1_lines == pytest.approx(2)
-    assert bounds.dram == pytest.approx(1)
-    assert bounds.binding == ("issue", bounds.issue)
+    """Of a pixel: 132 x 4 warps issue an instruction a clock, and L1 of 132 processors gives a wavefront."""
+    limits = counting.bounds(WORK, bytes_per_pixel=4.3)
+    assert limits.issue / limits.l1 == pytest.approx(320 / 32 / 4 / 2)
+    assert limits.l2 == pytest.approx(2)
+    assert limits.dram == pytest.approx(1)
+    assert limits.binding == ("issue", limits.issue)
+
+
+@pytest.mark.parametrize(
+    "registers, warps, shared, programs, resident",
+    [
+        (168, 1, 0, 10**6, 12),  # as an H200 had them, within a tenth: 10.5
+        (128, 1, 0, 10**6, 16),
+        (46, 4, 0, 10**6, 10),
+        (96, 4, 0, 10**6, 5),
+        (32, 1, 0, 10**6, 32),
+        (32, 8, 0, 10**6, 8),
+        (32, 4, 100 * 1024, 10**6, 2),
+        (168, 1, 0, 1280, 10),
+    ],
+)
+def test_programs_that_fit_a_processor(registers, warps, shared, programs, resident):
+    assert counting.Code(programs, warps, registers, shared, 1.0).resident == resident
+
+
+def test_few_warps_wait_and_many_do_not():
+    """A warp alone takes its latency and all that it does; as many as fit hardly more than the bound."""
+    limits = counting.bounds(WORK, 4.3)
+    alone = counting.Code(132, 1, 255, 0, 4.0)
+    clocks = 0.25 / 4 * counting.CLOCKS_PER_WAIT + 10 * (counting.CLOCKS_PER_INSTRUCTION - 1 / 4)
+    own = clocks * 1e12 / counting.CLOCKS_PER_SECOND
+    assert counting.predicted(WORK, 4.3, alone) == pytest.approx(limits.issue + limits.l1 + limits.l2 + own)
+    times = [
+        counting.predicted(WORK, 4.3, counting.Code(132 * 64, 1, registers, 0, 4.0))
+        for registers in (255, 168, 128, 64, 32)
+    ]
+    assert times == sorted(times, reverse=True)
+    assert limits.binding[1] < times[-1] < 1.2 * limits.binding[1]
+    # half of a second turn is as long as a whole one
+    turns = [counting.predicted(WORK, 4.3, counting.Code(132 * n, 1, 255, 0, 4.0)) for n in (12, 16)]
+    assert turns == pytest.approx([turns[1] * 4 / 3, turns[1]])
 
 
 def test_a_training_step_is_its_launches():
@@ -85,7 +171,7 @@ def test_a_training_step_is_its_launches():
     names = [f"{each}-affine-bilinear-nchw-c3-f32" for each in ("forward", "gather", "params")]
     step = counting.training_step(3, dict.fromkeys(names, 5.0))
     assert step.ours == 15
-    assert step.kernels == pytest.approx((328 + 507) / 128 / 132 / 1.755e-3)
+    assert step.kernels == pytest.approx((328 + 507) / 128 / 132 / 1.93e-3)
     assert step.eager - step.kernels == pytest.approx(76 / 4.3)
     assert counting.training_step(3, {names[0]: 5.0}) is None
 
@@ -178,6 +264,25 @@ def test_sass_is_read():
     assert counted.calls == 1
 
 
+WAITING = """
+        /*0000*/                   LDG.E R4, desc[UR4][R2.64] ;
+        /*0010*/              @!P0 LDG.E.128.CONSTANT R8, desc[UR4][R2.64+0x10] ;
+        /*0020*/                   IADD3 R3, R2, R12, RZ ;
+        /*0030*/                   FADD R5, R3, R11 ;
+        /*0040*/                   FADD R5, R4, R8 ;
+        /*0050*/                   LDG.E.64 R6, desc[UR4][R4.64] ;
+        /*0060*/                   LDG.E R8, desc[UR4][R6.64] ;
+        /*0070*/                   STG.E desc[UR4][R2.64], R8 ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_waits_for_loads_are_found():
+    """The first two are waited for together, by R11 of the second; the third by the last one's address."""
+    assert waits(parse_sass(WAITING)) == (4, 3)
+    assert waits(parse_amdgcn(AMDGCN)) == (0, 0)
+
+
 def test_amdgcn_is_read():
     counted = traffic(parse_amdgcn(AMDGCN))
     assert counted.loads == {16: 1, 2: 1}
@@ -214,6 +319,7 @@ GOOD = {
     **{"registers": 40, "spills": 0, "code": 100, "loads": {4: 6, 16: 8}, "image_loads": {16: 8}},
     **{"stores": {16: 2}, "adds": {}, "swaps": 0, "fences": 0},
     **{"instructions": {"6 degrees": 100.0, "45 degrees": 100.0}, "lines": {"6 degrees": 100.0}},
+    **{"wavefronts": {"6 degrees": 100.0}},
 }
 
 
@@ -264,7 +370,7 @@ def test_larger_code_is_seen(number):
     assert complaints(allowed=budget, version="0.1.0", **{number: 111}) == []
 
 
-@pytest.mark.parametrize("number", ["instructions", "lines"])
+@pytest.mark.parametrize("number", budgets.EXECUTED)
 def test_more_work_is_seen(number):
     """A hundredth more at any map, unless a reason stands in the budget."""
     assert complaints(**{number: {"6 degrees": 101.0}}) == []

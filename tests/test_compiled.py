@@ -102,9 +102,13 @@ with execution.executing() as runs:
     launch(shift, 4, x.device, x, y, 1024, 0, N=256, TOGETHER=False)
     assert torch.equal(x, y)
     loads = runs[0].counts.traffic["load"]
-    assert (loads.sectors, loads.lines) == (128, 32), vars(loads)
+    assert (loads.sectors, loads.lines, loads.wavefronts) == (128, 32, 32), vars(loads)
+    assert (runs[0].counts.fetched, runs[0].counts.exchanges, loads.idle) == (128, 0, 0)
     launch(shift, 1, x.device, x[:9], y[:9], 9, 0, N=256, TOGETHER=True)
     torch.testing.assert_close(y[:9], x[:9] + x[:9].sum())
+    loads = runs[1].counts.traffic["load"]  # of one warp; the others' lanes are masked, and they ask too
+    assert loads.requests >= 1 and loads.idle >= 3 and loads.wavefronts == loads.requests + loads.idle
+    assert runs[1].counts.fetched == 2 and runs[1].counts.exchanges > 4, vars(runs[1].counts)
     for source, n, by in ((x, 1024, 1), (x, 1024, -1), (x[:9], 9, 1), (x[::2], 512, 0)):
         try:
             launch(shift, 4, x.device, source, y, n, by, N=256, TOGETHER=False)
