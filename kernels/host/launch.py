@@ -168,12 +168,8 @@ def _instrumented() -> bool:
 def _watched() -> bool:
     """Whether that is so, or whether launches call hooks, for which Triton puts together what it says."""
     runtime = triton.knobs.runtime
-    return _has_calls(runtime.launch_enter_hook) or _has_calls(runtime.launch_exit_hook) or _instrumented()
-
-
-def _has_calls(hook: Any) -> bool:
-    """Whether it calls anything: a chain of functions, or one function or None."""
-    return bool(getattr(hook, "calls", hook))
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # chains of functions, or None
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave)) or _instrumented()
 
 
 Made = TypeVar("Made")
