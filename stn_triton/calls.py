@@ -10,12 +10,14 @@ or is decorated with :func:`public`, which does the same and takes longer. Here 
 * tensor subclasses, proxies of ``torch.fx`` and function modes are asked first, by ``__torch_function__``;
 * ``torch.jit.trace`` and ``torch.onnx.export`` get PyTorch's own operators, the only ones that they know.
 
-Compilers, ``torch.export``, dispatch modes and function transforms need nothing: they see one operator.
+Compilers, ``torch.export``, dispatch modes and function transforms need nothing: they see one operator. Where
+nobody would see it (``is_undispatched``) there is none.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import threading
 import warnings
@@ -35,6 +37,7 @@ __all__ = [
     "exports_onnx",
     "has_torch_function",
     "is_taken",
+    "is_undispatched",
     "leaves_pytorch",
     "plain",
     "public",
@@ -147,6 +150,44 @@ def plain(tensor: Any) -> Any:
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return tensor
     return Tensor.as_subclass(tensor, Tensor)
+
+
+# ---------------------------------------------------------------------------------------- the dispatcher
+_included: Callable[[], Any] = torch._C._dispatch_tls_local_include_set  # type: ignore[attr-defined]
+_keys: Callable[[Tensor], Any] = torch._C._dispatch_keys
+_is_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled
+
+
+def is_undispatched(tensors: tuple[Any, ...]) -> bool:
+    """Whether an operator's call would come to its implementation as it is, so that it can be called instead.
+
+    Nobody takes the call of an operator of ours on the way, nor notes it: no dispatch mode, function
+    transform, tracer or profiler, nor a tensor that is a subclass, wrapped, without memory, or not what its
+    memory says (negated, zero). Of autograd nothing is said; autocast has nothing to say of our operators.
+    """
+    if _is_profiled():
+        return False
+    raw = _included().raw_repr()
+    for tensor in tensors:
+        if tensor is not None:
+            if type(tensor) not in PLAIN:
+                return False
+            raw |= _keys(tensor).raw_repr()
+    return _ends_at_device(raw)
+
+
+_Key: Any = torch._C.DispatchKey
+# that pass on the calls of an operator of ours: "AutogradCPU" stands for all of autograd
+_PASSING = "BackendSelect", "ADInplaceOrView", "AutogradCPU", *filter(re.compile("Autocast").match, dir(_Key))
+
+
+@functools.lru_cache(maxsize=64)  # there are a few
+def _ends_at_device(raw: int) -> bool:
+    """Whether the dispatcher, of these keys, serves one of memory."""
+    keys = torch._C.DispatchKeySet.from_raw_repr(raw)
+    for name in _PASSING:
+        keys = keys.remove(getattr(_Key, name))
+    return keys.highestPriorityTypeId() in (_Key.CPU, _Key.CUDA, _Key.XPU, _Key.PrivateUse1)
 
 
 # -------------------------------------------------------------------------------------------- torch.fx

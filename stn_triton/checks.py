@@ -16,13 +16,15 @@ from .kernels.host.dtypes import INTEGERS
 from .kernels.modes import MOST_SAMPLES, NAMED_PADDINGS, Interpolation, Padding, padding_code, paddings_of
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_IMAGES = DTYPES | INTEGERS
 WHOLE_NUMBERS = INTEGERS | {torch.int8, torch.int32, torch.int64}
+# Codes as plain integers, as operators take them; Python compares and hashes them sooner than enum members.
 INTERPOLATIONS = {
-    "bilinear": Interpolation.BILINEAR,
-    "nearest": Interpolation.NEAREST,
-    "bicubic": Interpolation.BICUBIC,
+    "bilinear": int(Interpolation.BILINEAR),
+    "nearest": int(Interpolation.NEAREST),
+    "bicubic": int(Interpolation.BICUBIC),
 }
-PADDINGS = {padding.name.lower(): padding for padding in NAMED_PADDINGS}
+PADDINGS = {padding.name.lower(): int(padding) for padding in NAMED_PADDINGS}
 # A mode, or one for each axis, x first.
 PaddingMode = str | tuple[str, ...]
 
@@ -271,7 +273,7 @@ def _padding_tuple(padding_mode: object) -> str:
 
 def check_modes(
     mode: str, padding_mode: PaddingMode, align_corners: bool, dims: int
-) -> tuple[Interpolation, int, bool]:
+) -> tuple[int, int, bool]:
     """The codes of the public names."""
     if not isinstance(mode, str):
         refuse(TypeError, "mode", "a string", type(mode).__name__)
@@ -279,7 +281,7 @@ def check_modes(
         refuse_choice("mode", mode, INTERPOLATIONS)
     # usual values are known without another call: calls are what takes the host time
     padding = PADDINGS.get(padding_mode) if isinstance(padding_mode, str) else None
-    code = check_padding(padding_mode, dims) if padding is None else int(padding)
+    code = check_padding(padding_mode, dims) if padding is None else padding
     if align_corners is not True and align_corners is not False:
         check_bool("align_corners", align_corners)
     return INTERPOLATIONS[mode], code, align_corners
@@ -369,15 +371,15 @@ def check_antialias(antialias: bool, mode: str) -> bool:
 
 
 def averaged(
-    antialias: bool, mode: str, size: tuple[int, ...], modes: tuple[Interpolation, int, bool]
-) -> tuple[Interpolation, int, bool]:
+    antialias: bool, mode: str, size: tuple[int, ...], modes: tuple[int, int, bool]
+) -> tuple[int, int, bool]:
     """The codes of ``check_modes`` with ``antialias``."""
     if not check_antialias(antialias, mode):
         return modes
     most = 2**30 // MOST_SAMPLES  # sub-samples are counted along each axis as pixels are
     if max(size) > most:
         refuse(ValueError, "size", f"{most} at most along each axis with antialias=True", size)
-    return Interpolation.AVERAGED, *modes[1:]
+    return int(Interpolation.AVERAGED), *modes[1:]
 
 
 def check_bool(name: str, value: bool) -> bool:
@@ -404,21 +406,21 @@ def check_regularization(regularization: float) -> float:
 # ------------------------------------------------------------------- the arguments of public functions
 def grid_sample_fits(input: Any, grid: Any, mode: Any, align_corners: Any) -> bool:
     """Whether ``grid_sample`` takes them, but for the padding."""
+    if not (isinstance(input, Tensor) and isinstance(grid, Tensor) and isinstance(mode, str)):
+        return False
+    shape, of_grid, dtype = input.shape, grid.shape, input.dtype
     return (
-        isinstance(mode, str)
-        and mode in INTERPOLATIONS
+        mode in INTERPOLATIONS
         and (align_corners is None or isinstance(align_corners, bool))
-        and isinstance(input, Tensor)
-        and isinstance(grid, Tensor)
-        and input.dim() in (4, 5)
-        and grid.dim() == input.dim()
-        and grid.shape[-1] == input.dim() - 2
-        and grid.shape[0] == input.shape[0]
-        and input.dtype in DTYPES
-        and grid.dtype == input.dtype
+        and len(shape) in (4, 5)
+        and len(of_grid) == len(shape)
+        and of_grid[-1] == len(shape) - 2
+        and of_grid[0] == shape[0]
+        and dtype in DTYPES
+        and grid.dtype == dtype
         and grid.device == input.device
         and input.layout == grid.layout == torch.strided
-        and 0 not in input.shape[2:]
+        and 0 not in shape[2:]
     )
 
 
@@ -457,39 +459,44 @@ def check_image(input: Tensor, name: str, params: object, dims: int | None = Non
 
     name, params: of the argument after it, for which ``input`` may have been taken.
     """
-    check_tensor("input", input, INTEGERS)
-    if input.dim() not in (4, 5) or (dims == 2 and input.dim() != 4):
+    if not isinstance(input, Tensor) or input.dtype not in _IMAGES or input.layout != torch.strided:
+        check_tensor("input", input, INTEGERS)
+    shape = input.shape
+    if len(shape) != 4 and (len(shape) != 5 or dims == 2):
         expected = "(N, C, H, W)" if dims == 2 else "(N, C, H, W) or (N, C, D, H, W)"
         hint = "a batch of one is input[None]" if input.dim() == 3 else ""
         if input.dim() in (2, 3) and input.shape[-1] <= 4:  # as parameters have
             hint = swapped(name) if isinstance(params, Tensor) and params.dim() in (4, 5) else hint
-        refuse(ValueError, "input", expected, f"shape {tuple(input.shape)}", hint)
-    if 0 in input.shape[2:]:
-        refuse(ValueError, "input", "of non-empty spatial size", f"shape {tuple(input.shape)}")
-    return input.dim() - 2
+        refuse(ValueError, "input", expected, f"shape {tuple(shape)}", hint)
+    if 0 in shape[2:]:
+        refuse(ValueError, "input", "of non-empty spatial size", f"shape {tuple(shape)}")
+    return len(shape) - 2
 
 
 def check_parameter(name: str, value: Tensor, matrix: tuple[int, int], input: Tensor) -> None:
     """(N, *matrix) or (N, T, *matrix), N that of the images or 1, on their device."""
-    check_tensor(name, value)
-    batch, (rows, columns) = input.shape[0], matrix
+    if not isinstance(value, Tensor) or value.dtype not in DTYPES or value.layout != torch.strided:
+        check_tensor(name, value)
+    shape, (rows, columns) = value.shape, matrix
     if (
-        value.dim() not in (3, 4)
-        or value.shape[-2] != rows
-        or value.shape[-1] != columns
-        or (value.shape[0] != batch and value.shape[0] != 1)
+        len(shape) not in (3, 4)
+        or shape[-2] != rows
+        or shape[-1] != columns
+        or (shape[0] != input.shape[0] and shape[0] != 1)
     ):
         refuse_parameter(
             name, value, f"{rows}, {columns}", input, nearest_parameter(name, value, matrix, input)
         )
-    check_device(name, value, "input", input)
+    if value.device != input.device:
+        check_device(name, value, "input", input)
 
 
 def check_flow(flow: Tensor, input: Tensor) -> None:
     """(N, dims, ...), N that of the images or 1, on their device."""
-    check_tensor("flow", flow)
-    batch, dims = input.shape[0], input.dim() - 2
-    if flow.dim() != dims + 2 or flow.shape[1] != dims or (flow.shape[0] != batch and flow.shape[0] != 1):
+    if not isinstance(flow, Tensor) or flow.dtype not in DTYPES or flow.layout != torch.strided:
+        check_tensor("flow", flow)
+    shape, batch, dims = flow.shape, input.shape[0], input.dim() - 2
+    if len(shape) != dims + 2 or shape[1] != dims or (shape[0] != batch and shape[0] != 1):
         sizes, hint = "H, W" if dims == 2 else "D, H, W", ""
         expected = f"({batch_of(batch)}, {dims}, {sizes}) for this {input.dim()}-D input"
         if flow.dim() == dims + 2 and flow.shape[1] != dims:
@@ -498,25 +505,24 @@ def check_flow(flow: Tensor, input: Tensor) -> None:
             elif input.shape[1] == dims:
                 hint = swapped("flow")
         refuse(ValueError, "flow", expected, f"shape {tuple(flow.shape)}", hint)
-    check_device("flow", flow, "input", input)
+    if flow.device != input.device:
+        check_device("flow", flow, "input", input)
 
 
 def check_points(points: Tensor, input: Tensor) -> None:
     """(N, K, 2) or (N, T, K, 2), N that of the images or 1, on their device. (K is the spline's to check.)"""
-    check_tensor("points", points)
-    batch = input.shape[0]
-    if (
-        points.dim() not in (3, 4)
-        or points.shape[-1] != 2
-        or (points.shape[0] != batch and points.shape[0] != 1)
-    ):
+    if not isinstance(points, Tensor) or points.dtype not in DTYPES or points.layout != torch.strided:
+        check_tensor("points", points)
+    shape = points.shape
+    if len(shape) not in (3, 4) or shape[-1] != 2 or (shape[0] != input.shape[0] and shape[0] != 1):
         hint = "a batch of one is points[None]" if points.dim() == 2 else ""
         if points.dim() in (3, 4) and points.shape[-1] == 2:
             hint = _other_batch("points", points, input)
         elif points.dim() == 4 and input.shape[-1] == 2:
             hint = swapped("points")
         refuse_parameter("points", points, "K, 2", input, hint)
-    check_device("points", points, "input", input)
+    if points.device != input.device:
+        check_device("points", points, "input", input)
 
 
 def check_grid_size(size: Sequence[int], params: Tensor, align_corners: bool) -> tuple[int, ...]:
@@ -530,4 +536,4 @@ def check_grid_size(size: Sequence[int], params: Tensor, align_corners: bool) ->
 
 
 def check_out_size(size: Sequence[int] | None, input: Tensor) -> tuple[int, ...]:
-    return tuple(input.shape[2:]) if size is None else check_spatial_size(size, input.dim() - 2)
+    return input.shape[2:] if size is None else check_spatial_size(size, input.dim() - 2)

@@ -54,7 +54,7 @@ from .checks import (
     to_size,
 )
 from .kernels.host.dtypes import sample_dtype
-from .kernels.modes import Interpolation, Source
+from .kernels.modes import Source
 from .transforms import splines
 from .transforms.arguments import full_of
 
@@ -68,6 +68,8 @@ __all__ = [
     "tps_grid",
     "tps_grid_sample",
 ]
+
+_GRID, _AFFINE, _PROJECTIVE, _TPS, _FLOW = map(int, Source)
 
 
 # --------------------------------------------------------------------------- as torch.nn.functional's
@@ -133,7 +135,7 @@ def grid_sample(
     if align_corners is None:
         _warn(_DEFAULT_ALIGN_CORNERS)
     modes = INTERPOLATIONS[mode], padding, bool(align_corners)
-    return autograd.sample(input, grid, Source.GRID, grid.shape[1:-1], *modes)
+    return autograd.sample(input, grid, None, _GRID, grid.shape[1:-1], *modes)
 
 
 def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None = None) -> Tensor:
@@ -172,7 +174,7 @@ def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None =
         _warn(_DEFAULT_ALIGN_CORNERS)
     if align_corners and 1 in ints[2:]:
         _warn(_UNIT_SIZE)
-    return autograd.grid(theta, Source.AFFINE, ints[2:], bool(align_corners))
+    return autograd.grid(theta, None, _AFFINE, ints[2:], bool(align_corners))
 
 
 # PyTorch's warnings, in PyTorch's words.
@@ -324,7 +326,7 @@ def affine_grid_sample(
     modes = check_modes(mode, padding_mode, align_corners, dims)
     if antialias is not False:
         modes = averaged(antialias, mode, size, modes)
-    return _sample(input, theta, Source.AFFINE, size, modes, fill, dtype)
+    return _sample(input, theta, None, _AFFINE, size, modes, fill, dtype)
 
 
 def projective_grid_sample(
@@ -380,7 +382,7 @@ def projective_grid_sample(
     modes = check_modes(mode, padding_mode, align_corners, 2)
     if antialias is not False:
         modes = averaged(antialias, mode, size, modes)
-    return _sample(input, homography, Source.PROJECTIVE, size, modes, fill, dtype)
+    return _sample(input, homography, None, _PROJECTIVE, size, modes, fill, dtype)
 
 
 def tps_grid_sample(
@@ -442,7 +444,7 @@ def tps_grid_sample(
     if input.dtype == torch.float64:
         points = points.double()
     coefficients, control_points = _spline(points, control_points, regularization)
-    return _sample(input, coefficients, Source.TPS, size, modes, fill, dtype, control_points)
+    return _sample(input, coefficients, control_points, _TPS, size, modes, fill, dtype)
 
 
 def flow_grid_sample(
@@ -490,22 +492,22 @@ def flow_grid_sample(
     dims = check_image(input, "flow", flow)
     check_flow(flow, input)
     modes = check_modes(mode, padding_mode, align_corners, dims)
-    return _sample(input, flow, Source.FLOW, flow.shape[2:], modes, fill, dtype)
+    return _sample(input, flow, None, _FLOW, flow.shape[2:], modes, fill, dtype)
 
 
 def _sample(
     input: Tensor,
     params: Tensor,
-    source: Source,
+    control_points: Tensor | None,
+    source: int,
     size: Sequence[int],
-    modes: tuple[Interpolation, int, bool],
+    modes: tuple[int, int, bool],
     fill: float | Sequence[float] | Tensor | None,
     dtype: torch.dtype | None,
-    control_points: Tensor | None = None,
 ) -> Tensor:
     """The samples, of arguments that are checked but for the last two."""
     if fill is None and dtype is None and input.dtype in DTYPES:
-        return autograd.sample(input, params, source, size, *modes, control_points)
+        return autograd.sample(input, params, control_points, source, size, *modes)
     dtype = check_dtype(dtype, input)
     if fill is not None:
         fill = check_fill(fill, input, modes[1])
@@ -514,8 +516,8 @@ def _sample(
             fill = distributed.replicated(full_of(fill, made, input.device), input)
         fill = fill.expand(input.shape[:2])
     elif dtype == sample_dtype(input):
-        return autograd.sample(input, params, source, size, *modes, control_points)
-    return autograd.sample_as(input, params, source, size, *modes, control_points, fill, dtype)
+        return autograd.sample(input, params, control_points, source, size, *modes)
+    return autograd.sample_as(input, params, control_points, fill, source, size, *modes, dtype)
 
 
 # --------------------------------------------------------------------------------------------- grids
@@ -542,9 +544,8 @@ def projective_grid(homography: Tensor, size: Sequence[int], align_corners: bool
     check_tensor("homography", homography)
     if homography.dim() != 3 or tuple(homography.shape[1:]) != (3, 3):
         refuse(ValueError, "homography", "(N, 3, 3)", f"shape {tuple(homography.shape)}")
-    return autograd.grid(
-        homography, Source.PROJECTIVE, check_grid_size(size, homography, align_corners), align_corners
-    )
+    out_size = check_grid_size(size, homography, align_corners)
+    return autograd.grid(homography, None, _PROJECTIVE, out_size, align_corners)
 
 
 def tps_grid(
@@ -579,7 +580,7 @@ def tps_grid(
         refuse(ValueError, "points", "(N, K, 2)", f"shape {tuple(points.shape)}")
     out_size = check_grid_size(size, points, align_corners)
     coefficients, control_points = _spline(points, control_points, regularization)
-    return autograd.grid(coefficients, Source.TPS, out_size, align_corners, control_points).to(points.dtype)
+    return autograd.grid(coefficients, control_points, _TPS, out_size, align_corners).to(points.dtype)
 
 
 def _spline(points: Tensor, control_points: Tensor | None, regularization: float) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,10 @@ spline's, else None. In what an operator returns an empty tensor stands for a gr
 
 ``padding`` is one code for all axes, or of one for each (``kernels.modes.padding_code``).
 
-The arguments of each are a named tuple. Its fields are the operator's schema; its fake (``allocate``) and its
-implementation take the tuple. There is one implementation for all devices, which goes to the kernels or to
-``reference`` (see ``backend``). ``autograd`` makes the operators differentiable.
+The parameters of each implementation are the operator's schema, and those of its fake (``allocate``). There
+is one implementation for all devices, which goes to the kernels or to ``reference`` (see ``backend``).
+``autograd`` makes the operators differentiable, and calls the implementations themselves where nobody would
+see the operator.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from .kernels.modes import Interpolation, Source
 
 __all__ = ["grid", "grid_backward", "sample", "sample_as", "sample_backward", "sample_hvp", "sample_jvp"]
 
+# Inside, a view is none to autograd: what is part of a buffer can be differentiated and written to as others.
+_below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 _LIBRARY = torch.library.Library("stn_triton", "DEF")
 # The kernels honour strides, and a result's memory format follows them: they must not be changed on the way.
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
@@ -46,37 +49,67 @@ _SCHEMA = {
 }
 
 
-def _operator(allocate: Callable[[Any], Any]) -> Callable[[Callable[[Any], Any]], Any]:
-    """Decorates the implementation ``name(a: Arguments)``: it becomes the operator ``stn_triton::name``.
+class _Implementation(NamedTuple):
+    """What may be called in an operator's place.
 
-    ``allocate(a)`` makes its results without computing them. Tensors come first in ``Arguments``.
+    A result that is not asked for is None there. Tensors are ``torch.Tensor``, or what dispatches for itself.
     """
 
-    def register(implementation: Callable[[Any], Any]) -> Any:
+    call: Callable[..., Any]
+    tensors: int
+    """How many arguments are tensors or None; they come first."""
+
+
+_IMPLEMENTATIONS: dict[Any, _Implementation] = {}
+
+
+def implementation_of(operator: Any) -> _Implementation:
+    return _IMPLEMENTATIONS[operator]
+
+
+def _operator(
+    allocate: Callable[..., Any], absent: tuple[str, ...] = (), images: int = 0
+) -> Callable[[Callable[..., Any]], Any]:
+    """Decorates an implementation: it becomes the operator ``stn_triton::`` of its name.
+
+    Of its parameters tensors come first. ``allocate`` has the same, and makes the results without computing
+    them. ``absent``, of each result that may not be asked for: the argument whose dtype an empty tensor in
+    its place has. The first ``images`` of them have a memory format; the others are contiguous.
+    """
+
+    def register(implementation: Callable[..., Any]) -> Any:
         name = implementation.__name__
-        hints = typing.get_type_hints(implementation)
-        arguments, result = hints["a"], hints["return"]
-        fields = typing.get_type_hints(arguments)
+        fields = typing.get_type_hints(implementation)
+        del fields["return"]
         tensors = sum(kind in (Tensor, Tensor | None) for kind in fields.values())
         given = ", ".join(f"{_SCHEMA[kind]} {field}" for field, kind in fields.items())
-        returned = ", ".join(_SCHEMA[kind] for kind in typing.get_args(result) or (result,))
-        make = arguments._make
+        returned = ", ".join(["Tensor"] * max(len(absent), 1))
+        names = list(fields)
+        likes = [names.index(field) for field in absent]
+        averaging = names.index("interpolation") if "interpolation" in names else None
 
         def run(*values: Any) -> Any:
             if not PLAIN.issuperset(map(type, values[:tensors])):
                 values = *map(plain, values[:tensors]), *values[tensors:]
-            return implementation(make(values))
+            found = implementation(*values)
+            if not absent:
+                return found
+            present = *found[:images], *(None if t is None else _packed(t) for t in found[images:])
+            return tuple(
+                values[like].new_empty(0) if t is None else t for t, like in zip(present, likes, strict=True)
+            )
 
         def fake(*values: Any) -> Any:
-            a = make(values)
-            if exports_onnx():
-                refuse_averages(getattr(a, "interpolation", None))
-            return allocate(a)
+            if averaging is not None and exports_onnx():
+                refuse_averages(values[averaging])
+            return allocate(*values)
 
         _LIBRARY.define(f"{name}({given}) -> ({returned})", tags=_TAGS)
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"stn_triton::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.stn_triton, name).default
+        operator = getattr(torch.ops.stn_triton, name).default
+        _IMPLEMENTATIONS[operator] = _Implementation(implementation, tensors)
+        return operator
 
     return register
 
@@ -109,22 +142,33 @@ def named_modes(interpolation: int, padding: int, align_corners: bool) -> tuple[
 # ----------------------------------------------------------------------------------------- allocation
 def is_channels_last(image: Tensor) -> bool:
     """Whether an image's channels lie innermost: what is made from it then is channels_last too."""
-    channels, stride = image.shape[1], image.stride()
-    return channels > 1 and stride[1] == 1 and all(step >= channels for step in stride[2:])
+    stride = image.stride()
+    if stride[1] != 1:
+        return False
+    channels = image.shape[1]
+    return channels > 1 and all(step >= channels for step in stride[2:])
 
 
 def _new_images(
-    like: Tensor, shape: tuple[Any, ...], channels_last: bool, dtype: torch.dtype | None = None
+    like: Tensor, shape: Sequence[Any], channel: int, channels_last: bool, dtype: torch.dtype | None = None
 ) -> Tensor:
-    dtype = dtype or like.dtype
-    if not channels_last:
-        return like.new_empty(shape, dtype=dtype)
-    memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format)
+    """Images whose channels are dimension ``channel``; with channels last these have the smallest stride."""
+    if not channels_last:  # sizes one by one, which PyTorch reads sooner than a tuple
+        return like.new_empty(*shape) if dtype is None else like.new_empty(*shape, dtype=dtype)
+    strides, step = [0] * len(shape), 1
+    for dim in (channel, *range(len(shape) - 1, channel, -1), *range(channel - 1, -1, -1)):
+        strides[dim] = step
+        step = step * shape[dim]
+    return like.new_empty_strided(shape, strides, dtype=dtype)
 
 
 def has_transforms(params: Tensor, source: int) -> bool:
-    return params.dim() == 4 and source not in (Source.GRID, Source.FLOW)
+    return params.dim() == 4 and source not in _DENSE
+
+
+# plain integers, which compare sooner
+_GRID, _DENSE = int(Source.GRID), frozenset((int(Source.GRID), int(Source.FLOW)))
+_NEAREST = int(Interpolation.NEAREST)
 
 
 def _new_output(
@@ -136,13 +180,11 @@ def _new_output(
     """
     if dtype is None and not input.is_floating_point():
         dtype = reference.sample_dtype(input)
-    channels_last = source != Source.GRID and is_channels_last(input)
+    channels_last = source != _GRID and is_channels_last(input)
     batch, channels, *_ = input.shape
     if has_transforms(params, source):
-        transforms = params.shape[1]
-        output = _new_images(input, (batch * transforms, channels, *size), channels_last, dtype)
-        return output.view(batch, transforms, *output.shape[1:])
-    return _new_images(input, (batch, channels, *size), channels_last, dtype)
+        return _new_images(input, (batch, params.shape[1], channels, *size), 2, channels_last, dtype)
+    return _new_images(input, (batch, channels, *size), 1, channels_last, dtype)
 
 
 def _new_coordinates(grad_output: Tensor, params: Tensor, source: int, dims: int) -> Tensor:
@@ -162,12 +204,10 @@ def _packed(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _new_image_gradient(grad_output: Tensor, in_shape: Any, channels_last: bool, input_grad: bool) -> Tensor:
+def _new_image_gradient(grad_output: Tensor, in_shape: Any, channels_last: bool) -> Tensor:
     """Its batch and channels are those of ``grad_output``: a shard's, where ``in_shape`` is that of all."""
-    if not input_grad:
-        return grad_output.new_empty(0)
     shape = grad_output.shape[0], grad_output.shape[1 - len(in_shape)], *in_shape[2:]
-    return _new_images(grad_output, shape, channels_last)
+    return _new_images(grad_output, shape, 1, channels_last)
 
 
 def _new_control_gradient(params: Tensor, control_points: Tensor | None, control_grad: bool) -> Tensor:
@@ -176,11 +216,9 @@ def _new_control_gradient(params: Tensor, control_points: Tensor | None, control
     return control_points.new_empty(control_points.shape)
 
 
-def _result(found: Tensor | None, of: Tensor | None, like: Tensor) -> Tensor:
-    """A gradient as an operator returns it: 0 where nothing was found, empty where it is of nothing."""
-    if of is None:
-        return like.new_empty(0)
-    return of.new_zeros(of.shape) if found is None else _packed(found)
+def _gradient(found: Tensor | None, of: Tensor) -> Tensor:
+    """0 where nothing was found."""
+    return of.new_zeros(of.shape) if found is None else found.contiguous()
 
 
 def _by_transform(grad_output: Tensor, params: Tensor, source: int) -> Tensor:
@@ -189,200 +227,226 @@ def _by_transform(grad_output: Tensor, params: Tensor, source: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------- sample
-class Sample(NamedTuple):
-    """Of an image (N, C, *in_size), the samples (N, [T,] C, *size)."""
-
-    input: Tensor
-    params: Tensor
-    control_points: Tensor | None
-    source: int
-    size: Sequence[int]
-    interpolation: int
-    padding: int
-    align_corners: bool
-
-
-def _new_samples(a: Sample) -> Tensor:
-    return _new_output(a.input, a.params, a.source, a.size)
+def _new_samples(
+    input: Tensor,
+    params: Tensor,
+    control_points: Tensor | None,
+    source: int,
+    size: Sequence[int],
+    *modes: Any,
+) -> Tensor:
+    return _new_output(input, params, source, size)
 
 
 @_operator(_new_samples)
-def sample(a: Sample) -> Tensor:
-    output = _new_samples(a)
-    return output if output.numel() == 0 else _sample_into(output, a.input, a)
-
-
-def _sample_into(
-    output: Tensor, image: Tensor, a: Sample | SampleAs | SampleJvp, fill: Tensor | None = None
+def sample(
+    input: Tensor,
+    params: Tensor,
+    control_points: Tensor | None,
+    source: int,
+    size: Sequence[int],
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
 ) -> Tensor:
-    modes = a.interpolation, a.padding, a.align_corners
-    if backend.select(image.device.type).name == "torch":
-        place = Source(a.source), tuple(a.size), *named_modes(*modes)
-        with backend.without_autocast(image.device.type):
-            samples = reference.sample_as(image, a.params, a.control_points, fill, *place, dtype=output.dtype)
-        return output.copy_(samples.view(output.shape))
-    kernels.dispatch.sample_forward(image, a.params, a.control_points, output, a.source, *modes, fill)
+    """Of an image (N, C, *in_size), the samples (N, [T,] C, *size)."""
+    output = _new_output(input, params, source, size)
+    if output.numel() > 0:
+        modes = interpolation, padding, align_corners
+        if backend.select(input.device.type).name == "torch":
+            return _sample_in_pytorch(output, input, params, control_points, None, source, size, *modes)
+        kernels.dispatch.sample_forward(input, params, control_points, output, source, *modes)
     return output
 
 
-class SampleAs(NamedTuple):
+def _sample_in_pytorch(
+    output: Tensor,
+    image: Tensor,
+    params: Tensor,
+    control_points: Tensor | None,
+    fill: Tensor | None,
+    source: int,
+    size: Sequence[int],
+    *modes: Any,
+) -> Tensor:
+    place = Source(source), tuple(size), *named_modes(*modes)
+    with backend.without_autocast(image.device.type):
+        samples = reference.sample_as(image, params, control_points, fill, *place, dtype=output.dtype)
+    return output.copy_(samples.view(output.shape))
+
+
+def _new_samples_as(
+    input: Tensor,
+    params: Tensor,
+    control_points: Tensor | None,
+    fill: Tensor | None,
+    source: int,
+    size: Sequence[int],
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    return _new_output(input, params, source, size, dtype)
+
+
+@_operator(_new_samples_as)
+def sample_as(
+    input: Tensor,
+    params: Tensor,
+    control_points: Tensor | None,
+    fill: Tensor | None,
+    source: int,
+    size: Sequence[int],
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+    dtype: torch.dtype,
+) -> Tensor:
     """Samples with a fill, (N, C), in place of what lies outside the image, and in ``dtype``.
 
     The fill goes by taps with zeros padding, of some axes or all, and by centres with border padding. For
     derivatives see ``autograd.filling``.
     """
-
-    input: Tensor
-    params: Tensor
-    control_points: Tensor | None
-    fill: Tensor | None
-    source: int
-    size: Sequence[int]
-    interpolation: int
-    padding: int
-    align_corners: bool
-    dtype: torch.dtype
+    output = _new_output(input, params, source, size, dtype)
+    if output.numel() > 0:
+        modes = interpolation, padding, align_corners
+        fill = None if fill is None else fill.to(reference.compute_dtype(input, params))
+        if backend.select(input.device.type).name == "torch":
+            return _sample_in_pytorch(output, input, params, control_points, fill, source, size, *modes)
+        kernels.dispatch.sample_forward(input, params, control_points, output, source, *modes, fill)
+    return output
 
 
-def _new_samples_as(a: SampleAs) -> Tensor:
-    return _new_output(a.input, a.params, a.source, a.size, a.dtype)
+def _new_gradients(
+    grad_output: Tensor,
+    input: Tensor | None,
+    params: Tensor,
+    control_points: Tensor | None,
+    source: int,
+    in_shape: Sequence[int],
+    channels_last: bool,
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+    input_grad: bool,
+    params_grad: bool,
+    control_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d input in the input's memory format, d params and d control points contiguous."""
+    return (
+        _new_image_gradient(grad_output, in_shape, channels_last) if input_grad else grad_output.new_empty(0),
+        params.new_empty(params.shape if params_grad else 0),
+        _new_control_gradient(params, control_points, control_grad),
+    )
 
 
-@_operator(_new_samples_as)
-def sample_as(a: SampleAs) -> Tensor:
-    output = _new_samples_as(a)
-    if output.numel() == 0:
-        return output
-    fill = None if a.fill is None else a.fill.to(reference.compute_dtype(a.input, a.params))
-    return _sample_into(output, a.input, a, fill)
-
-
-class SampleBackward(NamedTuple):
+@_operator(_new_gradients, absent=("grad_output", "params", "params"), images=1)
+def sample_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    params: Tensor,
+    control_points: Tensor | None,
+    source: int,
+    in_shape: Sequence[int],
+    channels_last: bool,
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+    input_grad: bool,
+    params_grad: bool,
+    control_grad: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of d samples, d input (channels_last if asked for), d params and d control points.
 
     The input is needed for the latter two.
     """
-
-    grad_output: Tensor
-    input: Tensor | None
-    params: Tensor
-    control_points: Tensor | None
-    source: int
-    in_shape: Sequence[int]
-    channels_last: bool
-    interpolation: int
-    padding: int
-    align_corners: bool
-    input_grad: bool
-    params_grad: bool
-    control_grad: bool
-
-
-def _new_gradients(a: SampleBackward) -> tuple[Tensor, Tensor, Tensor]:
-    """d input in the input's memory format, d params and d control points contiguous."""
-    return (
-        _new_image_gradient(a.grad_output, a.in_shape, a.channels_last, a.input_grad),
-        a.params.new_empty(a.params.shape if a.params_grad else 0),
-        _new_control_gradient(a.params, a.control_points, a.control_grad),
-    )
-
-
-@_operator(_new_gradients)
-def sample_backward(a: SampleBackward) -> tuple[Tensor, Tensor, Tensor]:
-    if a.grad_output.numel() == 0:
-        empty = _new_gradients(a)
+    tensors, modes = (input, params, control_points), (interpolation, padding, align_corners)
+    if grad_output.numel() == 0:
+        wanted = input_grad, params_grad, control_grad
+        empty = _new_gradients(grad_output, *tensors, source, in_shape, channels_last, *modes, *wanted)
         return empty[0].zero_(), empty[1].zero_(), empty[2].zero_()
-    grad_input = _new_image_gradient(a.grad_output, a.in_shape, a.channels_last, a.input_grad)
-    slopes = a.interpolation != Interpolation.NEAREST  # else steps
-    wanted = a.params_grad and slopes, a.control_grad and slopes
-    modes = a.interpolation, a.padding, a.align_corners
+    grad_input = _new_image_gradient(grad_output, in_shape, channels_last) if input_grad else None
+    slopes = interpolation != _NEAREST  # else steps
+    of_params, of_controls = params_grad and slopes, control_grad and slopes
     by_params: Tensor | None = None
     by_controls: Tensor | None = None
-    if not (a.input_grad or any(wanted)):
+    if not (input_grad or of_params or of_controls):
         pass
-    elif backend.select(a.grad_output.device.type).name == "torch":
-        with backend.without_autocast(a.grad_output.device.type):
-            g = _by_transform(a.grad_output, a.params, a.source)
-            place = Source(a.source), a.in_shape[2:], *named_modes(*modes)
+    elif backend.select(grad_output.device.type).name == "torch":
+        with _below_autograd(), backend.without_autocast(grad_output.device.type):
+            g = _by_transform(grad_output, params, source)
+            place = Source(source), in_shape[2:], *named_modes(*modes)
             by_input, by_params, by_controls = reference.sample_backward(
-                g, a.input, a.params, a.control_points, *place, a.input_grad, *wanted
+                g, input, params, control_points, *place, input_grad, of_params, of_controls
             )
-        if by_input is not None:
+        if grad_input is not None and by_input is not None:
             grad_input.copy_(by_input)
     else:
-        tensors = a.grad_output, a.input, a.params, a.control_points, grad_input if a.input_grad else None
         repeatable = torch.are_deterministic_algorithms_enabled()
-        by_params, by_controls = kernels.dispatch.sample_backward(
-            *tensors, a.source, *modes, *wanted, repeatable
-        )
-    return (
-        grad_input,
-        _result(by_params, a.params if a.params_grad else None, a.params),
-        _result(by_controls, a.control_points if a.control_grad else None, a.params),
-    )
+        with _below_autograd():
+            by_params, by_controls = kernels.dispatch.sample_backward(
+                grad_output, *tensors, grad_input, source, *modes, of_params, of_controls, repeatable
+            )
+    if params_grad:
+        by_params = _gradient(by_params, params)
+    if control_grad and control_points is not None:
+        by_controls = _gradient(by_controls, control_points)
+    return grad_input, by_params, by_controls
 
 
 # --------------------------------------------------------------------------- derivatives in a direction
-class SampleJvp(NamedTuple):
+def _new_derivative(
+    input: Tensor | None,
+    tangent: Tensor | None,
+    params: Tensor,
+    control_points: Tensor | None,
+    coord_tangent: Tensor | None,
+    source: int,
+    size: Sequence[int],
+    *modes: Any,
+) -> Tensor:
+    image = tangent if input is None else input
+    assert image is not None, "neither an image nor its tangent"
+    return _new_output(image, params, source, size)
+
+
+@_operator(_new_derivative)
+def sample_jvp(
+    input: Tensor | None,
+    tangent: Tensor | None,
+    params: Tensor,
+    control_points: Tensor | None,
+    coord_tangent: Tensor | None,
+    source: int,
+    size: Sequence[int],
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+) -> Tensor:
     """The derivative of the samples in the direction of an image and of coordinates, or of either.
 
     The input is needed for the coordinates' direction alone.
     """
-
-    input: Tensor | None
-    tangent: Tensor | None
-    params: Tensor
-    control_points: Tensor | None
-    coord_tangent: Tensor | None
-    source: int
-    size: Sequence[int]
-    interpolation: int
-    padding: int
-    align_corners: bool
-
-
-def _new_derivative(a: SampleJvp) -> Tensor:
-    image = a.tangent if a.input is None else a.input
-    assert image is not None, "neither an image nor its tangent"
-    return _new_output(image, a.params, a.source, a.size)
-
-
-@_operator(_new_derivative)
-def sample_jvp(a: SampleJvp) -> Tensor:
-    output = _new_derivative(a)
-    coord_tangent = None if a.interpolation == Interpolation.NEAREST else a.coord_tangent
-    if output.numel() == 0 or (coord_tangent is None and a.tangent is None):
+    output = _new_derivative(input, tangent, params, control_points, coord_tangent, source, size)
+    modes = interpolation, padding, align_corners
+    by_places = None if interpolation == _NEAREST else coord_tangent
+    if output.numel() == 0 or (by_places is None and tangent is None):
         return output.zero_()
-    if coord_tangent is None:  # samples are linear in the image
-        assert a.tangent is not None
-        return _sample_into(output, a.tangent, a)
-    tensors = a.input, a.tangent, a.params, a.control_points, coord_tangent
-    modes = a.interpolation, a.padding, a.align_corners
-    if backend.select(output.device.type).name == "torch":
+    in_pytorch = backend.select(output.device.type).name == "torch"
+    if by_places is None:  # samples are linear in the image
+        assert tangent is not None
+        if in_pytorch:
+            return _sample_in_pytorch(output, tangent, params, control_points, None, source, size, *modes)
+        kernels.dispatch.sample_forward(tangent, params, control_points, output, source, *modes)
+        return output
+    tensors = input, tangent, params, control_points, by_places
+    if in_pytorch:
         with backend.without_autocast(output.device.type):
-            samples = reference.sample_jvp(*tensors, Source(a.source), tuple(a.size), *named_modes(*modes))
+            samples = reference.sample_jvp(*tensors, Source(source), tuple(size), *named_modes(*modes))
         return output.copy_(samples.view(output.shape))
-    kernels.dispatch.sample_jvp(*tensors, output, a.source, *modes)
+    kernels.dispatch.sample_jvp(*tensors, output, source, *modes)
     return output
-
-
-class SampleHvp(NamedTuple):
-    """The Hessian of <grad_output, samples> by image and coordinates, times a direction of each."""
-
-    grad_output: Tensor
-    input: Tensor | None
-    tangent: Tensor | None
-    params: Tensor
-    control_points: Tensor | None
-    coord_tangent: Tensor | None
-    source: int
-    in_shape: Sequence[int]
-    channels_last: bool
-    interpolation: int
-    padding: int
-    align_corners: bool
-    input_grad: bool
-    coordinates_grad: bool
 
 
 def new_second_gradients(
@@ -394,98 +458,129 @@ def new_second_gradients(
     input_grad: bool,
     coordinates_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    grad_input = _new_image_gradient(grad_output, in_shape, channels_last, input_grad)
-    if coordinates_grad:
-        return grad_input, _new_coordinates(grad_output, params, source, len(in_shape) - 2)
-    return grad_input, grad_output.new_empty(0)
+    nothing = grad_output.new_empty(0)
+    return (
+        _new_image_gradient(grad_output, in_shape, channels_last) if input_grad else nothing,
+        _new_coordinates(grad_output, params, source, len(in_shape) - 2) if coordinates_grad else nothing,
+    )
 
 
-def _new_second_gradients(a: SampleHvp) -> tuple[Tensor, Tensor]:
-    wanted = a.input_grad, a.coordinates_grad
-    return new_second_gradients(a.grad_output, a.params, a.source, a.in_shape, a.channels_last, *wanted)
+def _new_second_gradients(
+    grad_output: Tensor,
+    input: Tensor | None,
+    tangent: Tensor | None,
+    params: Tensor,
+    control_points: Tensor | None,
+    coord_tangent: Tensor | None,
+    source: int,
+    in_shape: Sequence[int],
+    channels_last: bool,
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+    input_grad: bool,
+    coordinates_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    wanted = input_grad, coordinates_grad
+    return new_second_gradients(grad_output, params, source, in_shape, channels_last, *wanted)
 
 
-@_operator(_new_second_gradients)
-def sample_hvp(a: SampleHvp) -> tuple[Tensor, Tensor]:
-    grad_input, by_coordinates = _new_second_gradients(a)
-    if a.grad_output.numel() == 0 or a.interpolation == Interpolation.NEAREST:
-        return grad_input.zero_(), by_coordinates.zero_()
-    tensors = a.input, a.tangent, a.params, a.control_points, a.coord_tangent
-    modes = a.interpolation, a.padding, a.align_corners
-    if backend.select(a.grad_output.device.type).name == "torch":
-        with backend.without_autocast(a.grad_output.device.type):
-            g = _by_transform(a.grad_output, a.params, a.source)
-            place = Source(a.source), a.in_shape[2:], *named_modes(*modes)
-            image, places = reference.sample_hvp(g, *tensors, *place, a.input_grad, a.coordinates_grad)
-        if image is not None:
-            grad_input.copy_(image)
+@_operator(_new_second_gradients, absent=("grad_output", "grad_output"), images=1)
+def sample_hvp(
+    grad_output: Tensor,
+    input: Tensor | None,
+    tangent: Tensor | None,
+    params: Tensor,
+    control_points: Tensor | None,
+    coord_tangent: Tensor | None,
+    source: int,
+    in_shape: Sequence[int],
+    channels_last: bool,
+    interpolation: int,
+    padding: int,
+    align_corners: bool,
+    input_grad: bool,
+    coordinates_grad: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The Hessian of <grad_output, samples> by image and coordinates, times a direction of each."""
+    if grad_output.numel() == 0 or interpolation == _NEAREST:
+        image = source, in_shape, channels_last
+        grad_input, places = new_second_gradients(grad_output, params, *image, input_grad, coordinates_grad)
+        return grad_input.zero_(), places.zero_()
+    tensors = input, tangent, params, control_points, coord_tangent
+    modes = interpolation, padding, align_corners
+    target = _new_image_gradient(grad_output, in_shape, channels_last) if input_grad else None
+    if backend.select(grad_output.device.type).name == "torch":
+        with _below_autograd(), backend.without_autocast(grad_output.device.type):
+            g = _by_transform(grad_output, params, source)
+            place = Source(source), in_shape[2:], *named_modes(*modes)
+            by_input, by_coordinates = reference.sample_hvp(g, *tensors, *place, input_grad, coordinates_grad)
+        if target is not None and by_input is not None:
+            target.copy_(by_input)
     else:
-        target = grad_input if a.input_grad else None
-        wanted = a.coordinates_grad, torch.are_deterministic_algorithms_enabled()
-        places = kernels.dispatch.sample_double_backward(
-            a.grad_output, *tensors, target, a.source, *modes, *wanted
-        )
-    return grad_input, by_coordinates if places is None else _packed(places)
+        repeatable = torch.are_deterministic_algorithms_enabled()
+        with _below_autograd():
+            by_coordinates = kernels.dispatch.sample_double_backward(
+                grad_output, *tensors, target, source, *modes, coordinates_grad, repeatable
+            )
+    return target, by_coordinates
 
 
 # ----------------------------------------------------------------------------------------------- grid
-class Grid(NamedTuple):
-    """The coordinates (N, *size, dims) that a matrix or a spline makes."""
-
-    params: Tensor
-    control_points: Tensor | None
-    source: int
-    size: Sequence[int]
-    align_corners: bool
-
-
-def _new_grid(a: Grid) -> Tensor:
-    return a.params.new_empty((a.params.shape[0], *a.size, len(a.size)))
+def _new_grid(
+    params: Tensor, control_points: Tensor | None, source: int, size: Sequence[int], align_corners: bool
+) -> Tensor:
+    return params.new_empty(params.shape[0], *size, len(size))
 
 
 @_operator(_new_grid)
-def grid(a: Grid) -> Tensor:
-    output = _new_grid(a)
+def grid(
+    params: Tensor, control_points: Tensor | None, source: int, size: Sequence[int], align_corners: bool
+) -> Tensor:
+    """The coordinates (N, *size, dims) that a matrix or a spline makes."""
+    output = params.new_empty(params.shape[0], *size, len(size))
     if output.numel() == 0:
         return output
-    if backend.select(a.params.device.type).name == "torch":
-        place = Source(a.source), a.params, a.control_points, tuple(a.size), a.align_corners
-        with backend.without_autocast(a.params.device.type):
-            coordinates = reference.coordinates(*place, reference.compute_dtype(a.params))
+    if backend.select(params.device.type).name == "torch":
+        place = Source(source), params, control_points, tuple(size), align_corners
+        with backend.without_autocast(params.device.type):
+            coordinates = reference.coordinates(*place, reference.compute_dtype(params))
         return output.copy_(coordinates.squeeze(1))
-    kernels.dispatch.grid_forward(a.params, a.control_points, output, a.source, a.align_corners)
+    kernels.dispatch.grid_forward(params, control_points, output, source, align_corners)
     return output
 
 
-class GridBackward(NamedTuple):
+def _new_grid_gradients(
+    grad_grid: Tensor,
+    params: Tensor,
+    control_points: Tensor | None,
+    source: int,
+    align_corners: bool,
+    control_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    by_controls = _new_control_gradient(params, control_points, control_grad)
+    return params.new_empty(params.shape), by_controls
+
+
+@_operator(_new_grid_gradients, absent=("params", "params"))
+def grid_backward(
+    grad_grid: Tensor,
+    params: Tensor,
+    control_points: Tensor | None,
+    source: int,
+    align_corners: bool,
+    control_grad: bool,
+) -> tuple[Tensor | None, Tensor | None]:
     """Of d coordinates, d params and d control points."""
-
-    grad_grid: Tensor
-    params: Tensor
-    control_points: Tensor | None
-    source: int
-    align_corners: bool
-    control_grad: bool
-
-
-def _new_grid_gradients(a: GridBackward) -> tuple[Tensor, Tensor]:
-    by_controls = _new_control_gradient(a.params, a.control_points, a.control_grad)
-    return a.params.new_empty(a.params.shape), by_controls
-
-
-@_operator(_new_grid_gradients)
-def grid_backward(a: GridBackward) -> tuple[Tensor, Tensor]:
-    if a.grad_grid.numel() == 0:
-        by_params, by_controls = _new_grid_gradients(a)
+    modes = source, align_corners, control_grad
+    if grad_grid.numel() == 0:
+        by_params, by_controls = _new_grid_gradients(grad_grid, params, control_points, *modes)
         return by_params.zero_(), by_controls.zero_()
-    params = a.params, a.control_points
-    if backend.select(a.params.device.type).name == "torch":
-        by_transform = a.grad_grid.unsqueeze(1).to(reference.compute_dtype(a.params))
-        with backend.without_autocast(a.params.device.type):
-            found = reference.coordinates_backward(
-                Source(a.source), by_transform, *params, a.align_corners, a.control_grad
+    if backend.select(params.device.type).name == "torch":
+        by_transform = grad_grid.unsqueeze(1).to(reference.compute_dtype(params))
+        with _below_autograd(), backend.without_autocast(params.device.type):
+            return reference.coordinates_backward(
+                Source(source), by_transform, params, control_points, align_corners, control_grad
             )
-    else:
-        wanted = a.source, a.align_corners, a.control_grad
-        found = kernels.dispatch.grid_backward(a.grad_grid, *params, *wanted)
-    return _packed(found[0]), a.params.new_empty(0) if found[1] is None else _packed(found[1])
+    with _below_autograd():
+        return kernels.dispatch.grid_backward(grad_grid, params, control_points, *modes)

@@ -14,6 +14,7 @@ import torch
 
 import stn_triton as stn
 from bench import host
+from stn_triton import calls
 from stn_triton.kernels import sample
 from stn_triton.kernels.host import configs, launch
 from stn_triton.kernels.modes import Interpolation, Padding, Source
@@ -70,18 +71,20 @@ def functions_entered(function):
     return sum(entered.values()), entered
 
 
-# Of a call without gradients, of one recorded for them, and of one with its backward pass: one or two more
-# than there are. A second operator enters about ten, a plan that is made anew more than thirty.
+# Of a call without gradients, of one recorded for them, and of one with its backward pass: one more than
+# there are. A plan that is made anew enters more than thirty.
 MOST_FUNCTIONS = {
-    "affine_grid_sample": (29, 34, 64),
-    "projective_grid_sample": (29, 34, 64),
-    "tps_grid_sample": (45, 50, 78),
-    "flow_grid_sample": (27, 32, 59),
-    "grid_sample": (23, 28, 55),
-    "affine_grid": (23, 26, 45),
-    "projective_grid": (25, 28, 47),
-    "tps_grid": (41, 44, 62),
+    "affine_grid_sample": (24, 27, 55),
+    "projective_grid_sample": (24, 27, 55),
+    "tps_grid_sample": (37, 40, 66),
+    "flow_grid_sample": (23, 26, 52),
+    "grid_sample": (22, 25, 51),
+    "affine_grid": (17, 19, 35),
+    "projective_grid": (19, 21, 37),
+    "tps_grid": (32, 34, 50),
 }
+# One inside the other, from the public function, or from the backward pass, to a launch.
+MOST_NESTED = {"forward": 7, "backward": 6}
 
 
 @pytest.fixture(params=list(MOST_FUNCTIONS))
@@ -139,6 +142,118 @@ def test_few_functions_are_entered(name, launched):
     for (step, function), most in zip(passes(name).items(), MOST_FUNCTIONS[name], strict=True):
         count, entered = functions_entered(function)
         assert count <= most, f"{step}: {count}, {entered.most_common()}"
+
+
+def test_few_functions_are_nested(name, launched, monkeypatch):
+    """From the function that is called to each of its launches, and from autograd's call to each of these."""
+    nested = {"forward": [], "backward": []}
+    call = launch.Plan.__call__
+
+    def note(plan, *tensors):
+        frame, count, way = sys._getframe(1), 1, "forward"
+        while frame is not None and frame.f_code.co_filename != host.__file__ and way == "forward":
+            count += frame.f_code.co_filename.startswith(OURS)
+            way = "backward" if frame.f_code.co_name == "backward" else "forward"
+            frame = frame.f_back
+        nested[way].append(count)
+        call(plan, *tensors)
+
+    monkeypatch.setattr(launch.Plan, "__call__", note)
+    for function in passes(name).values():
+        function()
+    for way, most in MOST_NESTED.items():
+        assert nested[way], way
+        assert max(nested[way]) <= most, way
+
+
+# ------------------------------------------------------------------------------- without the dispatcher
+def dispatched(function):
+    """How often PyTorch's dispatcher is entered by way of an operator's Python object."""
+    entered = []
+
+    def tally(frame, event, argument):
+        if event == "call" and frame.f_code.co_qualname == "OpOverload.__call__":
+            entered.append(frame.f_locals["self"])
+
+    sys.setprofile(tally)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return entered
+
+
+def test_eager_code_dispatches_no_operator(name, launched):
+    for step, function in passes(name).items():
+        assert not dispatched(function), step
+
+
+def test_a_profiler_sees_operators(name, launched):
+    """Whose names are what tells the launches of a step apart."""
+    for step, function in passes(name).items():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            function()
+        found = {event.name for event in profile.events() if event.name.startswith("stn_triton::")}
+        kind = "sample" if name.endswith("sample") else "grid"
+        forward, backward = f"stn_triton::{kind}", f"stn_triton::{kind}_backward"
+        assert found == ({forward, backward} if "backward" in step else {forward}), step
+
+
+def leaked(image):
+    """What a function transform left wrapped."""
+    found = []
+    torch.func.grad(lambda image: (found.append(image), image.sum())[1])(image)
+    return found[0]
+
+
+STRANGE = {
+    "negated": lambda image: torch.imag(torch.complex(image, -image).conj()),
+    "zero": lambda image: torch._efficientzerotensor(image.shape),
+    "leaked": leaked,
+    "functional": torch._to_functional_tensor,
+    "without memory": lambda image: image.to("meta"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("records", [False, True], ids=["no grad", "grad"])
+def test_tensors_that_are_not_their_memory(kind, records):
+    """The dispatcher makes of them what they stand for."""
+    image, theta = torch.randn(2, 3, 4, 4), torch.tensor([[[0.8, 0.1, 0.2], [-0.1, 0.7, 0.0]]])
+    strange = STRANGE[kind](image)
+    theta.requires_grad_(records)
+    if kind in ("functional", "without memory"):
+        theta = STRANGE[kind](theta)
+    assert not calls.is_undispatched((strange, theta))
+    found = stn.affine_grid_sample(strange, theta)
+    assert found.shape == image.shape
+    if kind == "without memory":
+        assert found.device.type == "meta"
+        return
+    meant = {"zero": torch.zeros_like(image)}.get(kind, image)
+    plain = torch._from_functional_tensor if kind == "functional" else lambda tensor: tensor
+    theta = plain(theta)
+    assert torch.equal(plain(found), stn.affine_grid_sample(meant, theta))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("inference", [False, True])
+def test_modes_that_say_nothing_of_operators(autocast, inference, launched):
+    with torch.inference_mode(inference), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        image, theta = torch.randn(2, 3, 4, 4), torch.eye(2, 3)[None]
+        assert not dispatched(lambda: stn.affine_grid_sample(image, theta))
+
+
+def test_transforms_of_an_image_are_no_view(launched):
+    """In place, where a view that was made without autograd would refuse."""
+    for format in torch.contiguous_format, torch.channels_last:
+        image = torch.randn(2, 3, 4, 4).to(memory_format=format).requires_grad_()
+        theta = torch.eye(2, 3).expand(2, 5, 2, 3).clone().requires_grad_()
+        samples = stn.affine_grid_sample(image, theta)
+        assert not samples._is_view()
+        assert samples[0].is_contiguous(memory_format=format)
+        gradients = torch.autograd.grad(samples.mul_(2), (image, theta), torch.ones_like(samples))
+        assert not any(gradient._is_view() for gradient in gradients)
 
 
 # --------------------------------------------------------------------------------- what plans are kept by
@@ -263,8 +378,8 @@ def told(function):
     launches.clear()
     lookups.clear()
     function()
-    # but for the metadata of the launch, which are for hooks
-    return [[str(value) for value in (*launch[:7], *launch[8:])] for launch in launches], list(lookups)
+    # but for the hooks, and for what is said to them
+    return [[str(value) for value in (*launch[:7], *launch[10:])] for launch in launches], list(lookups)
 
 with host.launching_nowhere():
     image = torch.randn(2 * 3 * 4 * 4 + 1)
@@ -284,6 +399,19 @@ with host.launching_nowhere():
     found["debug"] = [told(lambda: forward(0)) for _ in range(2)]
     triton.knobs.runtime.debug = False
     found["no debug"] = told(lambda: forward(0))
+    names = []
+    hook = lambda metadata: names.append(metadata.get()["name"])
+    # as a driver's launch calls it
+    def hooked(self, *given):
+        launches.append((id(self), *map(plain, given)))
+        given[7](given[6])
+
+    host._Launcher.__call__ = hooked
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    found["hooked"] = told(lambda: forward(0)), names
+    triton.knobs.runtime.launch_enter_hook.remove(hook)
+    host._Launcher.__call__ = lambda self, *given: launches.append((id(self), *map(plain, given)))
+    found["not hooked"] = told(lambda: forward(0))
 
     host._Launcher.__call__ = lambda self, *arguments: None
     launch.run = launch.runner = run
@@ -333,6 +461,14 @@ def test_debugging_goes_through_triton(compiled):
     assert first == again
     assert first[0][0] != compiled["aligned"][0][0][0][0], "the kernel was compiled without debugging"
     assert compiled["no debug"] == [compiled["aligned"][0][0], []]
+
+
+@once
+def test_hooks_of_launches_are_called(compiled):
+    (launches, looked_up), names = compiled["hooked"]
+    assert looked_up == names == ["sample_forward_kernel"]
+    assert launches == compiled["aligned"][0][0]
+    assert compiled["not hooked"] == [launches, []]
 
 
 @once

@@ -240,6 +240,5 @@ def test_second_derivatives_of_a_grid(device):
 def test_operators_need_no_autograd(device):
     """The differentiable functions wrap one operator call each."""
     input, theta, *_ = arguments(Source.AFFINE, 2, device)
-    assert not autograd.sample(
-        input, theta, Source.AFFINE, (2, 2), Interpolation.NEAREST, Padding.ZEROS, False
-    ).requires_grad
+    codes = int(Source.AFFINE), (2, 2), int(Interpolation.NEAREST), int(Padding.ZEROS), False
+    assert not autograd.sample(input, theta, None, *codes).requires_grad

@@ -7,7 +7,7 @@ a call like an earlier one looks both up and fills in the pointers.
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -87,7 +87,7 @@ class Plan:
     are known but for the pointers' alignment, so that it is asked once for each.
     """
 
-    __slots__ = ("args", "compiled", "device", "kernel", "kwargs", "module", "places", "programs", "rest")
+    __slots__ = ("args", "compiled", "count", "device", "kernel", "kwargs", "module", "places", "programs")
 
     def __init__(self, kernel, programs: int, device: torch.device, *args, **kwargs) -> None:
         if programs > MOST_PROGRAMS:
@@ -96,32 +96,55 @@ class Plan:
             )
         self.kernel, self.programs, self.device = kernel, programs, device
         self.places = [i for i, argument in enumerate(args) if isinstance(argument, torch.Tensor)]
+        # in the kernel's order: those given by place, of which tensors come with a call, and the others
+        self.count = len(args)
         self.args = [None if isinstance(argument, torch.Tensor) else argument for argument in args]
+        self.args += [kwargs[name] for name in kernel.arg_names[self.count :]]
         self.kwargs = {**OPTIONS, **kwargs}
-        self.rest = [kwargs[name] for name in kernel.arg_names[len(args) :]]
         self.module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
         # by which pointers are no multiples of 16 bytes, as Triton tells kernels apart
-        self.compiled: dict[int, Any] = {}
+        self.compiled: dict[int, _Compiled] = {}
 
     def __call__(self, *tensors: torch.Tensor) -> None:
         args = self.args.copy()
-        unaligned = 0
+        pointers = 0
         for place, tensor in zip(self.places, tensors, strict=True):
             args[place] = tensor
-            unaligned = unaligned << 1 | (tensor.data_ptr() & 15 != 0)
-        if runner is not run:
-            runner(self.kernel, self.programs, self.device, *args, **self.kwargs)
-            return
-        launcher = self.compiled.get(unaligned)
-        if launcher is None or _instrumented():
-            compiled = run(self.kernel, self.programs, self.device, *args, **self.kwargs)
-            if _tells_kernels_apart(compiled) and not _instrumented():
-                self.compiled[unaligned] = compiled[(self.programs, 1, 1)]
-        elif self.module is None or self.module.current_device() == self.device.index:
-            launcher(*args, *self.rest)
-        else:
+            pointers |= tensor.data_ptr()
+        compiled = self.compiled.get(_unaligned(tensors) if pointers & 15 else 0)
+        if compiled is None or runner is not run or _watched():
+            self._ask(tensors, args)
+        elif self.module is not None and self.module.current_device() != self.device.index:
             with self.module.device(self.device.index):
-                launcher(*args, *self.rest)
+                self(*tensors)
+        else:  # as Triton's ``CompiledKernel`` does it
+            stream = triton.runtime.driver.active.get_current_stream(self.device.index)
+            _, launch, function, metadata = compiled
+            launch(self.programs, 1, 1, stream, function, metadata, None, None, None, *args)
+
+    def _ask(self, tensors: tuple[torch.Tensor, ...], args: list[Any]) -> None:
+        """Launches by Triton, or by who takes its place, and keeps the kernel that it takes."""
+        compiled = runner(self.kernel, self.programs, self.device, *args[: self.count], **self.kwargs)
+        if runner is run and not _instrumented() and _tells_kernels_apart(compiled):
+            kept = _Compiled(compiled, compiled.run, compiled.function, compiled.packed_metadata)
+            self.compiled[_unaligned(tensors)] = kept
+
+
+class _Compiled(NamedTuple):
+    """A kernel that Triton has compiled and loaded, and with what it is launched."""
+
+    kernel: Any  # which unloads it when it goes
+    run: Any
+    function: Any
+    metadata: Any
+
+
+def _unaligned(tensors: tuple[torch.Tensor, ...]) -> int:
+    """A bit for each tensor: whether it begins at no multiple of 16 bytes."""
+    bits = 0
+    for tensor in tensors:
+        bits = bits << 1 | (tensor.data_ptr() & 15 != 0)
+    return bits
 
 
 def _tells_kernels_apart(compiled: Any) -> bool:
@@ -140,6 +163,13 @@ def _instrumented() -> bool:
         or knobs.compilation.instrumentation_mode
         or knobs.runtime.add_stages_inspection_hook is not None
     )
+
+
+def _watched() -> bool:
+    """Whether that is so, or whether launches call hooks, for which Triton puts together what it says."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # chains of functions, or None
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave)) or _instrumented()
 
 
 Made = TypeVar("Made")
@@ -172,12 +202,9 @@ class planned(Generic[Made]):
         state = configs.state()
         if runner is not run or state is None:  # whoever watches launches or choices sees them all
             return self._make(*tensors, *numbers)
-        key = (
-            tensors[0].device,
-            state,
-            numbers,
-            *[None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors],
-        )
+        key = tensors[0].device, state, *numbers
+        for tensor in tensors:
+            key += (None,) if tensor is None else (tensor.dtype, tensor.shape, tensor.stride())
         made = self._kept.get(key)
         return self._keep(key, self._make(*tensors, *numbers)) if made is None else made
 

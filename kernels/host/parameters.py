@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..modes import MOST_SAMPLES, Interpolation, Source
 
-DENSE = (Source.GRID, Source.FLOW)
+DENSE = (int(Source.GRID), int(Source.FLOW))  # integers, which compare sooner than enum members
 
 
 def axes(values: Sequence) -> tuple:
@@ -81,30 +81,33 @@ class Sums(NamedTuple):
 def gradient_buffer(source: int, params: torch.Tensor, sums: Sums) -> torch.Tensor:
     """What a kernel writes: the gradient itself where one program sees all of it, else partial sums."""
     if source in DENSE:
-        final = sums.splits == 1 and params.shape[0] == sums.batch
-        shape = (sums.splits, sums.batch, *params.shape[1:])
-        return params.new_empty(shape, dtype=params.dtype if final else sums.compute)
+        if sums.splits == 1 and params.shape[0] == sums.batch:
+            return params.new_empty(*params.shape)
+        return params.new_empty(sums.splits, sums.batch, *params.shape[1:], dtype=sums.compute)
     rows, columns = params.shape[-2:]
     # control points have two columns, like a spline's coefficients
-    return params.new_empty((sums.batch, rows + sums.controls, columns, sums.programs), dtype=sums.compute)
+    shape = sums.batch, rows + sums.controls, columns
+    programs = () if sums.programs == 1 else (sums.programs,)
+    return params.new_empty(*shape, *programs, dtype=sums.compute)
 
 
 def reduce_gradient(
     source: int, params: torch.Tensor, buffer: torch.Tensor, control_points: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """d params, and d control points if these are given, from the filled buffer, in a fixed order of sums."""
+    shape = params.shape
     if source in DENSE:
-        if buffer.dtype == params.dtype and buffer.shape[0] == 1 and buffer.shape[1:] == params.shape:
-            return buffer[0], None
-        return buffer.sum((0, 1) if params.shape[0] == 1 else 0).to(params.dtype).view(params.shape), None
-    gradient = buffer[..., 0] if buffer.shape[-1] == 1 else buffer.sum(-1)
+        if buffer.dim() == len(shape):
+            return buffer, None
+        return buffer.sum((0, 1) if shape[0] == 1 else 0).to(params.dtype).view(shape), None
+    gradient = buffer if buffer.dim() == 3 else buffer.sum(-1)
     by_controls = None
     if control_points is not None:
-        rows = params.shape[-2]
+        rows = shape[-2]
         by_controls = gradient[:, rows:].sum(0).to(control_points.dtype)
         gradient = gradient[:, :rows]
-    if params.shape[0] == 1 < gradient.shape[0]:
-        gradient = gradient.unflatten(0, (-1, params.shape[1] if params.dim() == 4 else 1)).sum(0)
+    if shape[0] == 1 < gradient.shape[0]:
+        gradient = gradient.unflatten(0, (-1, shape[1] if len(shape) == 4 else 1)).sum(0)
     if gradient.dtype != params.dtype:
         gradient = gradient.to(params.dtype)
-    return gradient if gradient.shape == params.shape else gradient.reshape(params.shape), by_controls
+    return gradient if gradient.shape == shape else gradient.reshape(shape), by_controls

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import backend, export, ops, reference
-from ..calls import PLAIN
 from ..kernels.modes import Source
-from .function import Function, Tensors, added, admitted, primals, tracks_tangents, vector_jacobian
+from .function import Function, Tensors, added, primals, tracks_tangents, unwanted, vector_jacobian
 from .vmap import fold_samples
 
 
@@ -47,9 +46,8 @@ def coord_tangent_of(
                 _check_linear(source)
                 tangent = _by_transform(of_params, dtype)
                 outputs, *matrix = tangent.shape[:2].numel(), *tangent.shape[2:]
-                coord_tangent = grid(
-                    tangent.reshape(outputs, *matrix), Source(source), size, align_corners, controls
-                )
+                matrices = tangent.reshape(outputs, *matrix)
+                coord_tangent = grid(matrices, controls, source, size, align_corners)
                 coord_tangent = coord_tangent.reshape(*tangent.shape[:2], *coord_tangent.shape[1:])
         if of_controls is not None:
             assert controls is not None
@@ -176,9 +174,7 @@ class _GridBackward(Function):
         grad_grid, params, control_points, ctx.source, ctx.align_corners, ctx.control_grad = inputs
         ctx.shape, ctx.dtype = grad_grid.shape, grad_grid.dtype
         ctx.save_for_backward(grad_grid if any(ctx.needs_input_grad[1:3]) else None, params, control_points)
-        ctx.save_for_forward(*inputs[:3])
-        if not ctx.control_grad:
-            ctx.mark_non_differentiable(output[1])
+        ctx.mark_non_differentiable(*unwanted(output[1:], (ctx.control_grad,)))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -245,7 +241,6 @@ class _Grid(Function):
         params, control_points, ctx.source, _, ctx.align_corners = inputs
         ctx.shape, ctx.dtype = output.shape, output.dtype
         ctx.save_for_backward(params, control_points)
-        ctx.save_for_forward(params, control_points)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -267,10 +262,5 @@ class _Grid(Function):
         return fold_samples(_Grid, ("params", "control"), ("grid",), info, in_dims, inputs)
 
 
-def grid(
-    params: Tensor, source: Source, size: Any, align_corners: bool, control_points: Tensor | None = None
-) -> Tensor:
-    """The normalised coordinates of a source, (N, *size, dims) in the dtype of ``params``."""
-    if not (type(params) is Tensor and type(control_points) in PLAIN):
-        params, control_points = admitted(params, control_points)
-    return _Grid.run(params, control_points, int(source), size, align_corners)
+grid = _Grid.run
+"""The normalised coordinates of a source, (N, *size, dims) in the dtype of ``params``."""

@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import distributed, export, ops, reference
-from ..calls import PLAIN
-from ..kernels.modes import Interpolation, Padding, Source
-from .function import Function, Tensors, admitted, is_transformed
+from ..kernels.modes import Interpolation, Padding
+from .function import Function, Tensors, is_transformed
 from .samples import sample
 from .vmap import fold_samples
 
@@ -55,8 +54,8 @@ def _in_parts(
         by_centres, padding = False, Padding.FRAMED
     if input.is_floating_point():
         input = input.to(compute)
-    place = Source(source), size, Interpolation(interpolation), padding, align_corners, control_points
-    samples = sample(input, params, *place)
+    place = params, control_points, source, size, interpolation, padding, align_corners
+    samples = sample(input, *place)
     if fill is not None:
         one = distributed.replicated(torch.ones((), dtype=compute, device=input.device), input)
         ones = one.expand(input.shape[0], 1, *input.shape[2:])
@@ -66,7 +65,7 @@ def _in_parts(
             inside = _SampleAs.run(ones, params, control_points, zeros, *nearest)
             samples = reference.fill_centres(samples, inside != 0, fill.to(compute), dims)
         else:
-            inside = sample(ones, params, *place)
+            inside = sample(ones, *place)
             samples = reference.fill_taps(samples, inside, fill.to(compute), dims)
     return samples.to(dtype)
 
@@ -97,21 +96,5 @@ class _SampleAs(Function):
         return fold_samples(_SampleAs, arguments, ("output",), info, in_dims, inputs)
 
 
-def sample_as(
-    input: Tensor,
-    params: Tensor,
-    source: Source,
-    size: Any,
-    interpolation: Interpolation,
-    padding: int,
-    align_corners: bool,
-    control_points: Tensor | None,
-    fill: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """``sample`` in ``dtype``, with the fill, (N, C), in place of what lies outside the image."""
-    codes = int(interpolation), int(padding), align_corners
-    tensors = input, params, control_points, fill
-    if not PLAIN.issuperset(map(type, tensors)):
-        tensors = admitted(*tensors)
-    return _SampleAs.run(*tensors, int(source), size, *codes, dtype)
+sample_as = _SampleAs.run
+"""``sample`` in ``dtype``, with the fill, (N, C), in place of what lies outside the image."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import backend, distributed, ops
-from ..calls import leaves_pytorch, plain
+from ..calls import PLAIN, is_undispatched, leaves_pytorch, plain
 
 Tensors = Sequence[Tensor | None]
 
@@ -31,36 +31,63 @@ class Function(torch.autograd.Function):
     in_parts: Callable[..., Any] | None = None
     """Of an operator without derivatives: what is called instead where one may be asked for."""
     run: Callable[..., Any]
-    """The operator. Eager code goes straight to the derivatives, and where none can be asked for does without
-    them; compilers see the operator alone, as Dynamo traces no Function that has a ``jvp``."""
+    """The operator, called with its arguments by place. Its tensors may be of any type.
+
+    Plain eager code goes straight to the implementation, recorded if need be. Function transforms and forward
+    mode go to the derivatives, and compilers see the operator alone, as Dynamo traces no Function that has a
+    ``jvp``. In place of a result that is not asked for there is None or an empty tensor."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        op, apply, in_pytorch, in_parts = cls.op, cls.in_parts or cls.apply, cls.in_pytorch, cls.in_parts
+        op, in_pytorch, in_parts, setup = cls.op, cls.in_pytorch, cls.in_parts, cls.setup_context
+        implementation, tensors = ops.implementation_of(op)
         # looked up here, as they are asked in each call
         is_compiling, is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
+        is_traced_by_dynamo = torch.compiler.is_dynamo_compiling
         has_transforms, is_grad_enabled = torch._C._are_functorch_transforms_active, torch.is_grad_enabled
         below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
         # ``apply`` inspects ``forward`` for defaults first, which takes longer than all the rest
         record = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
-        tensors = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)  # they come first
+        has_tangents = "jvp" in cls.__dict__
 
         def compute(*inputs: Any) -> Any:
             # A result may be a view of a buffer. To autograd it is to be none: some views take no tangents.
             with below_autograd():
                 return op(*inputs)
 
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup(ctx, inputs, output)
+            if has_tangents:
+                ctx.save_for_forward(*inputs[:tensors])
+
+        def apply(*inputs: Any) -> Any:
+            if in_parts is not None:
+                return in_parts(*inputs)
+            if has_transforms():
+                return cls.apply(*inputs)
+            return record(*map(_unwrapped, inputs[:tensors]), *inputs[tensors:])
+
         def run(*inputs: Any) -> Any:
+            given = inputs[:tensors]
+            if is_traced_by_dynamo() or not is_undispatched(given) or forward_ad._current_level >= 0:
+                return run_dispatched(*inputs)
+            if is_grad_enabled():
+                for tensor in given:
+                    if tensor is not None and tensor.requires_grad:
+                        return record_eager(*inputs)
+            return implementation(*inputs)
+
+        def run_dispatched(*inputs: Any) -> Any:
+            if not PLAIN.issuperset(map(type, inputs[:tensors])):
+                inputs = *admitted(*inputs[:tensors]), *inputs[tensors:]
             if is_compiling() or is_tracing():
                 return op(*inputs) if in_pytorch is None or not leaves_pytorch() else in_pytorch(*inputs)
-            if forward_ad._current_level >= 0 or has_transforms():  # ``is_transformed``
+            if is_transformed():
                 return apply(*inputs)
             if is_grad_enabled():
                 for tensor in inputs[:tensors]:
                     if tensor is not None and tensor.requires_grad:
-                        if in_parts is not None:
-                            return in_parts(*inputs)
-                        return record(*map(_unwrapped, inputs[:tensors]), *inputs[tensors:])
+                        return apply(*inputs)
             return compute(*inputs)
 
         def dispatched(*inputs: Any) -> Any:
@@ -70,13 +97,38 @@ class Function(torch.autograd.Function):
             return apply(*inputs) if tracked else compute(*inputs)
 
         cls.forward = staticmethod(compute)  # type: ignore[method-assign]
+        cls.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
         cls.run = staticmethod(run)
+        record_eager = in_parts or _eager(cls.__name__, implementation, setup, cls.backward)
         ops.differentiate(op, dispatched)
+
+
+def _eager(
+    name: str,
+    implementation: Callable[..., Any],
+    setup: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """``apply`` of a Function that neither knows transforms nor dispatches its operator: of two calls one."""
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = implementation(*inputs)
+        setup(ctx, inputs, output)
+        return output
+
+    body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(name, (torch.autograd.Function,), body)
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def _unwrapped(tensor: Tensor | None) -> Tensor | None:
     """What a function transform left wrapped when it ended."""
     return None if tensor is None else torch._C._functorch.unwrap_if_dead(tensor)
+
+
+def unwanted(results: tuple[Tensor | None, ...], wanted: Sequence[bool]) -> list[Tensor]:
+    """What stands for results that are not asked for."""
+    return [t for t, want in zip(results, wanted, strict=True) if t is not None and not want]
 
 
 def primals(ctx: Any) -> tuple[Any, ...]:

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from .. import export, ops, reference
-from ..calls import PLAIN
 from ..kernels.modes import Interpolation, Source
 from .coordinates import coord_backward, coord_curvature, coord_tangent_of, is_curved
 from .function import (
     Function,
     Tensors,
     added,
-    admitted,
     jacobian_vector,
     primals,
     tracks_tangents,
+    unwanted,
     vector_jacobian,
 )
 from .vmap import fold_samples
@@ -188,8 +187,7 @@ class _SampleHvp(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.rest, ctx.wanted = inputs[6:12], inputs[12:]
         ctx.save_for_backward(*inputs[:6])
-        ctx.save_for_forward(*inputs[:6])
-        ctx.mark_non_differentiable(*(t for t, want in zip(output, ctx.wanted, strict=True) if not want))
+        ctx.mark_non_differentiable(*unwanted(output, ctx.wanted))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -263,7 +261,6 @@ class _SampleJvp(Function):
             control_points,
             coord_tangent if of_input or of_places else None,
         )
-        ctx.save_for_forward(*inputs[:5])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -389,12 +386,11 @@ class _SampleBackward(Function):
         grad_output, input, params, control_points, source, in_shape, channels_last, *rest = inputs
         size = grad_output.shape[grad_output.dim() - len(in_shape) + 2 :]
         ctx.place = _Place(source, in_shape, channels_last, size, tuple(rest[:3]))
-        ctx.wanted = wanted = rest[3:]
+        ctx.wanted = rest[3:]
         ctx.dtype = reference.compute_dtype(grad_output, params)
         read = any(ctx.needs_input_grad[1:4]) and not ctx.place.steps
         ctx.save_for_backward(grad_output if read else None, input, params, control_points)
-        ctx.save_for_forward(*inputs[:4])
-        ctx.mark_non_differentiable(*(t for t, want in zip(output, wanted, strict=True) if not want))
+        ctx.mark_non_differentiable(*unwanted(output, ctx.wanted))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -438,18 +434,17 @@ class _Sample(Function):
         _, of_params, of_controls = ctx.needs_input_grad[:3]
         read = (of_params or of_controls) and ctx.modes[0] != Interpolation.NEAREST
         ctx.save_for_backward(input if read else None, params, control_points)
-        ctx.save_for_forward(*inputs[:3])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * 8
-        wanted = ctx.needs_input_grad[:3]
+        of_input, of_params, of_controls = wanted = ctx.needs_input_grad[:3]
         image = ctx.source, ctx.in_shape, ctx.channels_last, *ctx.modes
         found = _SampleBackward.run(grad_output, *ctx.saved_tensors, *image, *wanted)
-        gradients = (g if want else None for g, want in zip(found, wanted, strict=True))
-        return *gradients, None, None, None, None, None
+        by_input, by_params = found[0] if of_input else None, found[1] if of_params else None
+        return by_input, by_params, found[2] if of_controls else None, None, None, None, None, None
 
     @staticmethod
     @tracks_tangents
@@ -466,18 +461,5 @@ class _Sample(Function):
         return fold_samples(_Sample, arguments, ("output",), info, in_dims, inputs)
 
 
-def sample(
-    input: Tensor,
-    params: Tensor,
-    source: Source,
-    size: Any,
-    interpolation: Interpolation,
-    padding: int,
-    align_corners: bool,
-    control_points: Tensor | None = None,
-) -> Tensor:
-    """(N, C, *size), or (N, T, C, *size) for params (N or 1, T, ...). Arguments are taken as valid."""
-    codes = int(interpolation), int(padding), align_corners
-    if not (type(input) is type(params) is Tensor and type(control_points) in PLAIN):
-        input, params, control_points = admitted(input, params, control_points)
-    return _Sample.run(input, params, control_points, int(source), size, *codes)
+sample = _Sample.run
+"""(N, C, *size), or (N, T, C, *size) for params (N or 1, T, ...). The arguments are the operator's, valid."""

@@ -236,22 +236,22 @@ def kept_lattice(k: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_dynamo_compiling():  # which folds it into what it compiles
         return control_lattice(k, device=device, dtype=dtype)
     key = k, device, dtype
-    if _is_eager(device):
-        if key not in _places:
-            with torch.inference_mode(False), torch.no_grad():
-                _places.setdefault(key, control_lattice(k, device=device, dtype=dtype))
-        return _places[key]
     if key in _places and not is_in_torch_dispatch_mode():
         return _places[key]
-    return control_lattice(k, device=device, dtype=dtype)
+    if not _is_eager(device):
+        return control_lattice(k, device=device, dtype=dtype)
+    with torch.inference_mode(False), torch.no_grad():
+        return _places.setdefault(key, control_lattice(k, device=device, dtype=dtype))
 
 
 def _lattice_matrix(k: int, regularization: float, device: torch.device) -> Tensor:
     if regularization == 0:
-        if torch.compiler.is_dynamo_compiling() or _is_eager(device):
+        if torch.compiler.is_dynamo_compiling():
             return _plain_lattice_matrix(k, device)
         if (k, device) in _lattices and not is_in_torch_dispatch_mode():
             return _lattices[k, device]
+        if _is_eager(device):
+            return _plain_lattice_matrix(k, device)
     elif _is_eager(device):
         return _system_matrix(k, torch.float64, float(regularization), device)
     return _solve(control_lattice(k, device=device, dtype=torch.float64), regularization)
