@@ -157,7 +157,7 @@ SUBSET_AXES = {
 }
 SUBSET_AXES["forward"]["dtypes"] = (*COMMON_DTYPES, *((dtype, F32) for dtype in INTEGERS))
 # What a layout decides, vectors and even blocks, is alike in all kernels: each meets a part of the layouts.
-# The compiler takes up to seven seconds for a gather of 64 channels innermost; the budget's test has one.
+# The compiler takes long for a gather of 64 channels innermost; the budget's test has one.
 SUBSET_AXES["forward"]["layout"] = (
     Layout(1, False, False),
     Layout(4, False, False),
@@ -231,9 +231,9 @@ def possible(case: Case) -> bool:
 
 
 def affordable(case: Case) -> bool:
-    """Whether a case is for the subset: each of the others takes the compiler 5 to 15 seconds.
+    """Whether a case is for the subset: the others take the compiler much longer.
 
-    Those are many loads in one loop, four outputs' of a cubic or channels-last spline and 64 taps of many
+    Those have many loads in one loop: four outputs' of a cubic or channels-last spline, 64 taps of many
     channels. No two options alone make a case unaffordable.
     """
     cubic, layout = case.get("interpolation") == Interpolation.BICUBIC, case.get("layout")

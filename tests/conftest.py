@@ -17,7 +17,7 @@ from stn_triton import backend  # noqa: E402
 
 
 def pytest_collection_finish(session):
-    """What is imported by now stays: no search for garbage, half a second of it, goes through that again."""
+    """What is imported by now stays: no search for garbage goes through all of that again."""
     gc.collect()
     gc.freeze()
 

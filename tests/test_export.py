@@ -251,7 +251,7 @@ def test_onnx(name):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_onnx_modes():
-    """All that ONNX has, in one model: an export takes a second, and a node of it little."""
+    """All that ONNX has, in one model: an export takes long, and a node of it little."""
     modes = list(
         itertools.product(
             ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection"), (False, True)
