@@ -234,12 +234,15 @@ def affordable(case: Case) -> bool:
     """Whether a case is for the subset: the others take the compiler much longer.
 
     Those have many loads in one loop: four outputs' of a cubic or channels-last spline, 64 taps of many
-    channels. No two options alone make a case unaffordable.
+    channels or of second derivatives. No two options alone make a case unaffordable.
     """
     cubic, layout = case.get("interpolation") == Interpolation.BICUBIC, case.get("layout")
     if case.get("source") == Source.TPS and case.get("batch") == 4 and layout is not None:
         return not (cubic or layout.input_last)
-    return not (cubic and case.get("dims") == 3 and layout is not None and layout.channels > 5)
+    if not (cubic and case.get("dims") == 3):
+        return True
+    twice = case.get("wanted", "").startswith(("both", "coordinates"))
+    return not twice and (layout is None or layout.channels <= 5)
 
 
 def all_cases() -> Iterator[Case]:
