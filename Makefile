@@ -2,7 +2,7 @@
 # ARGS= goes to pytest, `make test ARGS="-k affine -x"`, or to the report, `make kernels ARGS=--check`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs compile older-tritons versions kernels host bench sweep plot tune gpu dist clean
+.PHONY: help demo test lint docs compile older-tritons get-older-tritons versions kernels host bench sweep plot tune gpu dist clean
 .NOTPARALLEL:
 
 ifdef PY
@@ -19,19 +19,20 @@ if workers > 1 and importlib.util.find_spec("xdist"):
 endef
 export WORKERS
 
-# The supported versions of Triton before the newest, each beside the PyTorch at hand. Versions share the 16 parts
+# The supported versions of Triton before the newest, each beside the PyTorch at hand. Versions share the 12 parts
 # of the subset of specialisations, as compiling takes long: the newest compiles what these leave.
 OLDER := 3.6 3.7 3.8
 REQUIREMENTS_3.6 := 'triton==3.6.*' 'numpy<2.4'
 REQUIREMENTS_3.7 := 'triton==3.7.*'
 REQUIREMENTS_3.8 := 'triton==3.8.*'
-PARTS_3.6 := 1 2 3 4 5 6
-PARTS_3.7 := 7 8
-PARTS_3.8 := 9 10
+PARTS_3.6 := 1 2 3 4
+PARTS_3.7 := 5 6
+PARTS_3.8 := 7 8
 PART = tests/test_compile.py::test_specialisations_compile
 # The oldest one's compiled code is executed too, as the newest's is.
 EXECUTED_3.6 = 'tests/test_compiled.py::test_compiled_code_is_right_and_stays_in_its_tensors[every_triton]'
-OLDER_TESTS = tests/test_triton_versions.py $(EXECUTED_$*) $(PARTS_$*:%='$(PART)[%]')
+# What takes long comes first, that workers end together.
+OLDER_TESTS = $(EXECUTED_$*) $(PARTS_$*:%='$(PART)[%]') tests/test_triton_versions.py
 # The parts as version:part; what a Triton that could not be had has not compiled, the newest compiles too.
 SHARED := $(foreach v,$(OLDER),$(PARTS_$v:%=$v:%))
 
@@ -64,19 +65,23 @@ compile: ## compile every kernel specialisation for GPUs that need not be there
 	@py=$$(.ci/venv test) && "$$py" -m bench.specialisations --all
 
 older-tritons: $(OLDER:%=triton-%) ## run what versions of Triton could differ in under each older one
+get-older-tritons: $(OLDER:%=get-%)
 
 # With OPTIONAL=1 a Triton that cannot be had is reported, but is no failure. The directory comes into being
 # complete or not at all.
-triton-%:
+get-%:
 	@py=$$(.ci/venv test) || exit 1; dir=build/triton-$*; \
+	if [ -d $$dir ]; then exit; fi; \
 	case $$("$$py" -c 'import triton; print(triton.__version__)') in $*.*) \
 		echo "Triton $*: skipped, the environment's is that already"; exit 0;; esac; \
-	if [ ! -d $$dir ]; then \
-		rm -rf $$dir.part; \
-		"$$py" -m pip --disable-pip-version-check -qq --retries 1 install \
-			--no-deps --target $$dir.part $(REQUIREMENTS_$*) && mv $$dir.part $$dir || { \
-			echo "Triton $*: skipped, pip cannot get" $(REQUIREMENTS_$*); [ -n "$(OPTIONAL)" ]; exit; }; \
-	fi; \
+	rm -rf $$dir.part; \
+	"$$py" -m pip --disable-pip-version-check -qq --retries 1 install \
+		--no-deps --target $$dir.part $(REQUIREMENTS_$*) && mv $$dir.part $$dir || { \
+		echo "Triton $*: skipped, pip cannot get" $(REQUIREMENTS_$*); [ -n "$(OPTIONAL)" ]; }
+
+triton-%: get-%
+	@py=$$(.ci/venv test) || exit 1; dir=build/triton-$*; \
+	if [ ! -d $$dir ]; then exit; fi; \
 	echo "Triton $*: running" $(OLDER_TESTS); \
 	PYTHONPATH="$(CURDIR)/$$dir:$(CURDIR)" "$$py" -m pytest $$("$$py" -c "$$WORKERS") $(OLDER_TESTS)
 

@@ -165,7 +165,7 @@ def count(name: str, maps: tuple[str, ...] = tuple(MAPS)) -> dict[str, Work]:
     """The work of a hot case, by map. In a process in which kernels are not interpreted."""
     case, found = CASES[name], {}
     for map in maps:
-        with executing(sample=_middle) as runs:
+        with executing(sample=_middle, machine_code=True) as runs:  # of which the report reads it
             case.launch(MAPS[map], True)
         found[map] = work_of(next(run for run in runs if run.launch.compiled.name == case.kernel))
     return found

@@ -100,8 +100,13 @@ def execute(each: specialisations.Launch, sample: Sample | None = None) -> execu
 
 
 @contextmanager
-def executing(target: str = "sm_90", sample: Sample | None = None) -> Iterator[list[Run]]:
-    """Inside, launches of the package on CPU tensors are executed; yields the list of them."""
+def executing(
+    target: str = "sm_90", sample: Sample | None = None, *, machine_code: bool = False
+) -> Iterator[list[Run]]:
+    """Inside, launches of the package on CPU tensors are executed; yields the list of them.
+
+    With ``machine_code`` kernels are compiled to the end, and those that have been are not compiled again.
+    """
     runs: list[Run] = []
 
     def run(kernel: Any, programs: int, device: torch.device, *args: Any, **kwargs: Any) -> None:
@@ -115,7 +120,8 @@ def executing(target: str = "sm_90", sample: Sample | None = None) -> Iterator[l
     with ExitStack() as stack:
         stack.enter_context(specialisations.compiling(target))
         stack.enter_context(backend.use("triton"))
-        stack.enter_context(specialisations.without_machine_code())
+        if not machine_code:
+            stack.enter_context(specialisations.without_machine_code())
         stack.enter_context(mock.patch.object(launch, "runner", run))
         for name in ("choose", "choose_gather", "prefers_sorted"):
             stack.enter_context(mock.patch.object(configs, name, of_gpu(getattr(configs, name))))

@@ -1,5 +1,6 @@
 """Where the tests run: on a GPU if there is one, else the same tests through Triton's interpreter."""
 
+import gc
 import os
 
 import pytest
@@ -8,9 +9,21 @@ import torch
 ON_GPU = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type in ("cuda", "xpu")
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+# A pool's processes import PyTorch, which takes longer than what there is to compile.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from bench.interpreter import quick_interpreter  # noqa: E402
 from stn_triton import backend  # noqa: E402
+
+
+def pytest_collection_finish(session):
+    """What is imported by now stays: no search for garbage goes through all of that again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure(config):
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

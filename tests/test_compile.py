@@ -1,5 +1,6 @@
 """The compiler takes every specialisation that the interpreter ran, for GPUs that need not be there."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARDS = 16
+SHARDS = 12  # each of one target: CI divides them among versions of Triton
 
 
 def compile_specialisations(*arguments):
@@ -29,22 +30,17 @@ def test_specialisations_compile(shard):
 
 def test_every_pair_of_options_is_compiled():
     """The subset really holds each possible pair, and each case is a possible one."""
-    code = """
-import itertools
-from bench import specialisations as s
-cases = list(s.pairwise_cases())
-assert all(s.possible(case) for case in cases)
-for kernel, axes in s.SUBSET_AXES.items():
-    met = set()
-    for case in cases:
-        if case["kernel"] == kernel:
-            met |= {(a, case[a], b, case[b]) for a, b in itertools.combinations(axes, 2)}
-    pairs = {(a, x, b, y) for a, b in itertools.combinations(axes, 2) for x in axes[a] for y in axes[b]}
-    for a, x, b, y in pairs - met:
-        assert not s.possible({a: x, b: y}), (kernel, a, x, b, y)
-"""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, timeout=300)
+    pytest.importorskip("triton")
+    from bench import specialisations
+
+    cases, possible = list(specialisations.pairwise_cases()), specialisations.possible
+    assert all(map(possible, cases))
+    for kernel, axes in specialisations.SUBSET_AXES.items():
+        of_kernel = [case for case in cases if case["kernel"] == kernel]
+        for a, b in itertools.combinations(axes, 2):
+            pairs = set(itertools.product(axes[a], axes[b]))
+            for x, y in pairs - {(case[a], case[b]) for case in of_kernel}:
+                assert not possible({a: x, b: y}), (kernel, a, x, b, y)
 
 
 SPLINE = """
@@ -52,7 +48,7 @@ import itertools, torch
 from bench import assembly, report, specialisations
 from stn_triton.kernels import sample
 from stn_triton.kernels.modes import Interpolation, Padding, Source
-for controls, batch, backward in itertools.product((16, 64), (1, 4), (False, True)):
+for (controls, batch), backward in itertools.product(((16, 1), (64, 4)), (False, True)):
     image = torch.empty(batch, 3, 256, 256, device="meta")
     spline = torch.empty(batch, controls + 3, 2, device="meta"), torch.empty(controls, 2, device="meta")
     modes = Source.TPS, Interpolation.BILINEAR, Padding.ZEROS, False
@@ -83,4 +79,4 @@ def test_splines_share_logarithms_and_do_not_spill():
     command = [sys.executable, "-W", "ignore", "-c", SPLINE]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 8
+    assert len(result.stdout.splitlines()) == 4

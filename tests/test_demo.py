@@ -84,10 +84,13 @@ def test_figure_is_drawn(demo):
     ],
     ids=["too-small", "no-number", "no-steps"],
 )
-def test_bad_number_is_refused(arguments, message):
-    result = run_demo(*arguments)
-    assert result.returncode == 2
-    assert message in result.stderr
+def test_bad_number_is_refused(capsys, arguments, message):
+    from examples.demo import main
+
+    with pytest.raises(SystemExit) as refused:
+        main(arguments)
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_missing_package_is_named(tmp_path):

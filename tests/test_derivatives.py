@@ -92,28 +92,26 @@ def leaves(tensors):
 @pytest.mark.parametrize("name", SOURCES)
 def test_first_and_second(anywhere, device, name, mode):
     """Reverse, forward, reverse over reverse and forward over reverse, alone and for several at once."""
-    first = list(SOURCES).index(name) + MODES.index(mode)
-    paddings = (*PADDINGS, "mixed")
-    for k in (first % 4, (first + 1) % 4):
-        padding, align_corners = paddings[k], first // 4 % 2 == k % 2
-        tensors, size = arguments(name, device, images=1 if "3d" in name else 2)
-        function = sampler(name, size, mode, padding, align_corners)
-        several = mode == "bilinear"  # PyTorch's batching is the same for all modes
-        assert gradcheck(
-            function,
-            leaves(tensors),
-            check_forward_ad=True,
-            check_batched_grad=several,
-            check_batched_forward_grad=several,
-            fast_mode=True,
-        )
-        assert gradgradcheck(
-            function,
-            leaves(tensors),
-            check_fwd_over_rev=True,
-            check_batched_grad=several,
-            fast_mode=True,
-        )
+    first = list(SOURCES).index(name) + MODES.index(mode)  # each padding in each mode
+    padding, align_corners = (*PADDINGS, "mixed")[first % 4], first // 4 % 2 == first % 2
+    tensors, size = arguments(name, device, images=1 if "3d" in name else 2)
+    function = sampler(name, size, mode, padding, align_corners)
+    several = mode == "bilinear"  # PyTorch's batching is the same for all modes
+    assert gradcheck(
+        function,
+        leaves(tensors),
+        check_forward_ad=True,
+        check_batched_grad=several,
+        check_batched_forward_grad=several,
+        fast_mode=True,
+    )
+    assert gradgradcheck(
+        function,
+        leaves(tensors),
+        check_fwd_over_rev=True,
+        check_batched_grad=several,
+        fast_mode=True,
+    )
 
 
 @pytest.mark.parametrize("name", ["grid-2d", "affine-2d"])

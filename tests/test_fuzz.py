@@ -1,6 +1,6 @@
 """Random sampling problems against float64, in tensors of every layout with NaNs around them.
 
-By default some 400 cases: the interpreter takes a tenth of a second for each, and on a GPU nearly every one
+By default some 200 cases: the interpreter takes a tenth of a second for each, and on a GPU nearly every one
 compiles a kernel of its own. ``STN_FUZZ=3000`` takes minutes.
 
     STN_FUZZ=N          N cases instead
@@ -584,7 +584,7 @@ KINDS = {  # name: (source, dims, modes, share of the cases)
 
 
 def budget():
-    return number_of("STN_FUZZ", 300)
+    return number_of("STN_FUZZ", 200)
 
 
 @pytest.fixture(scope="module")

@@ -115,27 +115,27 @@ def test_damaged_squares_are_named(cub):
 
 
 def test_stand_in(digits):
-    first, second = (make_stand_in(digits, 30, 56, kinds=3, seed=4) for _ in range(2))
+    first, second = (make_stand_in(digits, 16, 56, kinds=3, seed=4) for _ in range(2))
     assert "stand-in, synthetic digits" in first.source
     assert torch.equal(first.images, second.images)
-    assert first.images.shape == (30, 3, round(SPARE * 56), round(SPARE * 56))
+    assert first.images.shape == (16, 3, round(SPARE * 56), round(SPARE * 56))
     assert len(first.classes) == 9
     assert first.labels.unique().numel() > 5
     # One digit above and one below, wherever the scenes differ from those of the same seed without ink.
     blank = digits._replace(images=torch.zeros_like(digits.images))
-    changed = (make_stand_in(blank, 30, 56, 3, 4).images.int() - first.images.int()).abs().amax(1) > 8
+    changed = (make_stand_in(blank, 16, 56, 3, 4).images.int() - first.images.int()).abs().amax(1) > 8
     assert changed[:, :32].flatten(1).any(1).all()
     assert changed[:, 32:].flatten(1).any(1).all()
 
 
 def test_single_digits(digits):
     """As large as in windows of half the stand-in: twice as large in the image."""
-    found = make_single(digits, 30, 56, kinds=3, seed=4)
+    found = make_single(digits, 16, 56, kinds=3, seed=4)
     assert found.classes == ["0", "1", "2"]
     assert set(found.labels.tolist()) == {0, 1, 2}
     blank = digits._replace(images=torch.zeros_like(digits.images))
-    changed = (make_single(blank, 30, 56, 3, 4).images.int() - found.images.int()).abs().amax(1) > 8
-    pairs = make_stand_in(blank, 30, 56, 3, 4).images.int() - make_stand_in(digits, 30, 56, 3, 4).images.int()
+    changed = (make_single(blank, 16, 56, 3, 4).images.int() - found.images.int()).abs().amax(1) > 8
+    pairs = make_stand_in(blank, 16, 56, 3, 4).images.int() - make_stand_in(digits, 16, 56, 3, 4).images.int()
     both = (pairs.abs().amax(1) > 8).float().mean()
     assert changed.float().mean() == pytest.approx(2 * both.item(), rel=0.25)  # one of four times the area
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from common import MIXED, assert_close, random_grid, random_theta
+from common import MIXED, assert_close, pairwise, random_grid, random_theta
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -136,6 +136,7 @@ def quick(device):
         yield
 
 
+@pairwise
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
