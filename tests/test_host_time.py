@@ -422,7 +422,7 @@ with host.launching_nowhere():
         for _ in range(20):
             ratio = host.microseconds(function, effort) / host.microseconds(bare, effort)
             found["ratio"][step] = min(ratio, found["ratio"].get(step, ratio))
-            if ratio < 1.2:
+            if ratio < 0.9:
                 break
 print(json.dumps(found))
 """
@@ -473,6 +473,6 @@ def test_hooks_of_launches_are_called(compiled):
 
 @once
 @pytest.mark.parametrize("step", PASSES)
-def test_a_call_takes_about_as_long_as_its_bare_launches(compiled, step):
-    """0.7 to 1.5 of it by Triton's version, autograd included; with each launch planned anew 2 or more."""
-    assert compiled["ratio"][step] < 1.75
+def test_a_call_takes_less_than_its_bare_launches(compiled, step):
+    """Autograd included. By Triton's version it takes a quarter of them forward, and half to 0.85 in all."""
+    assert compiled["ratio"][step] < 1.1
