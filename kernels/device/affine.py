@@ -120,6 +120,12 @@ def fixed(a, b):
 
 
 @triton.jit
+def fixed_if(fits, entry):
+    """``fixed`` of a sum of two floats, 0 unless it fits: what does not fit an integer is not made one."""
+    return fixed(tl.where(fits, entry[0], 0.0), tl.where(fits, entry[1], 0.0))
+
+
+@triton.jit
 def float_rows(theta, sizes, SPEC: tl.constexpr):
     """The rows of a map in the compute type, from a matrix given by rows in normalised units."""
     steps = [steps_per_unit(sizes, k, SPEC).to(SPEC.compute) for k in SPEC.axes]
@@ -159,11 +165,11 @@ def affine_map(theta, sizes, SPEC: tl.constexpr):
         high_rows = ()
         low_rows = ()
         for r in tl.static_range(SPEC.dims):
-            # what does not fit an integer is not made one
-            row = [fixed(tl.where(fits, x[0], 0.0), tl.where(fits, x[1], 0.0)) for x in entries[r]]
+            row = [fixed_if(fits, entries[r][k]) for k in SPEC.axes]
+            last = fixed_if(fits, entries[r][SPEC.dims])
             center = (sizes.input[r] - 1).to(tl.int64) << 31
-            high_rows += ([row[k][0] for k in SPEC.axes] + [row[SPEC.dims][0] + center],)
-            low_rows += ([entry[1] for entry in row],)
+            high_rows += ([entry[0] for entry in row] + [last[0] + center],)
+            low_rows += ([entry[1] for entry in row] + [last[1]],)
         return Map(rows, high_rows, low_rows, fits, sizes.samples)
 
 
