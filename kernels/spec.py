@@ -52,6 +52,7 @@ class Spec:
     group: int = 1
     even_channels: bool = False  # channels fill their blocks
     one_block: bool = False  # and there is one block of them
+    patches: bool = False  # lanes take patches of pixels where the map turns (``device.programs``)
     # memory: the offset of every pixel is a multiple of so many elements
     vector_input: int = 1
     vector_output: int = 1

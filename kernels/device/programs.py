@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..spec import Block, Work, constant, plain
+from ..spec import Block, Work, constant
 from . import footprints, sources
 from .affine import starts_of
 from .arithmetic import PROJECTIVE, TPS
@@ -23,16 +23,6 @@ from .tiles import (
 # ``is_interior`` costs about as much as it saves in two blocks of pixels and channels. (In the interpreter,
 # which has no costs that matter, both paths are taken.)
 INTERIOR_MIN_BLOCKS = constant(3 if not triton.knobs.runtime.interpret else 1)
-
-
-@triton.constexpr_function
-def may_turn(spec):
-    """Whether lanes' pixels follow the map: of matrices, in the plane, if rows are longer than a patch's.
-
-    With channels last lanes lie along channels.
-    """
-    patches = plain(spec.columns) >= 16 and plain(spec.rows) >= 4 and plain(spec.channels) == 1
-    return patches and plain(spec.dims) == 2 and plain(sources.matrix_rows(spec)) > 0
 
 
 @triton.jit
@@ -58,7 +48,7 @@ def numbers_of_lanes(map, sizes, SPEC: tl.constexpr):
     of its rows, and cache lines. Those of a patch, 8 x 4, lie in 8.
     """
     numbers = row_by_row(SPEC.rows * SPEC.columns)
-    if may_turn(SPEC):
+    if SPEC.patches:
         patches = patch_by_patch(SPEC.rows, SPEC.columns)
         numbers = tl.where(turns(map, sizes, SPEC), patches, numbers)
     return numbers
