@@ -78,7 +78,7 @@ def sampler(name, size, mode, padding, align_corners=False):
     codes = Interpolation[mode.upper()], to_padding(padding_of(padding, dims), dims), align_corners
 
     def function(image, params, control_points=None):
-        return autograd.sample(image, params, source, size, *codes, control_points)
+        return autograd.sample(image, params, control_points, int(source), size, *codes)
 
     return function
 
@@ -216,7 +216,7 @@ def test_grids(either_backend, device, source):
         function = lambda h: stn.projective_grid(h, size)  # noqa: E731
     else:
         tensors = (torch.randn(1, 7, 2), torch.rand(4, 2))
-        function = lambda c, p: autograd.grid(c, Source.TPS, (2, 3), False, p)  # noqa: E731
+        function = lambda c, p: autograd.grid(c, p, int(Source.TPS), (2, 3), False)  # noqa: E731
     tensors = [tensor.to(device, DOUBLE) for tensor in tensors]
     assert gradcheck(function, leaves(tensors), check_forward_ad=True, fast_mode=True)
     assert gradgradcheck(function, leaves(tensors), check_fwd_over_rev=True, fast_mode=True)
