@@ -105,15 +105,16 @@ class Flatten(nn.Module):
 SHARE = 14 / 60  # of the depth, that an upright solid of Extruded takes
 WINDOW = 0.6  # of the volume's side: holds the solid however it is turned
 LOOK = 15  # voxels a side, of the window that the localisation net sees
+GAIN = 6.0  # of those voxels: most are 0, and without it the net has little to begin with
 
 
 class SolidTransformer(SpatialTransformer):
-    """Reads the window around the volume's centre of mass, turned and moved as the localisation net says.
+    """Reads the window around the volume's centre of mass, turned as the localisation net says.
 
-    The net sees that window, so that it has the pose alone to learn, and not the place at the same time. Of
-    its matrix the first two columns are made orthonormal, and the third is their cross product: six numbers
-    for a rotation, without the jumps that angles have (Zhou et al., 2019). What it returns has about half as
-    many slices as the input has in the window: they are flattened anyway.
+    The net sees that window, and has the pose alone to learn: to tell the place as well delays it. Of its
+    matrix the first two columns are made orthonormal, and the third is their cross product: six numbers for
+    a rotation, without the jumps that angles have (Zhou et al., 2019); the other six numbers are not used.
+    What it returns has half as many slices as the window has voxels in depth: they are flattened anyway.
     """
 
     def __init__(self, size: int) -> None:
@@ -122,15 +123,16 @@ class SolidTransformer(SpatialTransformer):
         self.coarser = max(size // (2 * LOOK), 1)  # voxels of the volume, to a side of what the net sees
 
     def localise(self, input: Tensor) -> Tensor:
-        window = attention(WINDOW, centre_of_mass(input))
+        place = centre_of_mass(input)
+        window = attention(WINDOW, place)
         coarse = F.avg_pool3d(input, self.coarser)
-        theta = super().localise(stn.affine_grid_sample(coarse, window, (LOOK,) * 3))
+        theta = super().localise(GAIN * stn.affine_grid_sample(coarse, window, (LOOK,) * 3))
         columns: Tensor = _EqualPulls.apply(theta[:, :, :2])
         first = F.normalize(columns[:, :, 0], dim=1)
         second = columns[:, :, 1]
         second = F.normalize(second - (first * second).sum(1, keepdim=True) * first, dim=1)
         turn = torch.stack([first, second, torch.linalg.cross(first, second)], 2)
-        return compose(window, torch.cat([turn, theta[:, :, 3:]], 2))
+        return torch.cat([WINDOW * turn, place.unsqueeze(-1)], 2)
 
 
 def centre_of_mass(volumes: Tensor) -> Tensor:
@@ -166,9 +168,8 @@ class _EqualPulls(torch.autograd.Function):
 
 
 def localisation_3d() -> nn.Sequential:
-    """(N, 1, 15, 15, 15) -> (N, 32). He's initial weights, on voxels of mean 0 and variance 1."""
+    """(N, 1, 15, 15, 15) -> (N, 32). With He's initial weights."""
     net = nn.Sequential(
-        nn.InstanceNorm3d(1),
         nn.Conv3d(1, 16, 5, stride=2),
         nn.ReLU(),
         nn.Conv3d(16, 32, 3),
