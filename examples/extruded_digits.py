@@ -90,9 +90,9 @@ def rotation(angles: Tensor) -> Tensor:
 
 
 class Flatten(nn.Module):
-    """(N, C, D, H, W) -> (N, C, H, W): what X-rays show from the front, the mean of each column, as a multiple
-    of what an upright solid has, which takes ``share`` of the depth. Mean and not maximum: the brightest voxel
-    of a column is often one inside the solid, which no small turn changes."""
+    """(N, C, D, H, W) -> (N, C, H, W): what X-rays show from the front, the mean of each column, as a
+    multiple of what an upright solid has, which takes ``share`` of the depth. It is the mean, as the brightest
+    voxel of a column is often one inside the solid, which no small turn changes."""
 
     def __init__(self, share: float = 1.0) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class SolidTransformer(SpatialTransformer):
     The net sees that window, and has the pose alone to learn: to tell the place as well delays it. Of its
     matrix the first two columns are made orthonormal, and the third is their cross product: six numbers for
     a rotation, without the jumps that angles have (Zhou et al., 2019); the other six numbers are not used.
-    What it returns has half as many slices as the window has voxels in depth: they are flattened anyway.
+    What it returns has fewer slices than the window has voxels in depth: they are flattened anyway.
     """
 
     def __init__(self, size: int) -> None:
