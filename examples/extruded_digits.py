@@ -91,8 +91,11 @@ def rotation(angles: Tensor) -> Tensor:
 
 class Flatten(nn.Module):
     """(N, C, D, H, W) -> (N, C, H, W): what X-rays show from the front, the mean of each column, as a
-    multiple of what an upright solid has, which takes ``share`` of the depth. It is the mean, as the brightest
-    voxel of a column is often one inside the solid, which no small turn changes."""
+    multiple of what an upright solid has, which takes ``share`` of the depth.
+
+    It is the mean, as the brightest voxel of a column is often one inside the solid, which no small turn
+    changes.
+    """
 
     def __init__(self, share: float = 1.0) -> None:
         super().__init__()
