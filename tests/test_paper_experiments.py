@@ -13,7 +13,7 @@ from examples.extruded_digits import Extruded, Flatten
 from examples.mnist_addition import KINDS
 from examples.models import count
 from examples.outputs import looks
-from stn_triton.transforms import compose, invert
+from stn_triton.transforms import attention, compose, invert
 
 pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
 
@@ -125,14 +125,43 @@ class TestExtruded:
         quarter = extruded_digits.rotation(torch.tensor([[0.0, 0.0, math.pi / 2]]))
         torch.testing.assert_close(quarter[0] @ torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 1, 0]))
 
-    def test_transformer_is_the_identity_at_first(self, mnist):
-        """Each slice that it returns is the mean of two."""
+    def test_transformer_reads_the_solid_unturned_at_first(self, mnist):
+        """What it returns is its window around the solid, wherever that is."""
         model = extruded_digits.make_model(30, True, 100_000)
-        volumes = Extruded(size=30, scale=0.5).batch(mnist.train, 2, generator())[0]
+        volumes = Extruded(size=30, scale=0.5).batch(mnist.train, 4, generator())[0]
         (look,) = looks(lambda: model(volumes), model)
-        expected = volumes.unflatten(2, (15, 2)).mean(3)
-        torch.testing.assert_close(look.output, expected, atol=1e-4, rtol=0)
-        assert model(volumes).shape == (2, 10)
+        place = extruded_digits.centre_of_mass(volumes)
+        torch.testing.assert_close(look.parameters, attention(extruded_digits.WINDOW, place))
+        centred = extruded_digits.centre_of_mass(look.output)
+        torch.testing.assert_close(centred, torch.zeros(4, 3), atol=0.02, rtol=0)
+        assert model(volumes).shape == (4, 10)
+
+    def test_whatever_the_net_says_is_a_rotation(self):
+        transformer = extruded_digits.SolidTransformer(30)
+        torch.nn.init.normal_(transformer.regression.weight, std=0.3, generator=generator())
+        theta = transformer.localise(torch.rand(5, 1, 30, 30, 30, generator=generator()))
+        turn = theta[:, :, :3] / extruded_digits.WINDOW
+        torch.testing.assert_close(turn @ turn.mT, torch.eye(3).expand(5, 3, 3))
+        torch.testing.assert_close(torch.linalg.det(turn), torch.ones(5))
+        assert turn.std(0).max() > 0.01
+
+    def test_each_solid_turns_the_net_as_much(self):
+        """Also one whose own gradient is tiny; one without any stays so."""
+        input = torch.randn(4, 3, 2, generator=generator(), requires_grad=True)
+        weights = torch.tensor([1.0, 1e-6, 3.0, 0.0]).view(4, 1, 1)
+        output = extruded_digits._EqualPulls.apply(input)
+        torch.testing.assert_close(output, input)
+        (gradient,) = torch.autograd.grad((weights * output).sum(), input)
+        mean = 6**0.5 * (1 + 1e-6 + 3) / 4  # each has 6 entries
+        expected = torch.tensor([mean, mean, mean, 0.0])
+        torch.testing.assert_close(gradient.flatten(1).norm(dim=1), expected)
+        assert (gradient[:3] > 0).all()
+
+    def test_centre_of_mass(self):
+        volumes = torch.zeros(2, 1, 10, 20, 40)
+        volumes[0, 0, 9, 0, 30] = 2.0
+        expected = torch.tensor([[0.525, -0.95, 0.9], [0, 0, 0]])
+        torch.testing.assert_close(extruded_digits.centre_of_mass(volumes), expected)
 
     @pytest.mark.parametrize(("size", "parameters"), [(30, 100_000), (60, 400_000)])
     def test_models_are_of_equal_size(self, size, parameters):
