@@ -320,16 +320,18 @@ def moved_starts(starts, map, by, SPEC: tl.constexpr):
 
 
 @triton.jit
+def stepped_coordinate(start, growth, step, SPEC: tl.constexpr):
+    """The coordinate ``step`` blocks after ``start``, in units of 2^-32."""
+    x = start[0] + growth[0] * step
+    if keeps_rests(SPEC):
+        x += ((start[1] + growth[1] * step).to(tl.uint32) >> 27).to(tl.int64)
+    return x
+
+
+@triton.jit
 def stepped_places(starts, step, SPEC: tl.constexpr):
     """The places of the block that is ``step`` blocks below ``starts``, MOST_STEPS at most."""
-    places = ()
-    for r in tl.static_range(2):
-        start, growth = starts[r]
-        x = start[0] + growth[0] * step
-        if keeps_rests(SPEC):
-            x += ((start[1] + growth[1] * step).to(tl.uint32) >> 27).to(tl.int64)
-        places += (fixed_place(x, SPEC),)
-    return places
+    return [fixed_place(stepped_coordinate(along[0], along[1], step, SPEC), SPEC) for along in starts]
 
 
 @triton.jit
