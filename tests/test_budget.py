@@ -59,6 +59,21 @@ def test_a_tile_at_the_border_is_not_waited_for_long():
     assert 1000 < int(result.stdout) < 100_000
 
 
+TURNED = """
+from bench import counting
+
+print(counting.count("forward-affine-bilinear-nchw-c3-f32", ("90 degrees",))["90 degrees"].lines)
+"""
+
+
+@needs_tools
+def test_lanes_of_turned_maps_lie_in_patches():
+    """Cache lines a pixel: 4.0 if 32 lanes lie in a row, whatever the map."""
+    result = run("-c", TURNED)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 3
+
+
 def test_budget_has_every_case():
     budget = budgets.Budget.load()
     assert set(budget.cases) == set(launches.CASES)
