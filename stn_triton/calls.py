@@ -26,6 +26,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler as _profiler
 from torch.overrides import handle_torch_function
 from torch.overrides import has_torch_function_variadic as has_torch_function
 
@@ -155,7 +156,7 @@ def plain(tensor: Any) -> Any:
 # ---------------------------------------------------------------------------------------- the dispatcher
 _included: Callable[[], Any] = torch._C._dispatch_tls_local_include_set  # type: ignore[attr-defined]
 _keys: Callable[[Tensor], Any] = torch._C._dispatch_keys
-_is_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled
+_is_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled  # of this thread alone
 
 
 def is_undispatched(tensors: tuple[Any, ...]) -> bool:
@@ -165,7 +166,7 @@ def is_undispatched(tensors: tuple[Any, ...]) -> bool:
     transform, tracer or profiler, nor a tensor that is a subclass, wrapped, without memory, or not what its
     memory says (negated, zero). Of autograd nothing is said; autocast has nothing to say of our operators.
     """
-    if _is_profiled():
+    if _profiler._is_profiler_enabled or _is_profiled():  # the first: on whatever thread
         return False
     raw = _included().raw_repr()
     for tensor in tensors:

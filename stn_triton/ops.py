@@ -16,7 +16,7 @@ spline's, else None. In what an operator returns an empty tensor stands for a gr
 The parameters of each implementation are the operator's schema, and those of its fake (``allocate``). There
 is one implementation for all devices, which goes to the kernels or to ``reference`` (see ``backend``).
 ``autograd`` makes the operators differentiable, and calls the implementations themselves where nobody would
-see the operator.
+see the operator: what a user registers for one is called by compiled code, not by plain eager code.
 """
 
 from __future__ import annotations

@@ -59,6 +59,21 @@ def test_a_tile_at_the_border_is_not_waited_for_long():
     assert 1000 < int(result.stdout) < 100_000
 
 
+TURNED = """
+from bench import counting
+
+print(counting.count("forward-affine-bilinear-nchw-c3-f32", ("90 degrees",))["90 degrees"].lines)
+"""
+
+
+@needs_tools
+def test_lanes_of_turned_maps_lie_in_patches():
+    """Cache lines a pixel: 4.0 if 32 lanes lie in a row, whatever the map."""
+    result = run("-c", TURNED)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 3
+
+
 def test_budget_has_every_case():
     budget = budgets.Budget.load()
     assert set(budget.cases) == set(launches.CASES)
@@ -71,6 +86,41 @@ def test_budget_has_every_case():
         assert exception["rule"] in ("spills", "vectors", *budgets.GROWTH)
         assert len(exception["why"]) > 20
     assert set(counting.PYTORCH["kernels"]) <= set(launches.HOT)
+
+
+TABLE = {
+    "C = 1 planar": "nchw-c1-f32",
+    "C = 3 planar": "nchw-c3-f32",
+    "C = 64 planar": "nchw-c64-f32",
+    "C = 64 channels last, fp32": "nhwc-c64-f32",
+    "C = 64 channels last, bf16": "nhwc-c64-bf16+f32",
+}
+
+
+def test_the_table_of_costs_is_the_budget():
+    """What ``kernels/README.md`` says of instructions, wavefronts and the bounds that follow from them."""
+    lines = (ROOT / "kernels" / "README.md").read_text().splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("| kernel | instructions"))
+    heads, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[begin : begin + 13])
+    picoseconds = 1e12 / counting.CLOCKS_PER_SECOND
+    for name, *cells in rows:
+        kind = next(kind for kind in ("forward", "gather", "d theta") if name.startswith(kind))
+        case = f"{kind.replace('d theta', 'params')}-affine-bilinear-{TABLE[name.removeprefix(kind).strip()]}"
+        row = budgets.Budget.load().cases[case]
+        instructions, wavefronts = (
+            row[number]["6 degrees, zoom 0.9"] for number in ("instructions", "wavefronts")
+        )
+        told = dict(zip(heads[1:], cells, strict=True))
+        bounds = told["issue / L1 / L2 / DRAM, ps"].split(" / ")
+        issue = instructions / 32 / counting.SCHEDULERS * picoseconds
+        for digits, value in (
+            (told["instructions (PTX)"], instructions),
+            (told["wavefronts"], wavefronts),
+            (bounds[0], issue),
+            (bounds[1], wavefronts * picoseconds),
+        ):
+            unit = 10.0 ** -len(digits.partition(".")[2])
+            assert abs(float(digits) - value) <= 0.51 * unit, (name, digits, value)
 
 
 LANES = np.arange(32)

@@ -199,6 +199,17 @@ def test_a_profiler_sees_operators(name, launched):
         assert found == ({forward, backward} if "backward" in step else {forward}), step
 
 
+def test_a_profiler_of_all_threads_sees_operators(launched):
+    """It is none of the thread's own."""
+    step = passes("affine_grid_sample")["forward + backward"]
+    configuration = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, experimental_config=configuration) as profile:
+        step()
+    found = {event.name for event in profile.events() if event.name.startswith("stn_triton::")}
+    assert found == {"stn_triton::sample", "stn_triton::sample_backward"}
+
+
 def leaked(image):
     """What a function transform left wrapped."""
     found = []
