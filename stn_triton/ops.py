@@ -13,8 +13,8 @@ spline's, else None. In what an operator returns an empty tensor stands for a gr
 
 ``padding`` is one code for all axes, or of one for each (``kernels.modes.padding_code``).
 
-The parameters of each implementation are the operator's schema, and those of its fake (``allocate``). There
-is one implementation for all devices, which goes to the kernels or to ``reference`` (see ``backend``).
+The parameters of each implementation are the operator's schema; its fake (``allocate``) takes them by name.
+There is one implementation for all devices, which goes to the kernels or to ``reference`` (see ``backend``).
 ``autograd`` makes the operators differentiable, and calls the implementations themselves where nobody would
 see the operator: what a user registers for one is called by compiled code, not by plain eager code.
 """
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -68,13 +69,14 @@ def implementation_of(operator: Any) -> _Implementation:
 
 
 def _operator(
-    allocate: Callable[..., Any], absent: tuple[str, ...] = (), images: int = 0
+    allocate: Callable[[Any], Any], absent: tuple[str, ...] = (), images: int = 0
 ) -> Callable[[Callable[..., Any]], Any]:
     """Decorates an implementation: it becomes the operator ``stn_triton::`` of its name.
 
-    Of its parameters tensors come first. ``allocate`` has the same, and makes the results without computing
-    them. ``absent``, of each result that may not be asked for: the argument whose dtype an empty tensor in
-    its place has. The first ``images`` of them have a memory format; the others are contiguous.
+    Its parameters are the operator's, tensors first. ``allocate(a)`` makes the results without computing
+    them, of the arguments by their names. ``absent``, of each result that may not be asked for: the argument
+    whose dtype an empty tensor in its place has. The first ``images`` of them have a memory format; the
+    others are contiguous.
     """
 
     def register(implementation: Callable[..., Any]) -> Any:
@@ -86,7 +88,6 @@ def _operator(
         returned = ", ".join(["Tensor"] * max(len(absent), 1))
         names = list(fields)
         likes = [names.index(field) for field in absent]
-        averaging = names.index("interpolation") if "interpolation" in names else None
 
         def run(*values: Any) -> Any:
             if not PLAIN.issuperset(map(type, values[:tensors])):
@@ -100,9 +101,10 @@ def _operator(
             )
 
         def fake(*values: Any) -> Any:
-            if averaging is not None and exports_onnx():
-                refuse_averages(values[averaging])
-            return allocate(*values)
+            a = SimpleNamespace(**dict(zip(names, values, strict=True)))
+            if exports_onnx():
+                refuse_averages(getattr(a, "interpolation", None))
+            return allocate(a)
 
         _LIBRARY.define(f"{name}({given}) -> ({returned})", tags=_TAGS)
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -227,18 +229,7 @@ def _by_transform(grad_output: Tensor, params: Tensor, source: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------- sample
-def _new_samples(
-    input: Tensor,
-    params: Tensor,
-    control_points: Tensor | None,
-    source: int,
-    size: Sequence[int],
-    *modes: Any,
-) -> Tensor:
-    return _new_output(input, params, source, size)
-
-
-@_operator(_new_samples)
+@_operator(lambda a: _new_output(a.input, a.params, a.source, a.size))
 def sample(
     input: Tensor,
     params: Tensor,
@@ -275,22 +266,7 @@ def _sample_in_pytorch(
     return output.copy_(samples.view(output.shape))
 
 
-def _new_samples_as(
-    input: Tensor,
-    params: Tensor,
-    control_points: Tensor | None,
-    fill: Tensor | None,
-    source: int,
-    size: Sequence[int],
-    interpolation: int,
-    padding: int,
-    align_corners: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    return _new_output(input, params, source, size, dtype)
-
-
-@_operator(_new_samples_as)
+@_operator(lambda a: _new_output(a.input, a.params, a.source, a.size, a.dtype))
 def sample_as(
     input: Tensor,
     params: Tensor,
@@ -320,20 +296,14 @@ def sample_as(
 
 def _new_gradients(
     grad_output: Tensor,
-    input: Tensor | None,
     params: Tensor,
     control_points: Tensor | None,
-    source: int,
     in_shape: Sequence[int],
     channels_last: bool,
-    interpolation: int,
-    padding: int,
-    align_corners: bool,
-    input_grad: bool,
-    params_grad: bool,
-    control_grad: bool,
+    wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d input in the input's memory format, d params and d control points contiguous."""
+    input_grad, params_grad, control_grad = wanted
     return (
         _new_image_gradient(grad_output, in_shape, channels_last) if input_grad else grad_output.new_empty(0),
         params.new_empty(params.shape if params_grad else 0),
@@ -341,7 +311,18 @@ def _new_gradients(
     )
 
 
-@_operator(_new_gradients, absent=("grad_output", "params", "params"), images=1)
+@_operator(
+    lambda a: _new_gradients(
+        a.grad_output,
+        a.params,
+        a.control_points,
+        a.in_shape,
+        a.channels_last,
+        (a.input_grad, a.params_grad, a.control_grad),
+    ),
+    absent=("grad_output", "params", "params"),
+    images=1,
+)
 def sample_backward(
     grad_output: Tensor,
     input: Tensor | None,
@@ -364,7 +345,7 @@ def sample_backward(
     tensors, modes = (input, params, control_points), (interpolation, padding, align_corners)
     if grad_output.numel() == 0:
         wanted = input_grad, params_grad, control_grad
-        empty = _new_gradients(grad_output, *tensors, source, in_shape, channels_last, *modes, *wanted)
+        empty = _new_gradients(grad_output, params, control_points, in_shape, channels_last, wanted)
         return empty[0].zero_(), empty[1].zero_(), empty[2].zero_()
     grad_input = _new_image_gradient(grad_output, in_shape, channels_last) if input_grad else None
     slopes = interpolation != _NEAREST  # else steps
@@ -397,21 +378,14 @@ def sample_backward(
 
 # --------------------------------------------------------------------------- derivatives in a direction
 def _new_derivative(
-    input: Tensor | None,
-    tangent: Tensor | None,
-    params: Tensor,
-    control_points: Tensor | None,
-    coord_tangent: Tensor | None,
-    source: int,
-    size: Sequence[int],
-    *modes: Any,
+    input: Tensor | None, tangent: Tensor | None, params: Tensor, source: int, size: Sequence[int]
 ) -> Tensor:
     image = tangent if input is None else input
     assert image is not None, "neither an image nor its tangent"
     return _new_output(image, params, source, size)
 
 
-@_operator(_new_derivative)
+@_operator(lambda a: _new_derivative(a.input, a.tangent, a.params, a.source, a.size))
 def sample_jvp(
     input: Tensor | None,
     tangent: Tensor | None,
@@ -428,7 +402,7 @@ def sample_jvp(
 
     The input is needed for the coordinates' direction alone.
     """
-    output = _new_derivative(input, tangent, params, control_points, coord_tangent, source, size)
+    output = _new_derivative(input, tangent, params, source, size)
     modes = interpolation, padding, align_corners
     by_places = None if interpolation == _NEAREST else coord_tangent
     if output.numel() == 0 or (by_places is None and tangent is None):
@@ -465,27 +439,13 @@ def new_second_gradients(
     )
 
 
-def _new_second_gradients(
-    grad_output: Tensor,
-    input: Tensor | None,
-    tangent: Tensor | None,
-    params: Tensor,
-    control_points: Tensor | None,
-    coord_tangent: Tensor | None,
-    source: int,
-    in_shape: Sequence[int],
-    channels_last: bool,
-    interpolation: int,
-    padding: int,
-    align_corners: bool,
-    input_grad: bool,
-    coordinates_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    wanted = input_grad, coordinates_grad
-    return new_second_gradients(grad_output, params, source, in_shape, channels_last, *wanted)
-
-
-@_operator(_new_second_gradients, absent=("grad_output", "grad_output"), images=1)
+@_operator(
+    lambda a: new_second_gradients(
+        a.grad_output, a.params, a.source, a.in_shape, a.channels_last, a.input_grad, a.coordinates_grad
+    ),
+    absent=("grad_output", "grad_output"),
+    images=1,
+)
 def sample_hvp(
     grad_output: Tensor,
     input: Tensor | None,
@@ -527,13 +487,7 @@ def sample_hvp(
 
 
 # ----------------------------------------------------------------------------------------------- grid
-def _new_grid(
-    params: Tensor, control_points: Tensor | None, source: int, size: Sequence[int], align_corners: bool
-) -> Tensor:
-    return params.new_empty(params.shape[0], *size, len(size))
-
-
-@_operator(_new_grid)
+@_operator(lambda a: a.params.new_empty(a.params.shape[0], *a.size, len(a.size)))
 def grid(
     params: Tensor, control_points: Tensor | None, source: int, size: Sequence[int], align_corners: bool
 ) -> Tensor:
@@ -551,18 +505,15 @@ def grid(
 
 
 def _new_grid_gradients(
-    grad_grid: Tensor,
-    params: Tensor,
-    control_points: Tensor | None,
-    source: int,
-    align_corners: bool,
-    control_grad: bool,
+    params: Tensor, control_points: Tensor | None, control_grad: bool
 ) -> tuple[Tensor, Tensor]:
     by_controls = _new_control_gradient(params, control_points, control_grad)
     return params.new_empty(params.shape), by_controls
 
 
-@_operator(_new_grid_gradients, absent=("params", "params"))
+@_operator(
+    lambda a: _new_grid_gradients(a.params, a.control_points, a.control_grad), absent=("params", "params")
+)
 def grid_backward(
     grad_grid: Tensor,
     params: Tensor,
@@ -574,7 +525,7 @@ def grid_backward(
     """Of d coordinates, d params and d control points."""
     modes = source, align_corners, control_grad
     if grad_grid.numel() == 0:
-        by_params, by_controls = _new_grid_gradients(grad_grid, params, control_points, *modes)
+        by_params, by_controls = _new_grid_gradients(params, control_points, control_grad)
         return by_params.zero_(), by_controls.zero_()
     if backend.select(params.device.type).name == "torch":
         by_transform = grad_grid.unsqueeze(1).to(reference.compute_dtype(params))
