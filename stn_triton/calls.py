@@ -164,7 +164,8 @@ def is_undispatched(tensors: tuple[Any, ...]) -> bool:
 
     Nobody takes the call of an operator of ours on the way, nor notes it: no dispatch mode, function
     transform, tracer or profiler, nor a tensor that is a subclass, wrapped, without memory, or not what its
-    memory says (negated, zero). Of autograd nothing is said; autocast has nothing to say of our operators.
+    memory says (negated, zero). A lone ``ExecutionTraceObserver`` cannot be asked for, and sees no call. Of
+    autograd nothing is said; autocast has nothing to say of our operators.
     """
     if _profiler._is_profiler_enabled or _is_profiled():  # the first: on whatever thread
         return False
