@@ -16,10 +16,8 @@ from .gather import gather_backward
 from .host import configs, tables
 from .host.launch import compute_dtypes, planned
 from .host.tuning import tunable
-from .modes import Source
+from .modes import INVERTIBLE
 from .sort import sorted_backward
-
-INVERTIBLE = (int(Source.AFFINE), int(Source.PROJECTIVE))
 
 
 def sample_backward(

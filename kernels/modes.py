@@ -73,3 +73,7 @@ class Source(IntEnum):
     PROJECTIVE = 2
     TPS = 3
     FLOW = 4
+
+
+# Those of a matrix: maps that have an inverse. Integers, which compare sooner than enum members.
+INVERTIBLE = int(Source.AFFINE), int(Source.PROJECTIVE)

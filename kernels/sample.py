@@ -31,7 +31,7 @@ from .host import configs, parameters
 from .host.cut import Cut, cut, source_numbers
 from .host.launch import INT32_MAX, Plan, compute_dtypes, index_dtype, planned
 from .host.parameters import channel_dim
-from .modes import MOST_STEPS, Source
+from .modes import INVERTIBLE, MOST_STEPS, Source
 from .spec import SPECIALIZATION, Image, Images, Params, Plane, Sizes, Strides, Tiling
 
 
@@ -286,7 +286,7 @@ def cut_samples(
     work.numbers["transforms"] = batch // gathered.shape[0]
     # of planes, if rows are longer than a patch's; with channels last lanes lie along channels
     planar = dims == 2 and tile.channels == 1 and tile.columns >= 16 and tile.rows >= 4
-    work.fields["patches"] = planar and source in (Source.AFFINE, Source.PROJECTIVE)
+    work.fields["patches"] = planar and source in INVERTIBLE
     return work
 
 

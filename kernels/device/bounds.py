@@ -13,7 +13,7 @@ Outputs are counted in the units that the source's map takes: whole numbers u of
 import triton
 import triton.language as tl
 
-from ..modes import Interpolation, Source
+from ..modes import INVERTIBLE, Interpolation
 from ..spec import constant, plain
 from .affine import doubled, steps_per_unit
 from .arithmetic import INFINITY, PROJECTIVE, larger, smaller
@@ -134,7 +134,7 @@ def has_interior_path(spec):
     Of matrices that is known in advance. Of 64 taps two paths would be a large program, as they would be of
     sub-samples, and float64 is bound by its arithmetic.
     """
-    matrix = plain(spec.source) in (Source.AFFINE, Source.PROJECTIVE) and not plain(spec.antialias)
+    matrix = plain(spec.source) in INVERTIBLE and not plain(spec.antialias)
     return matrix and plain(tap_count(spec)) ** plain(spec.dims) <= 16 and plain(spec.compute) == tl.float32
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..modes import MOST_STEPS, Interpolation, Source
+from ..modes import INVERTIBLE, MOST_STEPS, Interpolation, Source
 from . import tables
 from .blocks import Block, LocalBlocks
 
@@ -298,7 +298,7 @@ def _tile_columns(problem: Problem) -> int:
     if problem.channels > 4:
         return _patch_columns(problem.element_size) if problem.columns > 16 else 16
     whole = problem.columns * problem.element_size % 64 == 0
-    sums = problem.backward and problem.source in (Source.AFFINE, Source.PROJECTIVE)
+    sums = problem.backward and problem.source in INVERTIBLE
     return 16 if whole and not sums and problem.element_size > 1 and problem.dims == 2 else 32
 
 

@@ -82,13 +82,9 @@ class Function(torch.autograd.Function):
                 inputs = *admitted(*inputs[:tensors]), *inputs[tensors:]
             if is_compiling() or is_tracing():
                 return op(*inputs) if in_pytorch is None or not leaves_pytorch() else in_pytorch(*inputs)
-            if is_transformed():
-                return apply(*inputs)
-            if is_grad_enabled():
-                for tensor in inputs[:tensors]:
-                    if tensor is not None and tensor.requires_grad:
-                        return apply(*inputs)
-            return compute(*inputs)
+            given = [tensor for tensor in inputs[:tensors] if tensor is not None]
+            recorded = is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+            return apply(*inputs) if recorded or is_transformed() else compute(*inputs)
 
         def dispatched(*inputs: Any) -> Any:
             # in compiled code forward_ad does not know of duals
