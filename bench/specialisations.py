@@ -29,7 +29,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 
-from stn_triton.kernels import derivatives, gather, grid, sample
+from stn_triton.kernels import coefficients, derivatives, gather, grid, sample
 from stn_triton.kernels.host import launch
 from stn_triton.kernels.modes import NAMED_PADDINGS, Interpolation, Padding, Source
 from stn_triton.kernels.sort import sorted_backward
@@ -151,6 +151,8 @@ AXES: dict[str, dict[str, tuple]] = {
         "columns": WIDTHS["columns"],
         "wide": (False, True),
     },
+    # from points to coefficients, or transposed back
+    "product": {"points": DTYPES, "coefficients": (F32, F64), "transposed": (False, True)},
 }
 SUBSET_AXES = {
     kernel: {**axes, "dtypes": COMMON_DTYPES} if "dtypes" in axes else axes for kernel, axes in AXES.items()
@@ -357,9 +359,15 @@ def _sort(case: Case, size: tuple[int, ...]) -> None:
 
 def compile_case(case: Case) -> list[Any]:
     """Calls the launcher of a case inside ``compiling``; returns the compiled kernels."""
+    start = len(_compiled)
+    if case["kernel"] == "product":
+        pair = _tensor((2, 9, 2), case["points"], **PLAIN), _tensor((2, 12, 2), case["coefficients"], **PLAIN)
+        given, found = reversed(pair) if case["transposed"] else pair
+        coefficients.spline_product(_tensor((12, 9), F64, **PLAIN), given, found, case["transposed"])
+        return _compiled[start:]
+
     dims, align_corners, columns = case["dims"], case["align_corners"], case["columns"]
     size = (9,) * (dims - 1) + (columns,)
-    start = len(_compiled)
     if case["kernel"] == "grid":
         params, control_points = _parameters(case, case["dtype"], size, 2)
         target = _tensor((2, *size, dims), case["dtype"], last=False, wide=case["wide"], aligned=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import derivatives, grid, sample
+from .coefficients import spline_product as spline_product
 from .gather import gather_backward
 from .host import configs, tables
 from .host.launch import compute_dtypes, planned

@@ -443,7 +443,10 @@ def tps_grid_sample(
     modes = check_modes(mode, padding_mode, align_corners, 2)
     if input.dtype == torch.float64:
         points = points.double()
-    coefficients, control_points = _spline(points, control_points, regularization)
+    matrix, control_points = _spline(points, control_points, regularization)
+    if fill is None and dtype is None and input.dtype in DTYPES:
+        return autograd.spline_sample(input, points, control_points, _TPS, size, *modes, matrix)
+    coefficients = splines.product(matrix, points, control_points.dtype)
     return _sample(input, coefficients, control_points, _TPS, size, modes, fill, dtype)
 
 
@@ -579,14 +582,15 @@ def tps_grid(
     if points.dim() != 3 or points.shape[2] != 2:
         refuse(ValueError, "points", "(N, K, 2)", f"shape {tuple(points.shape)}")
     out_size = check_grid_size(size, points, align_corners)
-    coefficients, control_points = _spline(points, control_points, regularization)
-    return autograd.grid(coefficients, control_points, _TPS, out_size, align_corners).to(points.dtype)
+    matrix, control_points = _spline(points, control_points, regularization)
+    grid = autograd.spline_grid(points, control_points, _TPS, out_size, align_corners, matrix)
+    return grid.to(points.dtype)
 
 
 def _spline(points: Tensor, control_points: Tensor | None, regularization: float) -> tuple[Tensor, Tensor]:
-    """The spline's coefficients, (N, [T,] K + 3, 2), and its control points, in float32 or wider."""
-    coefficients = splines.tps_coefficients(points, control_points, regularization)
+    """What the points are multiplied by (``splines.system_of``), and control points in the result's dtype."""
+    matrix, dtype = splines.system_of(points, control_points, regularization)
     if control_points is None:
         side = splines.lattice_side("points", points.shape[-2])
-        control_points = splines.kept_lattice(side, points.device, coefficients.dtype)
-    return coefficients, distributed.replicated(control_points.to(coefficients.dtype), coefficients)
+        control_points = splines.kept_lattice(side, points.device, dtype)
+    return matrix, distributed.replicated(control_points.to(dtype), points)

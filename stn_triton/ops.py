@@ -535,3 +535,18 @@ def grid_backward(
             )
     with _below_autograd():
         return kernels.dispatch.grid_backward(grad_grid, params, control_points, *modes)
+
+
+# ------------------------------------------------------------------------------------------- no operator
+def spline_product(matrix: Tensor, points: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    """Of (rows, K) in float64 and (N, [T,] K, 2), ``matrix @ points`` in ``dtype``; or its transpose times.
+
+    For plain eager code alone (``autograd.splines``), which no operator has to tell of it.
+    """
+    if backend.select(points.device.type).name == "torch":
+        return ((matrix.mT if transposed else matrix) @ points.double()).to(dtype)
+    *outputs, _, _ = points.shape
+    output = points.new_empty(*outputs, matrix.shape[1 if transposed else 0], 2, dtype=dtype)
+    if output.numel() > 0:
+        kernels.dispatch.spline_product(matrix, points, output, transposed)
+    return output

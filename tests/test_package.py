@@ -230,6 +230,7 @@ ALLOWED_IMPORTS = {
         "distributed",
         "export",
         "reference",
+        "transforms",
         "kernels.modes",
     },
     "functional": {

@@ -371,6 +371,66 @@ def test_numbers_of_control_points(device, controls):
         assert_close(result, reference, scale=largest * reference.abs().max().item())
 
 
+SHAPES = {
+    "images": lambda k: torch.randn(3, k, 2),
+    "transforms": lambda k: torch.randn(2, 3, k, 2),
+    "of other strides": lambda k: torch.randn(2, k, 3, 3).permute(3, 2, 1, 0),
+    "one of all images": lambda k: torch.randn(1, k, 2).expand(3, k, 2),
+}
+
+
+@pairwise
+@pytest.mark.parametrize("controls", [3, 16, 40])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_product_of_a_spline(either_backend, device, controls, shape, dtype):
+    """Coefficients, and the gradient back: summed in float64, rounded once, by one kernel of ours."""
+    matrix = torch.randn(controls + 3, controls + 3, dtype=torch.float64)[:, :controls]
+    points = SHAPES[shape](controls).to(dtype)
+    for result in (torch.float32, torch.float64):
+        exact = matrix @ points.double()
+        found = ops.spline_product(matrix.to(device), points.to(device), result)
+        rounding = 2 * torch.finfo(result).eps
+        scale = matrix.abs() @ points.double().abs()
+        assert found.dtype == result
+        assert ((found.cpu().double() - exact).abs() <= rounding * exact.abs() + 1e-14 * scale).all()
+        back = ops.spline_product(matrix.to(device), found, dtype, transposed=True)
+        exact = matrix.mT @ found.cpu().double()
+        rounding, scale = 2 * torch.finfo(dtype).eps, matrix.mT.abs() @ found.cpu().double().abs()
+        assert (back.dtype, back.shape) == (dtype, points.shape)
+        assert ((back.cpu().double() - exact).abs() <= rounding * exact.abs() + 1e-14 * scale).all()
+
+
+@pytest.mark.parametrize("function", ["sample", "grid"])
+def test_points_may_change_before_the_backward_pass(either_backend, device, function):
+    """It is their coefficients that are kept, and these lead back to the points as often as is asked."""
+    points = parameters("tps", 2, torch.float64, device).requires_grad_()
+    image = torch.randn(2, 3, 5, 6, dtype=torch.float64, device=device)
+    bent = points + 0
+    if function == "sample":
+        found = stn.tps_grid_sample(image, bent, mode="bicubic")
+    else:
+        found = stn.tps_grid(bent, (2, 3, 5, 6))
+    with torch.no_grad():
+        bent.mul_(0)
+    weights = torch.randn_like(found)
+    (first,) = torch.autograd.grad(found, points, weights, create_graph=True)
+    call = stn.tps_grid_sample if function == "sample" else stn.tps_grid
+    again = call(image, points, mode="bicubic") if function == "sample" else call(points, (2, 3, 5, 6))
+    (expected,) = torch.autograd.grad(again, points, weights, create_graph=True)
+    assert_close(first, expected)
+    if function == "sample":
+        along = torch.randn_like(points)
+        second = torch.autograd.grad((first * along).sum(), points)[0]
+        moved = 1e-6 * along
+        steps = [
+            torch.autograd.grad(call(image, p, mode="bicubic"), p, weights)[0]
+            for p in ((points + moved).detach().requires_grad_(), (points - moved).detach().requires_grad_())
+        ]
+        limit = 1e-5 * second.abs().max().item()
+        torch.testing.assert_close(second, (steps[0] - steps[1]) / 2e-6, rtol=0, atol=limit)
+
+
 def test_gradient_of_control_points(either_backend, device):
     """Through the system and through the basis; also for several images, and beside the other gradients."""
     torch.manual_seed(5)

@@ -105,6 +105,14 @@ def tps_coefficients(
     """
     if (has_torch_function(points, control_points) or tracing_state()) and is_taken():
         return elsewhere(tps_coefficients, points, control_points, regularization)
+    matrix, dtype = system_of(points, control_points, regularization)
+    return product(matrix, points, dtype)
+
+
+def system_of(
+    points: Tensor, control_points: Tensor | None, regularization: float
+) -> tuple[Tensor, torch.dtype]:
+    """Of checked arguments, what the points are multiplied by (``_solve``), and the coefficients' dtype."""
     check_tensor("points", points)
     if points.dim() < 2 or points.shape[-1] != 2 or points.shape[-2] < 3:
         refuse(ValueError, "points", "(..., K, 2) with K of 3 or more", f"shape {tuple(points.shape)}")
@@ -116,8 +124,12 @@ def tps_coefficients(
         _check_control_points(control_points, points.shape[-2], "points", points)
         result, _ = dtypes(points, control_points)
         matrix = _control_matrix(plain(distributed.whole(control_points)), regularization)
-    matrix = distributed.replicated(matrix, points)
-    return (matrix @ points.double()).to(result)  # float64 knows neither TF32 nor autocast
+    return matrix, result
+
+
+def product(matrix: Tensor, points: Tensor, dtype: torch.dtype) -> Tensor:
+    """``matrix @ points``, in float64, which knows neither TF32 nor autocast; returned in ``dtype``."""
+    return (distributed.replicated(matrix, points) @ points.double()).to(dtype)
 
 
 @public
