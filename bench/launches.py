@@ -49,9 +49,11 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, memory: bool, last: bool 
 
 
 def _parameters(source: str, n: int, size: tuple[int, ...], dtype: torch.dtype, theta: Tensor) -> Tensor:
-    """The parameters of a matrix, or a grid of its coordinates."""
+    """The parameters of a matrix, a grid of its coordinates, or the coefficients of a spline that is it."""
     if source == "grid":
         return F.affine_grid(theta[None], [1, 1, *size], False).to(dtype).expand(n, *size, 2).contiguous()
+    if source == "tps":
+        return F.pad(theta.mT, (0, 0, CONTROLS, 0)).to(dtype).expand(n, CONTROLS + 3, 2).contiguous()
     return theta.to(dtype).expand(n, 2, 3).contiguous()
 
 
@@ -262,6 +264,8 @@ HOT = (
     "forward-affine-bicubic-nchw-c3-f32",
     "forward-grid-bilinear-nchw-c3-f32",
     "scatter-grid-bilinear-nchw-c3-f32",
+    "forward-tps-bilinear-nchw-c3-f32",
+    "both-tps-bilinear-nchw-c3-f32",
 )
 # Of these the test holds the budget: each kernel, and each way to lie in memory.
 TOLD = (

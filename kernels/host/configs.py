@@ -128,6 +128,8 @@ _forced: LocalBlocks[tuple[tuple[str | None, str, int], ...]] = LocalBlocks("for
 _seen: LocalBlocks[list[tuple[Problem, NamedTuple]]] = LocalBlocks("seen")
 
 _NOTHING: Mapping[str, int] = {}
+# Kernels whose registers allow two pixels a lane beside a spline's sums. (With control points there are more.)
+_SPLINE_SUMS = "backward image", "backward parameters", "backward image parameters", "grid backward"
 # Programs wanted for each processor (see _shared). Those that go through many channels take long, and the
 # last ones are waited for: more of them. Others have more to set up. (Timed: planar images of 3 and 256
 # channels, channels-last ones of 256, and a gather of 3, which is indifferent. Between them it is a guess.)
@@ -224,10 +226,15 @@ def choose(device: torch.device, problem: Problem) -> Tile:
     else:
         # What lanes wait for, the image's pixels, is hidden by other warps: one pixel a lane leaves registers
         # for most of them. Two pay for single channels, for bytes, and where many channels share the
-        # coordinates; four for splines, which compute rather than wait.
+        # coordinates; four for splines, which compute rather than wait, and two beside the sums of their
+        # gradient, each of which is a reduction for every warp.
         two = channels == 1 or element_size == 1 or (channels > 4 and not problem.backward)
         pixels = 256 if taps <= 8 and two and not spline else 128
-        warps = 1 if spline and not problem.backward else 4
+        warps = 4
+        if spline and not problem.backward:
+            warps = 1
+        elif spline and taps <= 8 and problem.kernel in _SPLINE_SUMS:
+            warps = 2
         columns_tile = min(power_of_2(columns), _tile_columns(problem))
         # no lanes for rows that there are not, but a warp
         pixels = min(pixels, max(columns_tile * power_of_2(problem.rows), 32))
