@@ -363,7 +363,8 @@ def compile_case(case: Case) -> list[Any]:
     if case["kernel"] == "product":
         pair = _tensor((2, 9, 2), case["points"], **PLAIN), _tensor((2, 12, 2), case["coefficients"], **PLAIN)
         given, found = reversed(pair) if case["transposed"] else pair
-        coefficients.spline_product(_tensor((12, 9), F64, **PLAIN), given, found, case["transposed"])
+        matrix = _tensor((12, 9), F64, **PLAIN)
+        coefficients.spline_product(matrix.mT if case["transposed"] else matrix, given, found)
         return _compiled[start:]
 
     dims, align_corners, columns = case["dims"], case["align_corners"], case["columns"]

@@ -249,7 +249,7 @@ UNSPECIALIZED = (
     ),
     *(f"stride_{tensor}_{axis}" for tensor in ("coord", "grid", "fill") for axis in "ntc" + _AXES),
     *(f"stride_source_{i}" for i in range(5)),
-    *("stride_matrix_row", "stride_matrix_column", "stride_input_k", "rows", "columns"),
+    *("stride_matrix_row", "stride_matrix_column", "stride_input_k", "matrix_rows", "matrix_columns"),
     *(f"stride_output_{axis}" for axis in range(4)),
     *(f"output_size_{axis}" for axis in range(3)),
     *(f"{image}_{size}" for image in ("in", "out") for size in ("width", "height", "depth")),

@@ -444,9 +444,7 @@ def tps_grid_sample(
     if input.dtype == torch.float64:
         points = points.double()
     matrix, control_points = _spline(points, control_points, regularization)
-    if fill is None and dtype is None and input.dtype in DTYPES:
-        return autograd.spline_sample(input, points, control_points, _TPS, size, *modes, matrix)
-    coefficients = splines.product(matrix, points, control_points.dtype)
+    coefficients = autograd.spline_product(matrix, points, control_points.dtype)
     return _sample(input, coefficients, control_points, _TPS, size, modes, fill, dtype)
 
 
@@ -583,8 +581,8 @@ def tps_grid(
         refuse(ValueError, "points", "(N, K, 2)", f"shape {tuple(points.shape)}")
     out_size = check_grid_size(size, points, align_corners)
     matrix, control_points = _spline(points, control_points, regularization)
-    grid = autograd.spline_grid(points, control_points, _TPS, out_size, align_corners, matrix)
-    return grid.to(points.dtype)
+    coefficients = autograd.spline_product(matrix, points, control_points.dtype)
+    return autograd.grid(coefficients, control_points, _TPS, out_size, align_corners).to(points.dtype)
 
 
 def _spline(points: Tensor, control_points: Tensor | None, regularization: float) -> tuple[Tensor, Tensor]:

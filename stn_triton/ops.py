@@ -538,15 +538,14 @@ def grid_backward(
 
 
 # ------------------------------------------------------------------------------------------- no operator
-def spline_product(matrix: Tensor, points: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor:
-    """Of (rows, K) in float64 and (N, [T,] K, 2), ``matrix @ points`` in ``dtype``; or its transpose times.
+def spline_product(matrix: Tensor, points: Tensor, dtype: torch.dtype) -> Tensor:
+    """``matrix @ points`` in ``dtype``, of (rows, K) in float64 and (N, [T,] K, 2).
 
-    For plain eager code alone (``autograd.splines``), which no operator has to tell of it.
+    Not differentiable. No operator: only plain eager code calls it (``autograd.splines``).
     """
     if backend.select(points.device.type).name == "torch":
-        return ((matrix.mT if transposed else matrix) @ points.double()).to(dtype)
-    *outputs, _, _ = points.shape
-    output = points.new_empty(*outputs, matrix.shape[1 if transposed else 0], 2, dtype=dtype)
+        return (matrix @ points.double()).to(dtype)
+    output = points.new_empty(*points.shape[:-2], matrix.shape[0], 2, dtype=dtype)
     if output.numel() > 0:
-        kernels.dispatch.spline_product(matrix, points, output, transposed)
+        kernels.dispatch.spline_product(matrix, points, output)
     return output

@@ -1,5 +1,7 @@
 """Projective maps, thin-plate splines and flows: against float64 computations of their own."""
 
+import contextlib
+import functools
 import itertools
 
 import numpy as np
@@ -9,14 +11,18 @@ import triton
 import triton.language as tl
 from common import MODES, PADDINGS, assert_close, away_from_kinks, padding_of, pairwise, witness
 from test_padding import witness_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import stn_triton as stn
-from stn_triton import ops
+from stn_triton import kernels, ops
+from stn_triton.kernels.coefficients import spline_product
 from stn_triton.kernels.device import sources
 from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Source
 from stn_triton.kernels.spec import Spec
 from stn_triton.reference import coordinates
+from stn_triton.transforms import splines
 
 align = pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
 padding = pytest.mark.parametrize("padding_mode", PADDINGS)
@@ -394,7 +400,7 @@ def test_product_of_a_spline(either_backend, device, controls, shape, dtype):
         scale = matrix.abs() @ points.double().abs()
         assert found.dtype == result
         assert ((found.cpu().double() - exact).abs() <= rounding * exact.abs() + 1e-14 * scale).all()
-        back = ops.spline_product(matrix.to(device), found, dtype, transposed=True)
+        back = ops.spline_product(matrix.to(device).mT, found, dtype)
         exact = matrix.mT @ found.cpu().double()
         rounding, scale = 2 * torch.finfo(dtype).eps, matrix.mT.abs() @ found.cpu().double().abs()
         assert (back.dtype, back.shape) == (dtype, points.shape)
@@ -429,6 +435,128 @@ def test_points_may_change_before_the_backward_pass(either_backend, device, func
         ]
         limit = 1e-5 * second.abs().max().item()
         torch.testing.assert_close(second, (steps[0] - steps[1]) / 2e-6, rtol=0, atol=limit)
+
+
+def bent(device):
+    """An image, points, and the spline's samples as a function of both; smooth in the points."""
+    image = torch.randn(2, 2, 4, 5, dtype=torch.float64, device=device).requires_grad_()
+    points = parameters("tps", 2, torch.float64, device).requires_grad_()
+    return image, points, functools.partial(stn.tps_grid_sample, mode="bicubic")
+
+
+def test_batched_gradients_of_points(either_backend, device):
+    """The forward pass is plain eager code, the backward pass a function transform's."""
+    image, points, warp = bent(device)
+    samples = warp(image, points)
+    weights = torch.randn(3, *samples.shape, dtype=torch.float64, device=device)
+    tensors = image, points
+    found = torch.autograd.grad(samples, tensors, weights, retain_graph=True, is_grads_batched=True)
+    alone = [torch.autograd.grad(samples, tensors, each, retain_graph=True) for each in weights]
+    for batched, *each in zip(found, *alone, strict=True):
+        assert_close(batched, torch.stack(each))
+    by_rows, vectorized = (
+        torch.autograd.functional.jacobian(lambda points: warp(image, points), points, vectorize=vectorize)
+        for vectorize in (False, True)
+    )
+    assert_close(vectorized, by_rows)
+
+
+def test_tangents_of_points(either_backend, device):
+    """Of points, whether they are recorded or not; and of a gradient whose forward pass knew of none."""
+    image, points, warp = bent(device)
+    along = torch.randn_like(points)
+    _, expected = torch.func.jvp(lambda points: warp(image, points), (points.detach(),), (along,))
+    for given in (points, points.detach()):
+        with torch.autograd.forward_ad.dual_level():
+            samples = warp(image, torch.autograd.forward_ad.make_dual(given, along))
+            assert_close(torch.autograd.forward_ad.unpack_dual(samples).tangent, expected)
+    samples = warp(image, points)
+    with torch.autograd.forward_ad.dual_level():
+        weights = torch.autograd.forward_ad.make_dual(torch.ones_like(samples), torch.ones_like(samples))
+        (gradient,) = torch.autograd.grad(samples, points, weights)
+        tangent = torch.autograd.forward_ad.unpack_dual(gradient).tangent
+        assert tangent is not None
+        assert_close(tangent, torch.autograd.forward_ad.unpack_dual(gradient).primal)
+
+
+def test_second_derivatives_by_points_in_any_mode(either_backend, device):
+    image, points, warp = bent(device)
+    image, points = image.detach()[:1], points.detach()[:1]
+
+    def function(points):
+        return warp(image, points, (2, 2)).square().sum()
+
+    expected = torch.autograd.functional.hessian(function, points)
+    ways = torch.func.jacfwd, torch.func.jacrev
+    for outer, inner in itertools.product(ways, ways):
+        assert_close(outer(inner(function))(points), expected)
+
+
+class Watch(TorchDispatchMode):
+    """Names of the operators seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def profiled():
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+
+@pytest.mark.parametrize("watch", [Watch, profiled, torch.autograd.forward_ad.dual_level])
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_checkpoints_whoever_watches(either_backend, device, watch, when):
+    """What is computed anew in the backward pass keeps what the forward pass kept."""
+    image, points, warp = bent(device)
+    expected = torch.autograd.grad(warp(image, points).sum(), (image, points))
+    with watch() if when == "forward" else contextlib.nullcontext():
+        samples = checkpoint(warp, image, points, use_reentrant=False)
+    with watch() if when == "backward" else contextlib.nullcontext():
+        found = torch.autograd.grad(samples.sum(), (image, points))
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other)
+
+
+def test_checkpoints_with_batched_gradients_of_points(either_backend, device):
+    image, points, warp = bent(device)
+    weights = torch.randn(3, *image.shape, dtype=torch.float64, device=device)
+    samples = checkpoint(warp, image, points, use_reentrant=False)
+    (found,) = torch.autograd.grad(samples, points, weights, is_grads_batched=True)
+    (expected,) = torch.autograd.grad(warp(image, points), points, weights, is_grads_batched=True)
+    assert_close(found, expected)
+
+
+def test_modes_see_the_product_of_a_backward_pass(either_backend, device):
+    image, points, warp = bent(device)
+    samples = warp(image, points)
+    with Watch() as mode:
+        samples.sum().backward()
+    assert "aten::bmm" in mode.names
+    assert points.grad is not None
+
+
+def test_what_is_not_asked_for_is_not_entered(either_backend, device, monkeypatch):
+    """The points' product is a node of its own: neither the image's gradient nor its derivatives pass it."""
+    image, points, warp = bent(device)
+    made = []
+    product = splines.product
+    monkeypatch.setattr(splines, "product", lambda *given: (made.append(given), product(*given))[1])
+    monkeypatch.setattr(
+        kernels.dispatch, "spline_product", lambda *given: made.append(given) or spline_product(*given)
+    )
+    samples = warp(image, points)
+    assert samples.grad_fn.next_functions[1][0].name() == "_SplineProductBackward"
+    made.clear()
+    torch.autograd.grad(samples.sum(), image, retain_graph=True)
+    assert not made
+    (gradient,) = torch.autograd.grad(samples.sum(), points, create_graph=True)
+    gradient.square().sum().backward(inputs=[image])
+    samples.sum().backward(inputs=[image])  # whose graph is still there
 
 
 def test_gradient_of_control_points(either_backend, device):

@@ -128,7 +128,7 @@ _forced: LocalBlocks[tuple[tuple[str | None, str, int], ...]] = LocalBlocks("for
 _seen: LocalBlocks[list[tuple[Problem, NamedTuple]]] = LocalBlocks("seen")
 
 _NOTHING: Mapping[str, int] = {}
-# Kernels whose registers allow two pixels a lane beside a spline's sums. (With control points there are more.)
+# Kernels that have registers for two pixels a lane beside a spline's sums. (Control points' take more.)
 _SPLINE_SUMS = "backward image", "backward parameters", "backward image parameters", "grid backward"
 # Programs wanted for each processor (see _shared). Those that go through many channels take long, and the
 # last ones are waited for: more of them. Others have more to set up. (Timed: planar images of 3 and 256

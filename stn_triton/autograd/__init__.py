@@ -14,6 +14,6 @@ and everything else of second order is made of these. Only sample_hvp is differe
 from .coordinates import grid
 from .filling import sample_as
 from .samples import sample
-from .splines import spline_grid, spline_sample
+from .splines import spline_product
 
-__all__ = ["grid", "sample", "sample_as", "spline_grid", "spline_sample"]
+__all__ = ["grid", "sample", "sample_as", "spline_product"]

@@ -95,11 +95,11 @@ class Function(torch.autograd.Function):
         cls.forward = staticmethod(compute)  # type: ignore[method-assign]
         cls.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
         cls.run = staticmethod(run)
-        record_eager = in_parts or _eager(cls.__name__, implementation, setup, cls.backward)
+        record_eager = in_parts or eager(cls.__name__, implementation, setup, cls.backward)
         ops.differentiate(op, dispatched)
 
 
-def _eager(
+def eager(
     name: str,
     implementation: Callable[..., Any],
     setup: Callable[[Any, tuple[Any, ...], Any], None],

@@ -1,13 +1,12 @@
-"""Splines by their points: in plain eager code the product that makes coefficients is part of the Function.
+"""The product that makes a spline's coefficients of its points.
 
-A kernel makes the product then, in one launch each way. Who else calls (compilers, function transforms,
-dispatch modes, forward mode, control points with a gradient) gets the product in PyTorch's operators, and the
-Function of the coefficients.
+In plain eager code a kernel makes it, in one launch, and its transpose in the backward pass. Who else calls
+(function transforms, dispatch modes, profilers, forward mode) gets it in PyTorch's operators, by a Function
+that keeps the same for its backward pass, which is nothing: the two may take turns in one checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,71 +14,57 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import ops
-from ..calls import is_undispatched
+from ..calls import PLAIN, is_undispatched, tracing_state
 from ..transforms import splines
-from .coordinates import _Grid
-from .function import Function, added
-from .samples import _Sample
+from .function import eager
 
 
-def _by_points(function: type[Function], at: int) -> Callable[..., Any]:
-    """``function.run`` with points for coefficients, its argument ``at``, and the system's matrix last."""
-    implementation, tensors = ops.implementation_of(function.op)
-    setup: Callable[..., None] = function.setup_context
-    derivatives: Callable[..., tuple[Tensor | None, ...]] = function.backward
+class _SplineProduct(torch.autograd.Function):
+    """``splines.product`` by a matrix that is a constant."""
 
-    class ByPoints(torch.autograd.Function):
-        """Coefficients are a result too: what is made of them in a backward pass leads back to the points."""
+    generate_vmap_rule = True
 
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            *given, matrix = inputs
-            points = given[at]
-            given[at] = coefficients = ops.spline_product(matrix, points, given[at + 1].dtype)
-            output = implementation(*given)
-            setup(ctx, given, output)
-            ctx.matrix, ctx.dtype_of_points = matrix, points.dtype
-            return output, coefficients
+    @staticmethod
+    def forward(matrix: Tensor, points: Tensor, dtype: torch.dtype) -> Tensor:
+        return splines.product(matrix, points, dtype)
 
-        @staticmethod
-        def backward(ctx: Any, grad_output: Tensor | None, grad_coefficients: Tensor | None) -> Any:
-            found = list(derivatives(ctx, grad_output))
-            along = added(found[at], grad_coefficients)
-            if along is not None and ctx.needs_input_grad[at]:
-                is_recorded = torch.is_grad_enabled()  # and is to be differentiated in turn
-                matrix, dtype = ctx.matrix, ctx.dtype_of_points
-                found[at] = (
-                    splines.product(matrix.mT, along, dtype)
-                    if is_recorded
-                    else ops.spline_product(matrix, along, dtype, transposed=True)
-                )
-            return *found, None
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.matrix, points, ctx.dtype = inputs
+        ctx.points_dtype = points.dtype
 
-    record = super(torch.autograd.Function, ByPoints).apply  # type: ignore[misc]
-    is_traced_by_dynamo, is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        return None, spline_product(ctx.matrix.mT, gradient, ctx.points_dtype), None
 
-    def run(*inputs: Any) -> Any:
-        *given, matrix = inputs
-        points, dtype = given[at], given[at + 1].dtype
-        if (
-            is_traced_by_dynamo()
-            or matrix.requires_grad
-            or forward_ad._current_level >= 0
-            or not is_undispatched((matrix, *given[:tensors]))
-        ):
-            given[at] = splines.product(matrix, points, dtype)
-            return function.run(*given)
-        if is_grad_enabled() and points.requires_grad:
-            return record(*inputs)[0]
-        given[at] = ops.spline_product(matrix, points, dtype)
-        return function.run(*given) if is_grad_enabled() else implementation(*given)
-
-    return run
+    @staticmethod
+    def jvp(ctx: Any, of_matrix: None, of_points: Tensor, of_dtype: None) -> Tensor:
+        with forward_ad._set_fwd_grad_enabled(True):  # see ``function.tracks_tangents``
+            return spline_product(ctx.matrix, of_points, ctx.dtype)
 
 
-spline_sample = _by_points(_Sample, 1)
-"""``sample`` of (input, points, control_points, source, ..., matrix). Control points are in the type of the
-coefficients."""
+_record = eager("_SplineProduct", ops.spline_product, _SplineProduct.setup_context, _SplineProduct.backward)
+_is_compiling = torch.compiler.is_compiling  # looked up here, as it is asked in each call
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
-spline_grid = _by_points(_Grid, 0)
-"""``grid`` of (points, control_points, source, size, align_corners, matrix)."""
+
+def spline_product(matrix: Tensor, points: Tensor, dtype: torch.dtype) -> Tensor:
+    """``splines.product``, differentiable; by a kernel where nobody would see the operators."""
+    if _is_compiling() or tracing_state():
+        return splines.product(matrix, points, dtype)
+    if is_undispatched((matrix, points)) and forward_ad._current_level < 0:
+        if not torch.is_grad_enabled():
+            return ops.spline_product(matrix, points, dtype)
+        if not matrix.requires_grad:
+            call = _record if points.requires_grad else ops.spline_product
+            return call(matrix, points, dtype)
+    elif _is_constant(matrix) and type(points) in PLAIN:
+        return _SplineProduct.apply(matrix, points, dtype)
+    return splines.product(matrix, points, dtype)
+
+
+def _is_constant(matrix: Tensor) -> bool:
+    """Whether nobody may ask for a derivative by it."""
+    if type(matrix) not in PLAIN or matrix.requires_grad or _is_wrapped(matrix):
+        return False
+    return forward_ad._current_level < 0 or forward_ad.unpack_dual(matrix).tangent is None
