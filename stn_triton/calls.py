@@ -10,8 +10,8 @@ or is decorated with :func:`public`, which does the same and takes longer. Here 
 * tensor subclasses, proxies of ``torch.fx`` and function modes are asked first, by ``__torch_function__``;
 * ``torch.jit.trace`` and ``torch.onnx.export`` get PyTorch's own operators, the only ones that they know.
 
-Compilers, ``torch.export``, dispatch modes and function transforms need nothing: they see one operator. Where
-nobody would see it (``is_undispatched``) there is none.
+Compilers, ``torch.export``, dispatch modes and function transforms need nothing: they see one operator, and
+before a spline's the product of its coefficients. Where nobody would see it (``is_undispatched``) there is none.
 """
 
 from __future__ import annotations
