@@ -11,7 +11,8 @@ or is decorated with :func:`public`, which does the same and takes longer. Here 
 * ``torch.jit.trace`` and ``torch.onnx.export`` get PyTorch's own operators, the only ones that they know.
 
 Compilers, ``torch.export``, dispatch modes and function transforms need nothing: they see one operator, and
-before a spline's the product of its coefficients. Where nobody would see it (``is_undispatched``) there is none.
+before a spline's the product of its coefficients. Where nobody would see it (``is_undispatched``) there is
+none.
 """
 
 from __future__ import annotations
