@@ -38,7 +38,7 @@ QUICK = Config(
     optimiser="adam",
     lr=1e-3,
     schedule="cosine",
-    localisation_lr=0.2,
+    localisation_lr=0.25,
     log_every=50,
     evaluate_every=350,
     checkpoint_every=100,
@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--kinds",
         type=int,
         choices=range(1, 6),
-        default=3,
+        default=5,
         help="of the stand-in's digits at each of two places; classes: their square",
     )
     parser.add_argument(

@@ -139,13 +139,13 @@ def load_cub(folder: Path | str, size: int) -> Birds:
     )
 
 
-PARTS = (-0.1, -0.35), (0.1, 0.35)
+PARTS = (-0.1, -0.3), (0.1, 0.3)
 """Where the stand-in's two digits are on average, across and down, on the kept image."""
-TOGETHER = 0.35, 0.15
+TOGETHER = 0.3, 0.25
 """How far both are moved at most, across and down: where a bird sits, its head and body are."""
-APART = 0.15
+APART = 0.1
 """How far each digit is moved at most on its own, across and down."""
-REACH = 0.11
+REACH = 0.12
 """Half the side of the smallest digits; the largest have 30 % more."""
 OFF_CENTRE = 0.6
 """How far from the middle of a crop single digits are at most."""
