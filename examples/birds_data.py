@@ -1,10 +1,11 @@
 """CUB-200-2011: the official folder, or a stand-in of real digits at two places of real photographs.
 
-Images are kept as uint8 on one device; training crops and mirrors them there.
+Images are kept as uint8 on one device; training crops them there, and mirrors photographs of birds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,12 +41,17 @@ class Photographs(NamedTuple):
     labels: Tensor  # (M,), int64
     classes: list[str]
     source: str
+    mirrored: bool = True  # in training, by half; digits, unlike birds, are none when mirrored
+    parts: Tensor | None = None  # (M, K, 3), of the stand-in's digits: x, y, and half the side
 
     def windows(self, count: int, size: int, generator: Generator) -> Tensor:
-        """Theta, (count, 2, 3), of squares of ``size`` pixels at random places, half of them mirrored."""
+        """Theta, (count, 2, 3), of squares of ``size`` pixels at random places, half of them mirrored if
+        :attr:`mirrored` says so."""
         scale = size / self.images.shape[-1]
         place = 2 * torch.rand(count, 2, generator=generator, device=generator.device) - 1
         theta = attention(scale, (1 - scale) * place)
+        if not self.mirrored:
+            return theta
         mirrored = torch.rand(count, generator=generator, device=generator.device) < 0.5
         flip = torch.where(mirrored, -1.0, 1.0).view(-1, 1, 1)
         return torch.cat([theta[..., :1] * flip, theta[..., 1:]], -1)
@@ -58,7 +64,8 @@ class Photographs(NamedTuple):
         return stn.affine_grid_sample(self.images[index].float() / 255, windows, (size, size))
 
     def to(self, device: torch.device | str) -> Photographs:
-        return self._replace(images=self.images.to(device), labels=self.labels.to(device))
+        parts = None if self.parts is None else self.parts.to(device)
+        return self._replace(images=self.images.to(device), labels=self.labels.to(device), parts=parts)
 
 
 class Birds(NamedTuple):
@@ -132,50 +139,99 @@ def load_cub(folder: Path | str, size: int) -> Birds:
     )
 
 
-def make_stand_in(digits: Digits, count: int, size: int, kinds: int, seed: int) -> Photographs:
-    """Photographs with a digit in the upper left and one in the lower right, each a seventh of the image
-    wide. Digits are below ``kinds``; the class is the pair, so neither part alone tells it."""
-    middles = torch.tensor([[-0.3, -0.3], [0.3, 0.3]])
-    images, values = _scenes(digits, count, size, kinds, seed, middles, spread=0.25, reach=0.13)
-    classes = [f"{first} and {second}" for first in range(kinds) for second in range(kinds)]
-    return Photographs(images, values[:, 0] * kinds + values[:, 1], classes, stand_in_of(digits))
+PARTS = (-0.1, -0.3), (0.1, 0.3)
+"""Where the stand-in's two digits are on average, across and down, on the kept image."""
+TOGETHER = 0.3, 0.25
+"""How far both are moved at most, across and down: where a bird sits, its head and body are."""
+APART = 0.1
+"""How far each digit is moved at most on its own, across and down."""
+REACH = 0.12
+"""Half the side of the smallest digits; the largest have 30 % more."""
+OFF_CENTRE = 0.6
+"""How far from the middle of a crop single digits are at most."""
 
 
-def make_single(digits: Digits, count: int, size: int, kinds: int, seed: int) -> Photographs:
-    """Photographs with one digit, as large as in a window of half the stand-in: what a trunk is trained on
-    before, as it is on ImageNet before it sees birds."""
-    images, values = _scenes(digits, count, size, kinds, seed, torch.zeros(1, 2), spread=0.6, reach=0.26)
-    return Photographs(images, values[:, 0], [str(kind) for kind in range(kinds)], stand_in_of(digits))
+def make_stand_in(
+    digits: Digits, count: int, size: int, kinds: int, seed: int, *, contrast: float = 1.0
+) -> Photographs:
+    """Photographs with a digit below ``kinds`` above and one of the ``kinds`` that follow below it. The class
+    is the pair, so neither part alone tells it. Both digits move together, and each a little on its own.
+
+    Args:
+        digits: to choose from.
+        count: how many.
+        size: of a network's input; images are kept :data:`SPARE` times as large.
+        kinds: of digits at each place, 5 at most.
+        seed: of all that is drawn.
+        contrast: of the photographs, which are faded to their mean colours below 1.
+    """
+    device = digits.images.device
+    generator = torch.Generator(device).manual_seed(seed)
+    means, together = torch.tensor(PARTS, device=device), torch.tensor(TOGETHER, device=device)
+
+    def places(n: int) -> Tensor:
+        both = 2 * torch.rand(n, 1, 2, generator=generator, device=device) - 1
+        each = 2 * torch.rand(n, 2, 2, generator=generator, device=device) - 1
+        return means + together * both + APART * each
+
+    choices = range(kinds), range(kinds, 2 * kinds)
+    images, values, parts = _scenes(digits, choices, places, REACH, count, size, generator, contrast)
+    classes = [f"{first} and {second}" for first in choices[0] for second in choices[1]]
+    labels = values[:, 0] * kinds + values[:, 1] - kinds
+    return Photographs(images, labels, classes, stand_in_of(digits), mirrored=False, parts=parts)
+
+
+def make_single(
+    digits: Digits, count: int, size: int, kinds: int, seed: int, *, contrast: float = 1.0
+) -> Photographs:
+    """Photographs with one digit below twice ``kinds``, as large as in a window of half the stand-in, and as
+    far off the middle: what a trunk is trained on before, as it is on ImageNet before it sees birds."""
+    device = digits.images.device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def places(n: int) -> Tensor:
+        return OFF_CENTRE * (2 * torch.rand(n, 1, 2, generator=generator, device=device) - 1)
+
+    choices = (range(2 * kinds),)
+    images, values, parts = _scenes(digits, choices, places, 2 * REACH, count, size, generator, contrast)
+    classes = [str(kind) for kind in choices[0]]
+    return Photographs(images, values[:, 0], classes, stand_in_of(digits), mirrored=False, parts=parts)
 
 
 def _scenes(
     digits: Digits,
+    choices: Sequence[range],
+    places: Callable[[int], Tensor],
+    reach: float,
     count: int,
     size: int,
-    kinds: int,
-    seed: int,
-    middles: Tensor,
-    *,
-    spread: float,
-    reach: float,
-) -> tuple[Tensor, Tensor]:
-    """Images, and (count, K), their digits, each below ``kinds``, up to ``spread`` from one of K ``middles``;
-    half the side of a digit is ``reach``, and up to 30 % more."""
+    generator: Generator,
+    contrast: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Images; (count, K), their digits, each one of its ``choices``; and :attr:`Photographs.parts`.
+
+    Args:
+        places: of N scenes where their digits are, (N, K, 2).
+        reach: half the side of a digit, and up to 30 % more.
+    """
     device = digits.images.device
-    generator = torch.Generator(device).manual_seed(seed)
     photographs = load_photographs(device=device)
-    (usable,) = (digits.labels < kinds).nonzero(as_tuple=True)
-    k, side = len(middles), round(SPARE * size)
-    images, values = [], []
+    usable = [
+        ((digits.labels >= its.start) & (digits.labels < its.stop)).nonzero().squeeze(1) for its in choices
+    ]
+    k, side = len(choices), round(SPARE * size)
+    images, values, parts = [], [], []
     for start in range(0, count, 256):
         n = min(256, count - start)
-        index = torch.randint(len(usable), (n, k), generator=generator, device=device)
-        index = usable[index]
-        place = spread * (2 * torch.rand(n, k, 2, generator=generator, device=device) - 1)
+        drawn = [its[torch.randint(len(its), (n,), generator=generator, device=device)] for its in usable]
+        index = torch.stack(drawn, 1)
+        place = places(n)
         half = reach * (1 + 0.3 * torch.rand(n, k, 1, generator=generator, device=device))
         scenes = backgrounds(photographs, n, side, generator)
+        scenes = scenes.mean((2, 3), keepdim=True).lerp(scenes, contrast)
         ink = digits.take(index.flatten()).view(n, k, 28, 28)
-        scenes = paste(scenes, ink, place + middles.to(device), half.expand(n, k, 2), generator)
+        scenes = paste(scenes, ink, place, half.expand(n, k, 2), generator)
         images.append(to_bytes(scenes))
         values.append(digits.labels[index])
-    return torch.cat(images), torch.cat(values)
+        parts.append(torch.cat([place, half], 2))
+    return torch.cat(images), torch.cat(values), torch.cat(parts)

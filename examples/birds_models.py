@@ -151,10 +151,14 @@ class PartsNet(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("deviation", deviation, persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, size, size) from 0 to 1 -> (N, classes)."""
+    def forward(self, images: Tensor, theta: Tensor | None = None) -> Tensor:
+        """(N, 3, size, size) from 0 to 1 -> (N, classes). Theta, (N, T, 2, 3), says where transformers look
+        in place of the localisation net."""
         images = (images - self.mean) / self.deviation
-        crops = self._overview(images).unsqueeze(1) if self.transformer is None else self._look(images)[1]
+        if self.transformer is None:
+            crops = self._overview(images).unsqueeze(1)
+        else:
+            crops = self._look(images)[1] if theta is None else self.transformer.sample(images, theta)
         features = self.trunk(crops.flatten(0, 1)).mean((2, 3)).unflatten(0, crops.shape[:2])
         return self.classifier(self.dropout(features.flatten(1)))
 

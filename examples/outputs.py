@@ -51,6 +51,8 @@ def save_table(
     source: str,
     settings: dict[str, Any],
     device: torch.device,
+    *,
+    notes: Sequence[str] = (),
 ) -> str:
     """Writes ``{name}.md`` and ``{name}.json``; returns the Markdown.
 
@@ -59,6 +61,7 @@ def save_table(
         config, paper: what was run, and the paper's, if it has any; a shorter run is named so.
         source: of the data.
         settings: whatever else decided the numbers.
+        notes: what else was found, a paragraph each.
     """
     described = origin(device)
     stand_in = "stand-in" in source
@@ -80,14 +83,15 @@ def save_table(
         f"{ran}; {config.optimiser.upper()}, rate {config.lr:g}; {seeds} seed{'s' if seeds > 1 else ''}.",
         *warmed_up((line.name, line.warm_up) for line in lines),
     ]
-    notes = [
+    paragraphs = [
+        *notes,
         " ".join(trained),
         f"Data: {source}." + (f" {told[:1].upper()}{told[1:]}." if told else ""),
         f"{described['device']}, {described['host_cores']} cores, PyTorch {described['torch']}, Triton "
         f"{described['triton']}, commit {commit[:12]}{mark}, {described['date'][:10]}. Seconds are of "
         "a machine that had other work too.",
     ]
-    text = f"# {title}\n\n" + "\n".join(rows) + "\n\n" + "\n\n".join(notes) + "\n"
+    text = f"# {title}\n\n" + "\n".join(rows) + "\n\n" + "\n\n".join(paragraphs) + "\n"
     content = {
         "title": title,
         "unit": unit,
@@ -96,6 +100,7 @@ def save_table(
         "paper_config": paper and asdict(paper),
         "data": source,
         "settings": settings,
+        "notes": list(notes),
         "facts": described,
     }
     write_text(folder / f"{name}.md", text)

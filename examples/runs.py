@@ -107,7 +107,7 @@ def wrong_class(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def error(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
     wrong: Callable[[Tensor, Tensor], Tensor] = wrong_class,
 ) -> float:

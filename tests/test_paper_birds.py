@@ -9,11 +9,14 @@ pytest.importorskip("skimage")
 numpy = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 
-from examples.birds_data import SPARE, load_cub, make_single, make_stand_in  # noqa: E402
+from examples import birds  # noqa: E402
+from examples.birds import settled, whole  # noqa: E402
+from examples.birds_data import PARTS, SPARE, load_cub, make_single, make_stand_in  # noqa: E402
 from examples.birds_models import REGIONS, BuiltInTrunk, PartsNet, make_trunk  # noqa: E402
 from examples.data import Digits  # noqa: E402
 from examples.files import DataError  # noqa: E402
 from stn_triton import backend  # noqa: E402
+from stn_triton.transforms import attention  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -114,42 +117,128 @@ def test_damaged_squares_are_named(cub):
         load_cub(cub, 28)
 
 
-def test_stand_in(digits):
-    first, second = (make_stand_in(digits, 16, 56, kinds=3, seed=4) for _ in range(2))
+def boxes(parts, side):
+    """Masks, (N, K, side, side): the squares that hold the digits, a pixel larger."""
+    at = (2 * torch.arange(side) + 1) / side - 1
+    x0, y0 = (parts[..., axis, None] - parts[..., 2, None] - 2 / side for axis in (0, 1))
+    x1, y1 = (parts[..., axis, None] + parts[..., 2, None] + 2 / side for axis in (0, 1))
+    return ((at > y0) & (at < y1)).unsqueeze(-1) & ((at > x0) & (at < x1)).unsqueeze(-2)
+
+
+@pytest.mark.parametrize("make, k", [(make_stand_in, 2), (make_single, 1)])
+def test_stand_in(digits, make, k):
+    first, second = (make(digits, 16, 56, kinds=2, seed=4) for _ in range(2))
     assert "stand-in, synthetic digits" in first.source
     assert torch.equal(first.images, second.images)
-    assert first.images.shape == (16, 3, round(SPARE * 56), round(SPARE * 56))
-    assert len(first.classes) == 9
-    assert first.labels.unique().numel() > 5
-    # One digit above and one below, wherever the scenes differ from those of the same seed without ink.
+    side = round(SPARE * 56)
+    assert first.images.shape == (16, 3, side, side)
+    assert first.classes == (["0 and 2", "0 and 3", "1 and 2", "1 and 3"] if k == 2 else ["0", "1", "2", "3"])
+    assert first.labels.unique().numel() == 4
+    # The digits are where the parts say, and nothing else differs from the same scenes without ink.
     blank = digits._replace(images=torch.zeros_like(digits.images))
-    changed = (make_stand_in(blank, 16, 56, 3, 4).images.int() - first.images.int()).abs().amax(1) > 8
-    assert changed[:, :32].flatten(1).any(1).all()
-    assert changed[:, 32:].flatten(1).any(1).all()
+    changed = (make(blank, 16, 56, 2, 4).images.int() - first.images.int()).abs().amax(1) > 8
+    masks = boxes(first.parts, side)
+    assert masks.shape == (16, k, side, side)
+    assert not (changed & ~masks.any(1)).any()
+    assert ((changed.unsqueeze(1) & masks).sum((2, 3)) > 0.2 * masks.sum((2, 3))).all()
+    if k == 2:
+        assert (first.parts[:, 0, 1] < first.parts[:, 1, 1]).all()
 
 
-def test_single_digits(digits):
-    """As large as in windows of half the stand-in: twice as large in the image."""
-    found = make_single(digits, 16, 56, kinds=3, seed=4)
-    assert found.classes == ["0", "1", "2"]
-    assert set(found.labels.tolist()) == {0, 1, 2}
+def test_label_is_the_pair():
+    """Of bars, each as high as the digit says, from a fifth of the ink's side to four."""
+    images = torch.zeros(4, 28, 28, dtype=torch.uint8)
+    for value in range(4):
+        images[value, 4 : 4 + 4 * (1 + value), 4:24] = 255
+    digits = Digits(images, torch.arange(4), "bars")
+    scenes = make_stand_in(digits, 30, 224, kinds=2, seed=0, contrast=0.0)
+    ground = scenes.images[:, :, :1, :1]  # without contrast there is one colour and the ink
+    ink = (scenes.images.int() - ground.int()).abs().amax(1) > 60
+    heights = (ink.unsqueeze(1) & boxes(scenes.parts, 256)).any(3).sum(2) / (256 * scenes.parts[..., 2])
+    values = (5 * heights - 1).round().long()
+    assert torch.equal(values[:, 0] * 2 + values[:, 1] - 2, scenes.labels)
+
+
+@pytest.mark.parametrize("make", [make_stand_in, make_single])
+def test_contrast(digits, make):
     blank = digits._replace(images=torch.zeros_like(digits.images))
-    changed = (make_single(blank, 16, 56, 3, 4).images.int() - found.images.int()).abs().amax(1) > 8
-    pairs = make_stand_in(blank, 16, 56, 3, 4).images.int() - make_stand_in(digits, 16, 56, 3, 4).images.int()
-    both = (pairs.abs().amax(1) > 8).float().mean()
-    assert changed.float().mean() == pytest.approx(2 * both.item(), rel=0.25)  # one of four times the area
+    full, faded, none = (
+        make(blank, 8, 56, 2, 0, contrast=contrast).images.float().std((2, 3)).mean()
+        for contrast in (1.0, 0.5, 0.0)
+    )
+    assert full > 10
+    assert faded == pytest.approx(0.5 * full.item(), rel=0.05)
+    assert none == 0
 
 
-def test_windows_are_inside_and_mirrored(digits):
+def test_single_digits_are_as_large_as_in_windows(digits):
+    parts = make_stand_in(digits, 100, 56, 2, 0).parts, make_single(digits, 100, 28, 2, 0).parts
+    pixels = [half[..., 2] * side for half, side in zip(parts, (64, 32))]
+    assert pixels[0].mean() == pytest.approx(pixels[1].mean().item(), rel=0.03)
+
+
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_windows_are_inside_and_birds_mirrored(digits, mirrored):
     scenes = make_stand_in(digits, 4, 56, kinds=2, seed=0)
+    assert not scenes.mirrored  # digits are none when mirrored
+    scenes = scenes._replace(mirrored=mirrored)
     theta = scenes.windows(200, 56, torch.Generator().manual_seed(0))
     corners = theta[:, :, :2].abs().sum(-1) + theta[:, :, 2].abs()
     assert corners.max() <= 1 + 1e-6
-    mirrored = theta[:, 0, 0] < 0
-    assert 60 < mirrored.sum() < 140
+    flipped = (theta[:, 0, 0] < 0).sum()
+    assert 60 < flipped < 140 if mirrored else flipped == 0
     assert (theta[:, 1, 1] > 0).all()
     middle = scenes.take(torch.tensor([2]), 56)
     assert torch.equal((middle[0] * 255).round().byte(), scenes.images[2, :, 4:-4, 4:-4])
+
+
+def test_whole():
+    """A square of half side 0.2 in windows of half side 0.5: up to 0.3 off their middles."""
+    theta = attention(0.5, torch.tensor([[[-0.5, -0.5], [0.5, 0.5]]]))
+    places = [(-0.5, -0.5), (-0.21, -0.79), (-0.19, -0.5), (-0.5, -0.19), (0.79, 0.21), (0.5, -0.5)]
+    parts = torch.tensor([[(*place, 0.2) for place in places]])
+    expected = [(1, 0), (1, 0), (0, 0), (0, 0), (0, 1), (0, 0)]
+    assert whole(theta, parts)[0].int().tolist() == [list(row) for row in expected]
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_where_windows_settle(digits, follows, monkeypatch):
+    """One window on each digit, in the other's order; or both where they are on average."""
+    scenes = make_stand_in(digits, 100, 64, 2, seed=0)
+    places = scenes.parts[..., :2].flip(1) * scenes.images.shape[-1] / 64
+    if not follows:
+        places = places.mean(0).expand_as(places)
+    model = PartsNet(BuiltInTrunk(16), 4, 2, size=64, crop=32, dropout=0.0).eval()
+    batches = iter(attention(0.5, places).split(25))
+    monkeypatch.setattr(model, "look", lambda images: (next(batches), None))
+    monkeypatch.setattr(birds, "_batches", lambda photographs: torch.arange(100).split(25))
+    figures = settled(model, scenes, 64)
+    moved = "mean", "deviation"
+    for k in (0, 1):
+        for at, axis in enumerate(("across", "down")):
+            window, part = (
+                [figures[f"{what} {k} {axis}, {name}"] for name in moved] for what in ("window", "part")
+            )
+            assert part[0] == pytest.approx(PARTS[k][at] * SPARE, abs=0.1)
+            assert window == pytest.approx(part if follows else [part[0], 0], abs=1e-5)
+            assert figures[f"{k} {axis}, correlation"] == pytest.approx(float(follows), abs=1e-3)
+    assert figures["whole"] == pytest.approx(100 if follows else figures["whole if held"])
+    assert 20 < figures["whole if held"] < 95
+    assert figures["whole at first"] < 30
+    held = attention(0.5, places.mean(0))
+    with torch.no_grad():
+        right = (
+            model(scenes.take(torch.arange(100), 64), held.expand(100, -1, -1, -1)).argmax(1) == scenes.labels
+        )
+    assert figures["accuracy if held"] == pytest.approx(100 * right.double().mean().item())
+
+
+def test_told_windows_can_be_put_elsewhere():
+    model = PartsNet(BuiltInTrunk(16), 5, 2, size=64, crop=32).eval()
+    images = torch.rand(2, 3, 64, 64)
+    theta, _ = model.look(images)
+    torch.testing.assert_close(model(images, theta), model(images))
+    assert not torch.allclose(model(images, theta.flip(1)), model(images))
 
 
 @pytest.mark.parametrize("transformers", [2, 4])

@@ -218,6 +218,7 @@ SCRIPTS = {
         "--transformers",
         "0",
         "2",
+        "--still",
     ],
 }
 OTHER = {  # a setting of the model or the data, and other values of its option
@@ -268,6 +269,14 @@ def test_script_leaves_a_table_and_pictures(name, folder, tmp_path, capsys):
         assert table.count("Distortions grow from none over the first") == 1
     if name == "colocalisation":  # its warm-up is the lead of the search
         assert "Distortions grow" not in table
+    if name == "birds":  # of its windows those of the control stay
+        moved = {
+            line["name"]: line["figures"][0].get("window 0 across, deviation") for line in content["lines"]
+        }
+        assert moved["CNN"] is None
+        assert moved["2xST-CNN"] > 0 == moved["2xST-CNN, windows still"]
+        assert "2xST-CNN: windows hold both digits whole in" in table
+        assert table.count("windows hold both") == 1
     # Run again it is finished already: the same table from the checkpoints.
     before = [line["values"] for line in content["lines"]]
     assert script.main(arguments) == 0
