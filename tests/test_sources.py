@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -492,6 +493,42 @@ def test_second_derivatives_by_points_in_any_mode(either_backend, device):
         assert_close(outer(inner(function))(points), expected)
 
 
+@pytest.mark.parametrize("regularization", [0.0, 0.2])
+def test_derivatives_by_control_points_under_transforms(either_backend, device, regularization):
+    """The matrix of the product depends on them, though no tensor's flag says so."""
+    image, points, warp = bent(device)
+    image, points = image.detach(), points.detach()
+    control_points = stn.transforms.control_lattice(3, dtype=torch.float64).to(device)
+    control_points = control_points + 0.05 * torch.randn_like(control_points)
+    along = torch.randn_like(control_points)
+
+    def function(control_points):
+        return warp(image, points, control_points=control_points, regularization=regularization).sum()
+
+    tracked = control_points.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(function(tracked), tracked)
+    assert_close(torch.func.grad(function)(control_points), expected)
+    _, tangent = torch.func.jvp(function, (control_points,), (along,))
+    assert_close(tangent, (expected * along).sum())
+    with torch.autograd.forward_ad.dual_level():
+        found = function(torch.autograd.forward_ad.make_dual(control_points, along))
+        assert_close(torch.autograd.forward_ad.unpack_dual(found).tangent, tangent)
+
+    def along_points(
+        control_points, way
+    ):  # the derivative by points within, that by control points around it
+        def inner(points):
+            return warp(image[:1], points, control_points=control_points, regularization=regularization).sum()
+
+        return way(inner)(points[:1])
+
+    forward, reverse = (
+        way(lambda control_points, way=way: along_points(control_points, way))(control_points)
+        for way in (torch.func.jacfwd, torch.func.jacrev)
+    )
+    assert_close(forward, reverse)
+
+
 class Watch(TorchDispatchMode):
     """Names of the operators seen."""
 
@@ -520,6 +557,15 @@ def test_checkpoints_whoever_watches(either_backend, device, watch, when):
         found = torch.autograd.grad(samples.sum(), (image, points))
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other)
+
+
+def test_checkpoints_beside_an_export(either_backend, device):
+    """Which sets a flag of the whole process while it runs, in whatever thread."""
+    image, points, warp = bent(device)
+    samples = checkpoint(warp, image, points, use_reentrant=False)
+    with mock.patch.object(torch.compiler, "_is_compiling_flag", True):
+        samples.sum().backward()
+    assert points.grad is not None
 
 
 def test_checkpoints_with_batched_gradients_of_points(either_backend, device):

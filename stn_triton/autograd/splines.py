@@ -44,13 +44,13 @@ class _SplineProduct(torch.autograd.Function):
 
 
 _record = eager("_SplineProduct", ops.spline_product, _SplineProduct.setup_context, _SplineProduct.backward)
-_is_compiling = torch.compiler.is_compiling  # looked up here, as it is asked in each call
+_is_traced_by_dynamo = torch.compiler.is_dynamo_compiling  # looked up here, as it is asked in each call
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def spline_product(matrix: Tensor, points: Tensor, dtype: torch.dtype) -> Tensor:
     """``splines.product``, differentiable; by a kernel where nobody would see the operators."""
-    if _is_compiling() or tracing_state():
+    if _is_traced_by_dynamo() or tracing_state():
         return splines.product(matrix, points, dtype)
     if is_undispatched((matrix, points)) and forward_ad._current_level < 0:
         if not torch.is_grad_enabled():
