@@ -32,6 +32,7 @@ from torch import Tensor
 from . import backend, kernels, reference
 from .calls import PLAIN, exports_onnx, plain
 from .kernels.modes import Interpolation, Source
+from .transforms import splines
 
 __all__ = ["grid", "grid_backward", "sample", "sample_as", "sample_backward", "sample_hvp", "sample_jvp"]
 
@@ -539,12 +540,12 @@ def grid_backward(
 
 # ------------------------------------------------------------------------------------------- no operator
 def spline_product(matrix: Tensor, points: Tensor, dtype: torch.dtype) -> Tensor:
-    """``matrix @ points`` in ``dtype``, of (rows, K) in float64 and (N, [T,] K, 2).
+    """``splines.product`` of (rows, K) in float64 and (N, [T,] K, 2), by a kernel where there are kernels.
 
     Not differentiable. No operator: only plain eager code calls it (``autograd.splines``).
     """
     if backend.select(points.device.type).name == "torch":
-        return (matrix @ points.double()).to(dtype)
+        return splines.product(matrix, points, dtype)
     output = points.new_empty(*points.shape[:-2], matrix.shape[0], 2, dtype=dtype)
     if output.numel() > 0:
         kernels.dispatch.spline_product(matrix, points, output)

@@ -221,7 +221,7 @@ ALLOWED_IMPORTS = {
     "distributed": {"calls", "kernels.modes"},
     "transforms": {"transforms", "calls", "checks", "distributed"},
     "reference": {"reference", "calls", "kernels.modes", "kernels.host.dtypes"},
-    "ops": {"kernels", "backend", "calls", "reference"},
+    "ops": {"kernels", "backend", "calls", "reference", "transforms"},
     "autograd": {
         "autograd",
         "ops",

@@ -514,9 +514,9 @@ def test_derivatives_by_control_points_under_transforms(either_backend, device, 
         found = function(torch.autograd.forward_ad.make_dual(control_points, along))
         assert_close(torch.autograd.forward_ad.unpack_dual(found).tangent, tangent)
 
-    def along_points(
-        control_points, way
-    ):  # the derivative by points within, that by control points around it
+    def along_points(control_points, way):
+        """The derivative by points, of which that by control points is taken."""
+
         def inner(points):
             return warp(image[:1], points, control_points=control_points, regularization=regularization).sum()
 
