@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.modes import MOST_SAMPLES, Source
-from .sources import base_points, horizon, pixel_scales
+from .sources import base_axes, pixel_scales, places_seen
 
 _CELL = 16  # outputs along each axis that share their numbers, of homographies
 
@@ -71,22 +71,19 @@ def _projective_samples(
     """(N, T, *size, 2): by the map's derivative at the corners of each output's cell."""
     starts = [torch.arange(0, n, _CELL, device=matrix.device) for n in size]
     corners = [torch.cat([first, (first + _CELL - 1).clamp(max=n - 1)]) for first, n in zip(starts, size)]
-    points = base_points(size, align_corners, matrix).unflatten(0, size)
-    points = points[corners[0]][:, corners[1]]  # of (top and bottom) x (left and right)
-    inverse, seen = horizon(matrix, points.flatten(0, -2))
-    inverse = inverse.unsqueeze(-1)
-    place = (points.flatten(0, -2) @ matrix[..., :2, :].transpose(-1, -2)) * inverse
-    linear = matrix[..., None, :2, :2] - place.unsqueeze(-1) * matrix[..., None, 2:, :2]
-    squared = (linear * inverse.unsqueeze(-1) * per_step).square().sum(-2)
-    placed = seen & place.isfinite().all(-1)
-    ahead = placed & (inverse.squeeze(-1) > 0)
+    x, y = base_axes(size, align_corners, matrix)
+    axes = x[:, corners[1]], y[corners[0]]  # of (top and bottom) x (left and right)
+    inverse, place, placed = places_seen(matrix, axes)
+    rows, last = matrix[:, :, :2, :2, None, None], matrix[:, :, 2:, :2, None, None]
+    linear = (rows - place.unsqueeze(3) * last) * inverse.unsqueeze(2)
+    squared = (linear * per_step[..., None, None]).square().sum(2).movedim(2, -1)
 
     def by_cell(tensor: Tensor) -> Tensor:
-        """(N, T, P, ...) -> (N, T, 4, cells_y, cells_x, ...)."""
+        """(N, T, 2 cells_y, 2 cells_x, ...) -> (N, T, 4, cells_y, cells_x, ...)."""
         along = (2, len(starts[0]), 2, len(starts[1]))
-        return tensor.unflatten(2, along).movedim(4, 3).flatten(2, 3)
+        return tensor.flatten(2, 3).unflatten(2, along).movedim(4, 3).flatten(2, 3)
 
-    number, number_ahead = by_cell(placed).sum(2), by_cell(ahead).sum(2)
+    number, number_ahead = (by_cell(each.squeeze(2)).sum(2) for each in (placed, placed & (inverse > 0)))
     samples = _samples_along(by_cell(squared.nan_to_num(0.0, torch.inf)).amax(2))
     whole = (number == 4) & ((number_ahead == 0) | (number_ahead == 4))
     near = torch.where(number == 0, 1, MOST_SAMPLES)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..kernels.modes import Source
 
@@ -26,37 +25,71 @@ def _base_coordinates(size: tuple[int, ...], align_corners: bool, like: Tensor) 
     return axes
 
 
-def base_points(
+def base_axes(
     size: tuple[int, ...], align_corners: bool, like: Tensor, offset: Tensor | None = None
-) -> Tensor:
-    """(P, dims + 1): (x, y[, z], 1) of all output pixels.
+) -> list[Tensor]:
+    """What :func:`mapped` takes: x, y[, z] of the output pixels, shaped to broadcast over ``size``.
 
-    offset: by how much they are moved, (N, T, *size, dims), or with 1s for sizes: (N, T, P, dims + 1) then.
+    offset: by how much they are moved, (N, T, *size, dims), or with 1s for sizes: (N, T, 1, *size) each then.
     """
-    axes = [axis.expand(size) for axis in _base_coordinates(size, align_corners, like)]
-    points = torch.stack([*axes, torch.ones_like(axes[0])], -1).flatten(0, -2)
-    return points if offset is None else points + pad(offset, (0, 1)).flatten(2, -2)
+    axes = _base_coordinates(size, align_corners, like)
+    if offset is None:
+        return axes
+    return [axis + moved.unsqueeze(2) for axis, moved in zip(axes, offset.unbind(-1), strict=True)]
 
 
-def horizon(matrix: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-    """1 / w of every point, (N, T, P), and whether w can be told from 0; the kernels' rule and reason."""
-    row = matrix[..., 2, :].unsqueeze(-2)
-    w = (row * base).sum(-1)
+def points_of(axes: Sequence[Tensor]) -> Tensor:
+    """(x, y[, z], 1) of all output pixels, (P, dims + 1); of axes with an offset (N, T, P, dims + 1)."""
+    points = torch.stack(torch.broadcast_tensors(*axes, torch.ones_like(axes[0])), -1)
+    points = points.flatten(-1 - len(axes), -2)
+    return points if points.dim() == 2 else points.squeeze(2)
+
+
+def mapped(matrix: Tensor, axes: Sequence[Tensor]) -> Tensor:
+    """``matrix @ (x, y[, z], 1)`` of all output pixels, (N, T, rows, *size), of (N, T, rows, dims + 1).
+
+    A product with each pixel's column would be thousands of small ones. Here the later axes, which are
+    the same along a row, are added first.
+    """
+    *linear, total = matrix[(..., *(None,) * len(axes))].unbind(3)
+    for coefficient, axis in zip(reversed(linear), reversed(axes), strict=True):
+        total = total + coefficient * axis
+    return total
+
+
+def horizon(matrix: Tensor, axes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """1 / w of every point, (N, T, 1, *size), and if w can be told from 0: the kernels' rule, and why."""
+    row = matrix[..., 2:, :]
+    w = mapped(row, axes)
+    terms = mapped(row.abs(), [axis.abs() for axis in axes])
     rounding, tiny = (2.0**-50, 1e-300) if w.dtype == torch.float64 else (2.0**-21, 1e-37)
-    seen = (w.abs() > rounding * (row * base).abs().sum(-1)) & (w.abs() > tiny)
+    seen = (w.abs() > rounding * terms) & (w.abs() > tiny)
     return torch.where(seen, 1 / torch.where(seen, w, 1.0), 0.0), seen
 
 
+def places_seen(homography: Tensor, axes: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """1 / w, (N, T, 1, *size); where points go, (N, T, 2, *size), 0 if nowhere finite; and if they do."""
+    inverse, seen = horizon(homography, axes)
+    place = mapped(homography[..., :2, :], axes) * inverse
+    placed = seen & place.isfinite().all(2, keepdim=True)
+    return inverse, torch.where(placed, place, 0.0), placed
+
+
 def _spline_parts(
-    control_points: Tensor, base: Tensor, chunk: int = 32
+    control_points: Tensor, points: Tensor, chunk: int = 32
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """For a few control points at a time: which, p - c (P, k, 2), log |p - c|^2 and the basis (P, k)."""
     for start in range(0, control_points.shape[0], chunk):
-        part = slice(start, start + chunk)
-        offset = base[:, None, :2] - control_points[part]
+        part = slice(start, min(start + chunk, control_points.shape[0]))
+        offset = points[:, None, :2] - control_points[part]
         squared = offset.square().sum(-1)
         log = torch.where(squared > 1e-30, squared, 1e-30).log()
         yield part, offset, log, squared * log
+
+
+def _slope(offset: Tensor, log: Tensor) -> Tensor:
+    """How the basis changes with a control point, over p - c: (P, k); 0 at the point itself."""
+    return torch.where(offset.square().sum(-1) > 0, -2 * (log + 1), 0.0)
 
 
 def coordinates(
@@ -79,24 +112,33 @@ def coordinates(
     if source == Source.GRID:
         return params.unsqueeze(1)
     matrix = params.unsqueeze(1) if params.dim() == 3 else params
-    base = base_points(size, align_corners, params, offset)
+    axes = base_axes(size, align_corners, params, offset)
     if source == Source.TPS:
         assert control_points is not None
-        controls = control_points.shape[0]
-        grid = base @ matrix[..., controls:, :]
-        for part, _, _, basis in _spline_parts(control_points.to(dtype), base):
-            grid = grid + basis @ matrix[..., :controls, :][..., part, :]
+        weights, linear = matrix.mT.tensor_split([control_points.shape[0]], -1)
+        grid = mapped(linear, axes)
+        for part, _, _, basis in _spline_parts(control_points.to(dtype), points_of(axes)):
+            grid = grid + _product(weights[..., part], basis.mT).unflatten(-1, size)
     else:
-        grid = base @ matrix[..., : len(size), :].transpose(-1, -2)
+        grid = mapped(matrix[..., : len(size), :], axes)
         if source == Source.PROJECTIVE:
-            inverse, seen = horizon(matrix, base)
-            grid = torch.where(seen.unsqueeze(-1), grid * inverse.unsqueeze(-1), float("nan"))
-    return grid.unflatten(2, size)
+            inverse, seen = horizon(matrix, axes)
+            grid = torch.where(seen, grid * inverse, float("nan"))
+    return grid.movedim(2, -1)
 
 
-def _sum_over_pixels(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b. On the CPU in float64: what is summed here a spline's system may magnify."""
-    return a.double().mT @ b.double() if a.device.type == "cpu" else a.mT @ b
+def _product(rows: Tensor, columns: Tensor) -> Tensor:
+    """``rows @ columns``: one product where all rows have the same columns, not one for each image."""
+    if columns.dim() > 2:
+        return rows @ columns
+    return (rows.flatten(0, -2) @ columns).view(*rows.shape[:-1], columns.shape[-1])
+
+
+def _sum_over_pixels(g: Tensor, points: Tensor) -> Tensor:
+    """(..., rows, P) times (P, columns). On the CPU in float64: a spline's system may magnify the sums."""
+    if g.device.type == "cpu":
+        g, points = g.to(torch.float64, memory_format=torch.contiguous_format), points.double()
+    return _product(g, points)
 
 
 def coordinates_backward(
@@ -111,31 +153,27 @@ def coordinates_backward(
     """The transpose of ``coordinates``: d params and d control points from d grid, (N, T, *size, dims)."""
     if source == Source.GRID:
         return grad_grid.squeeze(1).sum_to_size(params.shape).to(params.dtype), None
-    size = tuple(grad_grid.shape[2:-1])
-    g = grad_grid.flatten(2, -2)
-    base = base_points(size, align_corners, g, offset)
+    axes = base_axes(tuple(grad_grid.shape[2:-1]), align_corners, grad_grid, offset)
+    g, points = grad_grid.movedim(-1, 2), points_of(axes)
     matrix = (params.unsqueeze(1) if params.dim() == 3 else params).to(g.dtype)
     by_controls = None
     if source == Source.TPS:
         assert control_points is not None
-        controls, rows, moves = control_points.to(g.dtype), [], []
-        for part, offset, log, basis in _spline_parts(controls, base):
-            rows.append(_sum_over_pixels(basis, g))
+        g, moves, columns = g.flatten(3), [], []
+        for part, offset, log, basis in _spline_parts(control_points.to(g.dtype), points):
+            columns.append(_sum_over_pixels(g, basis))
             if control_grad:
-                weights = matrix[..., : len(controls), :][..., part, :]
-                pull = (g @ weights.mT) * torch.where(offset.square().sum(-1) > 0, -2 * (log + 1), 0.0)
-                moves.append((pull.unsqueeze(-1) * offset).sum((0, 1, 2)))
-        grad = torch.cat([*rows, _sum_over_pixels(base, g)], -2)
+                pull = (matrix[..., part, :] @ g).sum((0, 1)).mT
+                moves.append(((pull * _slope(offset, log)).unsqueeze(-1) * offset).sum(0))
+        grad = torch.cat([*columns, _sum_over_pixels(g, points)], -1).mT
         if control_grad:
             by_controls = torch.cat(moves).to(control_points.dtype)
     else:
         if source == Source.PROJECTIVE:
-            inverse, seen = horizon(matrix, base)
-            grid = (base @ matrix[..., :2, :].mT) * inverse.unsqueeze(-1)
-            placed = (seen & grid.isfinite().all(-1)).unsqueeze(-1)
-            g = torch.where(placed, g * inverse.unsqueeze(-1), 0.0)
-            g = torch.cat([g, -(g * torch.where(placed, grid, 0.0)).sum(-1, keepdim=True)], -1)
-        grad = _sum_over_pixels(g, base)
+            inverse, place, placed = places_seen(matrix, axes)
+            g = torch.where(placed, g * inverse, 0.0)
+            g = torch.cat([g, -(g * place).sum(2, keepdim=True)], 2)
+        grad = _sum_over_pixels(g.flatten(3), points)
     if params.shape[0] == 1:
         grad = grad.sum(0, keepdim=True)
     return grad.reshape(params.shape).to(params.dtype), by_controls
@@ -143,26 +181,23 @@ def coordinates_backward(
 
 def projective_jvp(homography: Tensor, tangent: Tensor, size: tuple[int, ...], align_corners: bool) -> Tensor:
     """How the coordinates of (N, T, 3, 3) move, (N, T, *size, 2): by 0 where nothing finite is seen."""
-    base = base_points(size, align_corners, homography)
-    inverse, seen = horizon(homography, base)
-    grid = (base @ homography[..., :2, :].transpose(-1, -2)) * inverse.unsqueeze(-1)
-    placed = (seen & grid.isfinite().all(-1)).unsqueeze(-1)
-    terms = base @ tangent.transpose(-1, -2)
-    coord_tangent = (terms[..., :2] - torch.where(placed, grid, 0.0) * terms[..., 2:]) * inverse.unsqueeze(-1)
-    return torch.where(placed, coord_tangent, 0.0).reshape(*coord_tangent.shape[:2], *size, 2)
+    axes = base_axes(size, align_corners, homography)
+    inverse, place, placed = places_seen(homography, axes)
+    terms = mapped(tangent, axes)
+    coord_tangent = (terms[:, :, :2] - place * terms[:, :, 2:]) * inverse
+    return torch.where(placed, coord_tangent, 0.0).movedim(2, -1)
 
 
 def spline_control_jvp(
     coefficients: Tensor, control_points: Tensor, tangent: Tensor, size: tuple[int, ...], align_corners: bool
 ) -> Tensor:
     """How the coordinates of (N, T, K + 3, 2) move with the control points, (N, T, *size, 2)."""
-    base = base_points(size, align_corners, coefficients)
-    coord_tangent = torch.zeros_like(base[:, :2])
-    for part, offset, log, _ in _spline_parts(control_points, base):
-        slope = torch.where(offset.square().sum(-1) > 0, -2 * (log + 1), 0.0)
-        along = slope * (offset * tangent[part]).sum(-1)
-        coord_tangent = coord_tangent + along @ coefficients[..., : len(control_points), :][..., part, :]
-    return coord_tangent.reshape(*coord_tangent.shape[:2], *size, 2)
+    points = points_of(base_axes(size, align_corners, coefficients))
+    coord_tangent = torch.zeros_like(points[:, 0])
+    for part, offset, log, _ in _spline_parts(control_points, points):
+        along = _slope(offset, log) * (offset * tangent[part]).sum(-1)
+        coord_tangent = coord_tangent + _product(coefficients[..., part, :].mT, along.mT)
+    return coord_tangent.reshape(*coord_tangent.shape[:-1], *size).movedim(2, -1)
 
 
 def pixel_scales(in_size: Sequence[int], align_corners: bool) -> list[float]:
@@ -180,5 +215,5 @@ def flow_grid(flow: Tensor, align_corners: bool, dtype: torch.dtype) -> tuple[Te
     """The output's identity grid and the displacement, (1 and N, 1, *size, dims)."""
     size = tuple(flow.shape[2:])
     displacement = flow.to(dtype).movedim(1, -1).unsqueeze(1)
-    base = base_points(size, align_corners, displacement)[:, :-1]
-    return base.view(1, 1, *size, len(size)), displacement
+    axes = torch.broadcast_tensors(*base_axes(size, align_corners, displacement))
+    return torch.stack(axes, -1)[None, None], displacement
