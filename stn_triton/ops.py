@@ -251,6 +251,11 @@ def sample(
     return output
 
 
+def _laid_out(result: Tensor, like: Tensor) -> Tensor:
+    """A result of PyTorch's in the strides of ``like``, which is written where they differ."""
+    return result if result.stride() == like.stride() else like.copy_(result)
+
+
 def _sample_in_pytorch(
     output: Tensor,
     image: Tensor,
@@ -264,7 +269,7 @@ def _sample_in_pytorch(
     place = Source(source), tuple(size), *named_modes(*modes)
     with backend.without_autocast(image.device.type):
         samples = reference.sample_as(image, params, control_points, fill, *place, dtype=output.dtype)
-    return output.copy_(samples.view(output.shape))
+    return _laid_out(samples.view(output.shape), output)
 
 
 @_operator(lambda a: _new_output(a.input, a.params, a.source, a.size, a.dtype))
@@ -363,7 +368,7 @@ def sample_backward(
                 g, input, params, control_points, *place, input_grad, of_params, of_controls
             )
         if grad_input is not None and by_input is not None:
-            grad_input.copy_(by_input)
+            grad_input = _laid_out(by_input, grad_input)
     else:
         repeatable = torch.are_deterministic_algorithms_enabled()
         with _below_autograd():
@@ -419,7 +424,7 @@ def sample_jvp(
     if in_pytorch:
         with backend.without_autocast(output.device.type):
             samples = reference.sample_jvp(*tensors, Source(source), tuple(size), *named_modes(*modes))
-        return output.copy_(samples.view(output.shape))
+        return _laid_out(samples.view(output.shape), output)
     kernels.dispatch.sample_jvp(*tensors, output, source, *modes)
     return output
 
@@ -477,7 +482,7 @@ def sample_hvp(
             place = Source(source), in_shape[2:], *named_modes(*modes)
             by_input, by_coordinates = reference.sample_hvp(g, *tensors, *place, input_grad, coordinates_grad)
         if target is not None and by_input is not None:
-            target.copy_(by_input)
+            target = _laid_out(by_input, target)
     else:
         repeatable = torch.are_deterministic_algorithms_enabled()
         with _below_autograd():

@@ -115,10 +115,10 @@ def coordinates(
     axes = base_axes(size, align_corners, params, offset)
     if source == Source.TPS:
         assert control_points is not None
-        weights, linear = matrix.mT.tensor_split([control_points.shape[0]], -1)
-        grid = mapped(linear, axes)
+        rows = matrix.transpose(-1, -2)  # mT is unknown to TorchScript's ONNX
+        grid = mapped(rows[..., control_points.shape[0] :], axes)
         for part, _, _, basis in _spline_parts(control_points.to(dtype), points_of(axes)):
-            grid = grid + _product(weights[..., part], basis.mT).unflatten(-1, size)
+            grid = grid + _product(rows[..., part], basis.transpose(0, 1)).unflatten(-1, size)
     else:
         grid = mapped(matrix[..., : len(size), :], axes)
         if source == Source.PROJECTIVE:
