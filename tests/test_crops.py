@@ -34,7 +34,7 @@ def ours(image, theta, shape):
 @pytest.mark.parametrize(
     ("wanted", "width", "half", "size"), [("image", 8, 3, 24), ("theta", 1024, 6, 32)], ids=["image", "theta"]
 )
-def test_gradients_of_crops(device, wanted, width, half, size):
+def test_gradients_of_crops(either_backend, device, wanted, width, half, size):
     """Squares of 2 ``half`` pixels, turned by up to half a radian, enlarged four or three times."""
     height = 1024
     generator = torch.Generator().manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -48,13 +49,12 @@ def points_of(axes: Sequence[Tensor]) -> Tensor:
 def mapped(matrix: Tensor, axes: Sequence[Tensor]) -> Tensor:
     """``matrix @ (x, y[, z], 1)`` of all output pixels, (N, T, rows, *size), of (N, T, rows, dims + 1).
 
-    A product with each pixel's column would be thousands of small ones. Here the later axes, which are
-    the same along a row, are added first.
+    A product with each pixel's column would be thousands of small ones. The constant is added last: with a
+    crop's large one a row's outputs would share the rounding of a sum that is made once for all of them.
     """
-    *linear, total = matrix[(..., *(None,) * len(axes))].unbind(3)
-    for coefficient, axis in zip(reversed(linear), reversed(axes), strict=True):
-        total = total + coefficient * axis
-    return total
+    *linear, constant = matrix[(..., *(None,) * len(axes))].unbind(3)
+    terms = [coefficient * axis for coefficient, axis in zip(linear, axes, strict=True)]
+    return functools.reduce(torch.add, reversed(terms)) + constant
 
 
 def horizon(matrix: Tensor, axes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
