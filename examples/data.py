@@ -289,6 +289,17 @@ class Similar(Distortion):
         (theta,) = drawn
         return stn.affine_grid_sample(digits.take(index), theta, (self.size, self.size))
 
+    def spread(self, maps: Tensor) -> tuple[float, float, float]:
+        """How much digits differ in place (pixels), size (%) and angle (degrees): standard deviations.
+
+        maps: (N, 2, 3), from the canvas, or from what a transformer returns, to the digit.
+        """
+        inverse = invert(maps)
+        place = inverse[:, :, 2].std(0).mean() * self.size / 2
+        scale = inverse[:, :, :2].det().abs().sqrt()
+        angle = torch.atan2(maps[:, 1, 0] - maps[:, 0, 1], maps[:, 0, 0] + maps[:, 1, 1]).rad2deg()
+        return place.item(), (100 * scale.std() / scale.mean()).item(), angle.std().item()
+
 
 @dataclass(frozen=True)
 class Cluttered(Similar):

@@ -34,7 +34,7 @@ from examples.training import (
     train,
 )
 from stn_triton.nn import SpatialTransformer
-from stn_triton.transforms import compose, invert
+from stn_triton.transforms import compose
 
 PAPER_STEPS = 150_000
 PAPER = {  # % error, the mean of three seeds
@@ -377,11 +377,8 @@ def alignment(transformer: SpatialTransformer, digits: Digits, distortion: Simil
     theta, chosen = drawn[0], transformer.localise(distortion.apply(digits, index, drawn))
     said = []
     for maps in (theta, compose(theta, chosen)):  # from the canvas, or the output, to the digit
-        inverse = invert(maps)
-        place = inverse[:, :, 2].std(0).mean() * distortion.size / 2
-        scale = inverse[:, :, :2].det().abs().sqrt()
-        angle = torch.atan2(maps[:, 1, 0] - maps[:, 0, 1], maps[:, 0, 0] + maps[:, 1, 1]).rad2deg()
-        said.append((f"{place:.1f}", f"{100 * scale.std() / scale.mean():.0f}", f"{angle.std():.0f}"))
+        place, scale, angle = distortion.spread(maps)
+        said.append((f"{place:.1f}", f"{scale:.0f}", f"{angle:.0f}"))
     place, scale, angle = (f"{before} to {after}" for before, after in zip(*said))
     return (
         f"standard deviations over {len(index)} test digits, before to after: of the place {place} pixels, "

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from examples.data import DISTORTIONS, Digits, Mnist, load_mnist
+import stn_triton as stn
+from examples.data import DISTORTIONS, Digits, Mnist, Similar, load_mnist
 from examples.models import cnn, count, fcn, fit_width, make_transformer
 from examples.outputs import (
     Line,
@@ -29,6 +31,7 @@ from examples.outputs import (
 from examples.runs import Runs, config_of, error, parser_of, positive, run_seeds, sizes
 from examples.training import Config, Task, processes, rank
 from stn_triton.nn import SpatialTransformer, Transform
+from stn_triton.transforms import compose
 
 SIZE, CLASSES = 42, 19
 PARAMETERS = 400_000  # of each model, about
@@ -120,6 +123,40 @@ class Addition(Task):
         return transformations(model, self.mnist.test)
 
 
+def held(model: nn.Module, digits: Digits, count: int = 1000) -> str:
+    """How much both digits of test pairs differ in place and angle, before and after each transformer; of a
+    homography or a spline it is the affine map nearest to it over the middle half of its output."""
+    distortion, generator = DISTORTIONS["RTS"], Generator(digits.images.device).manual_seed(2)
+    assert isinstance(distortion, Similar)
+    index = torch.randint(len(digits.labels), (2, count), generator=generator, device=generator.device)
+    drawn = [distortion.draw(count, generator) for _ in index]
+    images = torch.cat([distortion.apply(digits, *each) for each in zip(index, drawn)], 1)
+
+    def said(chosen: Tensor) -> str:
+        spreads = [distortion.spread(compose(theta.cpu(), chosen)) for (theta,) in drawn]
+        return " and ".join(f"{place:.1f} pixels, {angle:.0f} degrees" for place, _, angle in spreads)
+
+    parts = [f"before {said(torch.eye(2, 3).expand(count, 2, 3))}"]
+    with torch.no_grad():
+        parameters = parameters_of(lambda: model(images), model)
+    for number, (one, its) in enumerate(zip(transformers_of(model), parameters), 1):
+        parts.append(f"after transformer {number} {said(nearest_affine(one.transform, its))}")
+    what = f"standard deviations of place and angle of the first digit and the second, {count} test pairs"
+    return f"{what}: {'; '.join(parts)}"
+
+
+def nearest_affine(transform: Transform, theta: Tensor) -> Tensor:
+    """(N, 2, 3), by least squares over 5 x 5 points of the middle half of the output."""
+    if transform not in ("projective", "tps"):
+        return theta
+    function = stn.projective_grid if transform == "projective" else stn.tps_grid
+    size, middle = (len(theta), 1, 9, 9), slice(2, 7)
+    grid = function(theta, size, align_corners=True)
+    points = stn.affine_grid(torch.eye(2, 3)[None], (1, 1, 9, 9), align_corners=True)[0, middle, middle]
+    columns = F.pad(points.flatten(0, 1), (0, 1), value=1.0)
+    return (columns.pinverse() @ grid[:, middle, middle].flatten(1, 2)).mT
+
+
 def shown(digits: Digits) -> tuple[Tensor, Tensor]:
     """The pairs in the picture and the animation."""
     return pairs(digits, 5, Generator(digits.images.device).manual_seed(1))
@@ -165,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mnist = load_mnist(options.data, device, stand_in=options.stand_in)
         settings, data = {"test pairs": options.test}, mnist.train.source
         lines: list[Line] = []
+        notes: list[str] = []
         drawn: tuple[str, Runs] | None = None  # the last with transformers
         for name in options.models:
             kind = KINDS[name]
@@ -181,9 +219,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lines.append(runs.line)
             if kind.transforms:
                 drawn = name, runs
+                notes.append(f"{name}: {held(runs.model, mnist.test)}.")
         if rank() == 0:
             where, title = (options.output, "mnist_addition"), "MNIST addition"
-            print(save_table(*where, title, "error, %", lines, config, PAPER, data, settings, device))
+            facts = data, settings, device
+            print(save_table(*where, title, "error, %", lines, config, PAPER, *facts, notes=notes))
             if drawn is not None:
                 draw_results(*drawn, mnist.test, options.output)
     return 0

@@ -3,6 +3,8 @@
 import importlib
 import json
 import math
+import re
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from examples.extruded_digits import Extruded, Flatten
 from examples.mnist_addition import KINDS
 from examples.models import count
 from examples.outputs import looks
-from stn_triton.transforms import attention, compose, invert
+from stn_triton.transforms import attention, compose, control_lattice, invert
 
 pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
 
@@ -88,6 +90,33 @@ class TestAddition:
         torch.testing.assert_close(output[:, 2:], second(images))
         assert (output[:, 2:] - images).abs().max() > 0.1
         assert first.localisation is not second.localisation
+
+    def test_held(self, mnist):
+        """A transformer that undoes the first digit's map holds it, and no other."""
+        model = mnist_addition.make_model(KINDS["2xST-FCN affine"])
+        knowing = model[0].transformers[0]
+        distortion = mnist_addition.DISTORTIONS["RTS"]
+        draw, maps = distortion.draw, []
+
+        def noted(*arguments):
+            maps.append(draw(*arguments))
+            return maps[-1]
+
+        with mock.patch.object(type(distortion), "draw", lambda self, *arguments: noted(*arguments)):
+            knowing.localise = lambda images: invert(maps[0][0])
+            said = mnist_addition.held(model, mnist.test)
+        found = re.findall(r"([0-9.]+) pixels, ([0-9]+) degrees", said)
+        before, first, second = ([tuple(map(float, one)) for one in found[k : k + 2]] for k in (0, 2, 4))
+        assert before == second == [pytest.approx((4.7, 26), abs=1)] * 2
+        assert first[0] == (0, 0)
+        assert min(first[1]) > 5
+
+    def test_nearest_affine(self):
+        theta = torch.eye(2, 3) + 0.2 * torch.randn(3, 2, 3)
+        points = control_lattice(4) @ theta[..., :2].mT + theta[..., 2].unsqueeze(1)
+        homography = torch.cat([theta, torch.tensor([[[0.0, 0.0, 1.0]]]).expand(3, 1, 3)], 1)
+        for transform, its in (("affine", theta), ("projective", homography), ("tps", points)):
+            torch.testing.assert_close(mnist_addition.nearest_affine(transform, its), theta)
 
 
 # ------------------------------------------------------------------------------------------------- 3-D
