@@ -251,11 +251,6 @@ def sample(
     return output
 
 
-def _laid_out(result: Tensor, like: Tensor) -> Tensor:
-    """A result of PyTorch's in the strides of ``like``, which is written where they differ."""
-    return result if result.stride() == like.stride() else like.copy_(result)
-
-
 def _sample_in_pytorch(
     output: Tensor,
     image: Tensor,
@@ -269,7 +264,7 @@ def _sample_in_pytorch(
     place = Source(source), tuple(size), *named_modes(*modes)
     with backend.without_autocast(image.device.type):
         samples = reference.sample_as(image, params, control_points, fill, *place, dtype=output.dtype)
-    return _laid_out(samples.view(output.shape), output)
+    return output.copy_(samples.view(output.shape))
 
 
 @_operator(lambda a: _new_output(a.input, a.params, a.source, a.size, a.dtype))
@@ -368,7 +363,7 @@ def sample_backward(
                 g, input, params, control_points, *place, input_grad, of_params, of_controls
             )
         if grad_input is not None and by_input is not None:
-            grad_input = _laid_out(by_input, grad_input)
+            grad_input.copy_(by_input)
     else:
         repeatable = torch.are_deterministic_algorithms_enabled()
         with _below_autograd():
@@ -424,7 +419,7 @@ def sample_jvp(
     if in_pytorch:
         with backend.without_autocast(output.device.type):
             samples = reference.sample_jvp(*tensors, Source(source), tuple(size), *named_modes(*modes))
-        return _laid_out(samples.view(output.shape), output)
+        return output.copy_(samples.view(output.shape))
     kernels.dispatch.sample_jvp(*tensors, output, source, *modes)
     return output
 
@@ -482,7 +477,7 @@ def sample_hvp(
             place = Source(source), in_shape[2:], *named_modes(*modes)
             by_input, by_coordinates = reference.sample_hvp(g, *tensors, *place, input_grad, coordinates_grad)
         if target is not None and by_input is not None:
-            target = _laid_out(by_input, target)
+            target.copy_(by_input)
     else:
         repeatable = torch.are_deterministic_algorithms_enabled()
         with _below_autograd():

@@ -20,7 +20,7 @@ from stn_triton import backend, kernels, ops
 from stn_triton.kernels.coefficients import spline_product
 from stn_triton.kernels.device import sources
 from stn_triton.kernels.host import configs
-from stn_triton.kernels.modes import Source
+from stn_triton.kernels.modes import Interpolation, Padding, Source
 from stn_triton.kernels.spec import Spec
 from stn_triton.reference import coordinates
 from stn_triton.transforms import splines
@@ -660,6 +660,28 @@ def test_grids(either_backend, device, source, align_corners):
     assert_close(
         torch.autograd.grad(grid, params, grad.to(device))[0], torch.autograd.grad(wanted, leaf, grad)[0]
     )
+
+
+@pytest.mark.parametrize("transforms", [(), (1,), (2,)], ids=str)
+@pytest.mark.parametrize("watched", [True, False])
+def test_samples_may_be_changed_in_place(either_backend, device, transforms, watched):
+    """They are no views, which autograd would refuse to change."""
+    image = torch.rand(2, 3, 6, 7, device=device, requires_grad=watched)
+    theta = torch.eye(2, 3, device=device).expand(2, *transforms, 2, 3)
+    scale = torch.rand(1, device=device, requires_grad=True)
+    for options in ({}, {"antialias": True}, {"fill": 0.5}, {"mode": "bicubic", "padding_mode": "circular"}):
+        with torch.set_grad_enabled(watched):
+            samples = stn.affine_grid_sample(image, theta, (5, 4), **options)
+        samples.mul_(scale).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_gradients_of_averages_are_of_the_images_type(either_backend, device, dtype):
+    image, grad = (torch.rand(2, 3, *size, device=device).to(dtype) for size in ((20, 20), (9, 8)))
+    theta = 2 * torch.eye(2, 3, device=device).repeat(2, 1, 1)
+    modes = int(Source.AFFINE), [2, 3, 20, 20], False, int(Interpolation.AVERAGED), int(Padding.ZEROS), False
+    found = torch.ops.stn_triton.sample_backward(grad, image, theta, None, *modes, True, True, False)
+    assert [one.dtype for one in found[:2]] == [dtype, theta.dtype]
 
 
 @pytest.mark.parametrize("source", ["affine", "projective", "tps"])

@@ -128,14 +128,17 @@ def coordinates(
 
 
 def _product(rows: Tensor, columns: Tensor) -> Tensor:
-    """``rows @ columns``: one product where all rows have the same columns, not one for each image."""
+    """``rows @ columns``: one product where all rows have the same columns, not one for each image.
+
+    BLAS may round otherwise for other numbers of rows, so that a spline's last bit can depend on the batch.
+    """
     if columns.dim() > 2:
         return rows @ columns
     return (rows.flatten(0, -2) @ columns).view(*rows.shape[:-1], columns.shape[-1])
 
 
 def _sum_over_pixels(g: Tensor, points: Tensor) -> Tensor:
-    """(..., rows, P) times (P, columns). On the CPU in float64: a spline's system may magnify the sums."""
+    """(..., rows, P) times ([N, T,] P, columns). On a CPU in float64: a spline's system may magnify it."""
     if g.device.type == "cpu":
         g, points = g.to(torch.float64, memory_format=torch.contiguous_format), points.double()
     return _product(g, points)
