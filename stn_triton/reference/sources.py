@@ -137,11 +137,10 @@ def _product(rows: Tensor, columns: Tensor) -> Tensor:
     return (rows.flatten(0, -2) @ columns).view(*rows.shape[:-1], columns.shape[-1])
 
 
-def _sum_over_pixels(g: Tensor, points: Tensor) -> Tensor:
-    """(..., rows, P) times ([N, T,] P, columns). On a CPU in float64: a spline's system may magnify it."""
-    if g.device.type == "cpu":
-        g, points = g.to(torch.float64, memory_format=torch.contiguous_format), points.double()
-    return _product(g, points)
+def _for_sums(g: Tensor) -> Tensor:
+    """(N, T, rows, *size) as (N, T, rows, P). On a CPU in float64: a spline's system may magnify the sums."""
+    g = g.flatten(3)
+    return g.to(torch.float64, memory_format=torch.contiguous_format) if g.device.type == "cpu" else g
 
 
 def coordinates_backward(
@@ -162,13 +161,13 @@ def coordinates_backward(
     by_controls = None
     if source == Source.TPS:
         assert control_points is not None
-        g, moves, columns = g.flatten(3), [], []
-        for part, offset, log, basis in _spline_parts(control_points.to(g.dtype), points):
-            columns.append(_sum_over_pixels(g, basis))
+        summed, moves, columns = _for_sums(g), [], []
+        for part, away, log, basis in _spline_parts(control_points.to(g.dtype), points):
+            columns.append(_product(summed, basis.to(summed)))
             if control_grad:
-                pull = (matrix[..., part, :] @ g).sum((0, 1)).mT
-                moves.append(((pull * _slope(offset, log)).unsqueeze(-1) * offset).sum(0))
-        grad = torch.cat([*columns, _sum_over_pixels(g, points)], -1).mT
+                pull = (matrix[..., part, :] @ g.flatten(3)).sum((0, 1)).mT
+                moves.append(((pull * _slope(away, log)).unsqueeze(-1) * away).sum(0))
+        grad = torch.cat([*columns, _product(summed, points.to(summed))], -1).mT
         if control_grad:
             by_controls = torch.cat(moves).to(control_points.dtype)
     else:
@@ -176,7 +175,8 @@ def coordinates_backward(
             inverse, place, placed = places_seen(matrix, axes)
             g = torch.where(placed, g * inverse, 0.0)
             g = torch.cat([g, -(g * place).sum(2, keepdim=True)], 2)
-        grad = _sum_over_pixels(g.flatten(3), points)
+        summed = _for_sums(g)
+        grad = _product(summed, points.to(summed))
     if params.shape[0] == 1:
         grad = grad.sum(0, keepdim=True)
     return grad.reshape(params.shape).to(params.dtype), by_controls
