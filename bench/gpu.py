@@ -6,10 +6,12 @@
 2. Alone on the GPU: ``bench.sweep``.
 3. ``bench.plot``.
 
-All within ``--seconds`` (530 by default: nine minutes with the start of the process). A stage whose slice is
-over is stopped with all its children, and keeps what it has. DIR gets results.json, the pictures and gpu.log;
-as long as it runs a log for each stage. The last lines are the sweep's table and one line for each stage; the
-exit status is 1 if one failed, or was stopped before its end.
+All within ``--seconds`` (530 by default: nine minutes with the start of the process), which does not
+suffice for all tests, nor for all cases: in two calls, ``--only sweep`` and ``--only tests``, each part
+has all of it. A stage whose slice is over is stopped with all its children, and keeps what it has. DIR
+gets results.json, the pictures and gpu.log; as long as it runs a log for each stage. The last lines are
+the sweep's table and one line for each stage; the exit status is 1 if one failed, or was stopped before
+its end.
 
 Needs no network, no installation and no git: PyTorch, Triton and pytest, matplotlib for the pictures.
 """
@@ -57,8 +59,9 @@ DEVICE_TESTS = (
 )
 # All paddings and both alignments of bilinear samples, planar and in vectors, with coordinates of all kinds.
 MEMCHECK = "(stays_inside or stay_inside) and (bilinear or float32) and not 3d"
-# Processes, of the cores that such machines have 16 or more of.
+# Processes, of the cores that such machines have 16 or more of; and where the others are not there.
 WARMING, TESTING, TESTING_MARKED = 4, 7, 2
+WARMING_ALONE, TESTING_ALONE = 12, 11
 # Shares of the seconds: until when the checks may run, and what the pictures and the table are left.
 CHECKS, REST = 0.52, 0.06
 GRACE = 5.0  # seconds between asking to stop and killing
@@ -195,24 +198,33 @@ def processes(most: int) -> list[str]:
 
 
 def checks(options: argparse.Namespace) -> list[Stage]:
+    """What runs at once: the tests, and what fills the compilers' caches for the sweep."""
+    return tests(options) * (options.only != "sweep") + warming(options) * (options.only != "tests")
+
+
+def tests(options: argparse.Namespace) -> list[Stage]:
     if options.cpu:
         return [
             Stage("tests-gpu", pytest("-m", "gpu", "tests/test_backend.py"), ok=(0, 5)),
             Stage("tests", pytest("tests/test_backend.py::test_use_is_undone")),
-            Stage("warm", sweep("--cpu", "--warm", "0/1", *chosen(options)), may_stop=True),
         ]
     files = [f"tests/{name}.py" for name in DEVICE_TESTS]
-    found = [
+    workers = processes(TESTING_ALONE if options.only else TESTING)
+    return [
         Stage("tests-gpu", pytest("-m", "gpu", *processes(TESTING_MARKED), "tests")),
         Stage("tests-large", pytest("tests/test_large.py")),
-        Stage("tests", pytest("-m", "not gpu", *processes(TESTING), *files), may_stop=True),
+        Stage("tests", pytest("-m", "not gpu", *workers, *files), may_stop=True),
         memcheck(),
     ]
+
+
+def warming(options: argparse.Namespace) -> list[Stage]:
+    if options.cpu:
+        return [Stage("warm", sweep("--cpu", "--warm", "0/1", *chosen(options)), may_stop=True)]
+    parts = min(WARMING_ALONE, os.cpu_count() or 1) if options.only else WARMING
     threads = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    for part in range(WARMING):
-        command = sweep("--warm", f"{part}/{WARMING}", *chosen(options))
-        found.append(Stage(f"warm-{part}", command, threads, may_stop=True))
-    return found
+    commands = [sweep("--warm", f"{part}/{parts}", *chosen(options)) for part in range(parts)]
+    return [Stage(f"warm-{part}", command, threads, may_stop=True) for part, command in enumerate(commands)]
 
 
 def memcheck() -> Stage:
@@ -272,7 +284,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="of each row of the sweep the first case alone")
     parser.add_argument("--select", action="append", help="as bench.sweep's")
     parser.add_argument("--rival", action="append", help="as bench.sweep's")
-    parser.add_argument("--no-checks", action="store_true", help="the sweep and the pictures alone")
+    parser.add_argument("--only", choices=("tests", "sweep"), help="one of the two, in all the time")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--cpu", action="store_true", help="a few tests, few pixels: to see that it works")
     return parser.parse_args(arguments)
@@ -302,10 +314,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def work(options: argparse.Namespace, out: Path, begun: float, stages: list[Stage]) -> None:
     """Runs everything, and adds to ``stages`` what it begins."""
     end, rest = begun + options.seconds, REST * options.seconds
-    if not options.no_checks:
-        stages += checks(options)
-        run(stages, out, begun + CHECKS * options.seconds)
-        print("\n".join(lines_of(out, stages)), flush=True)
+    stages += checks(options)
+    run(stages, out, end - rest if options.only == "tests" else begun + CHECKS * options.seconds)
+    if options.only == "tests":
+        return
+    print("\n".join(lines_of(out, stages)), flush=True)
     budget = max(end - rest - time.monotonic(), 1.0)
     command = sweep("--out", str(out), "--anew", "--budget-seconds", f"{0.9 * budget:.0f}", *chosen(options))
     command += ["--cpu"] if options.cpu else []

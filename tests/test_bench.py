@@ -718,6 +718,21 @@ def test_checks_of_a_gpu_are_told_apart(tmp_path):
     assert parts == [f"{part}/{gpu.WARMING}" for part in range(gpu.WARMING)]
 
 
+def test_command_for_a_gpu_does_one_part_alone(tmp_path, monkeypatch, capsys, handlers):
+    """In all the time: tests without a sweep, a sweep without tests. Together they are the whole."""
+    options = {only: gpu.parse(["--only", only] * bool(only)) for only in ("", "tests", "sweep")}
+    names = {only: {stage.name.partition("-")[0] for stage in gpu.checks(options[only])} for only in options}
+    assert names == {"": {"tests", "memcheck", "warm"}, "tests": {"tests", "memcheck"}, "sweep": {"warm"}}
+    monkeypatch.setattr(gpu, "tests", lambda options: [python("tests", "import time; time.sleep(3.5)")])
+    monkeypatch.setattr(gpu, "warming", lambda options: [python("warm", "pass")])
+    monkeypatch.setattr(gpu, "sweep", lambda *arguments: [sys.executable, "-c", "pass"])
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)  # no pictures
+    for only, ran in (("tests", ["tests"]), ("sweep", ["warm", "sweep", "plot"])):
+        assert gpu.main(["--cpu", "--only", only, "--seconds", "6", "--out", str(tmp_path / only)]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in printed[-len(ran) :]] == ran
+
+
 def test_files_of_device_tests_exist():
     for name in gpu.DEVICE_TESTS:
         assert (machine.ROOT / "tests" / f"{name}.py").exists(), name
