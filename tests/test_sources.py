@@ -684,15 +684,20 @@ def test_gradients_of_averages_are_of_the_images_type(either_backend, device, dt
     assert [one.dtype for one in found[:2]] == [dtype, theta.dtype]
 
 
-@pytest.mark.parametrize("source", ["affine", "projective", "tps"])
+@pytest.mark.parametrize("source", ["affine", "projective", "tps", "control points"])
 def test_pytorch_makes_no_product_for_each_image(source):
-    """Of a few columns and thousands of points. (Gradients by control points and of averages still do.)"""
+    """Of a few columns and thousands of points. (Gradients of averages still do.)"""
+    options = {}
+    if source == "control points":
+        source, options = "tps", {"control_points": (2 * torch.rand(6, 2) - 1).requires_grad_()}
     function = getattr(stn, f"{source}_grid_sample")
     affine = torch.eye(2, 3).repeat(4, 1, 1)
     params = affine if source == "affine" else parameters(source, 4, torch.float32, "cpu")
+    if options:
+        params = options["control_points"].detach() + 0.1 * torch.randn(4, 6, 2)
     x, params = torch.rand(4, 2, 9, 9), params.requires_grad_()
     with backend.use("torch"), profiled(record_shapes=True) as profile:
-        function(x, params, (30, 31)).sum().backward()
+        function(x, params, (30, 31), **options).sum().backward()
     shapes = [event.input_shapes for event in profile.events() if event.name == "aten::bmm"]
     assert not [one for one in shapes if any(30 * 31 in shape for shape in one)]
     assert any(event.name.startswith("stn_triton::sample_backward") for event in profile.events())

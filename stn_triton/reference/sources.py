@@ -165,7 +165,8 @@ def coordinates_backward(
         for part, away, log, basis in _spline_parts(control_points.to(g.dtype), points):
             columns.append(_product(summed, basis.to(summed)))
             if control_grad:
-                pull = (matrix[..., part, :] @ g.flatten(3)).sum((0, 1)).mT
+                # summed over images, transforms and coordinates: one product for all
+                pull = torch.tensordot(g.flatten(3), matrix[..., part, :], ([0, 1, 2], [0, 1, 3]))
                 moves.append(((pull * _slope(away, log)).unsqueeze(-1) * away).sum(0))
         grad = torch.cat([*columns, _product(summed, points.to(summed))], -1).mT
         if control_grad:
