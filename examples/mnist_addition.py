@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 paper=kind.paper,
             )
             lines.append(runs.line)
-            if kind.transforms:
+            if kind.transforms and rank() == 0:
                 drawn = name, runs
                 notes.append(f"{name}: {held(runs.model, mnist.test)}.")
         if rank() == 0:
