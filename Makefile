@@ -85,7 +85,7 @@ triton-%: get-%
 	echo "Triton $*: running" $(OLDER_TESTS); \
 	PYTHONPATH="$(CURDIR)/$$dir:$(CURDIR)" "$$py" -m pytest $$("$$py" -c "$$WORKERS") $(OLDER_TESTS)
 
-# By hand: two of the four bring gigabytes. Without an index of CPU builds name one, PIP_EXTRA_INDEX_URL=...
+# By hand: three of the five bring gigabytes. Without an index of CPU builds name one, PIP_EXTRA_INDEX_URL=...
 versions: ## run the telling tests on each pair of PyTorch and Triton, in environments of their own under build/
 	@.ci/versions $(ARGS)
 

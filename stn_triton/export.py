@@ -33,9 +33,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """What this package's operators are in ATen's, for ``ExportedProgram.run_decompositions``.
 
     Each transform becomes a grid, which is held in memory then, and ATen's sampler. What that has not
-    (tricubic, circular padding, paddings per axis) is sampled tap by tap, for images of a fixed size. The
-    linear system of a spline, which ONNX cannot solve either, becomes elimination in plain operators. For
-    inference: no derivatives.
+    (circular padding, paddings per axis, tricubic before PyTorch 2.15 and in ONNX) is sampled tap by tap,
+    for images of a fixed size. The linear system of a spline, which ONNX cannot solve either, becomes
+    elimination in plain operators. For inference: no derivatives.
 
     Example:
         >>> net = stn.nn.SpatialTransformer(torch.nn.Flatten(), features=64).eval()

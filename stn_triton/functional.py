@@ -80,7 +80,7 @@ def grid_sample(
     padding_mode: PaddingMode = "zeros",
     align_corners: bool | None = None,
 ) -> Tensor:
-    """:func:`torch.nn.functional.grid_sample` on Triton kernels, with tricubic sampling as well.
+    """:func:`torch.nn.functional.grid_sample` on Triton kernels, with circular padding as well.
 
     Convention: ``grid[n, (z,) y, x]`` is the place in ``input``, normalised and x first, that output
     pixel (z, y, x) is read from. In pixels, x lies in column i, by ``align_corners``, and y and z alike ::
@@ -92,7 +92,7 @@ def grid_sample(
         input: (N, C, H, W) or (N, C, D, H, W), float16, bfloat16, float32 or float64, any strides.
         grid: (N, H_out, W_out, 2) or (N, D_out, H_out, W_out, 3), of the input's dtype.
         mode: "bilinear" (trilinear in 5-D), "nearest" (halves to even) or "bicubic" (A = -0.75;
-            tricubic in 5-D, which PyTorch lacks).
+            tricubic in 5-D, which PyTorch lacks before 2.15).
         padding_mode: "zeros", "border", "reflection" or "circular", where a pixel's number along an axis is
             taken modulo the axis' size, whatever ``align_corners`` (SciPy's "grid-wrap"; PyTorch lacks it).
             Or a tuple of one for each axis, x first: ("circular", "border") is a panorama's.

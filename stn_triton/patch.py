@@ -23,6 +23,7 @@ from .calls import plain
 from .checks import DTYPES
 from .kernels.modes import Interpolation, Padding, Source
 from .switch import Patch, Switch
+from .versions import TRICUBIC
 
 __all__ = ["patch_torch"]
 
@@ -214,7 +215,7 @@ def _fits(dims: int, input: Tensor, grid: Tensor, interpolation: int, padding: i
         and grid.shape[-1] == dims
         and grid.shape[0] == input.shape[0]
         and 0 not in input.shape[2:]
-        and 0 <= interpolation <= (Interpolation.BICUBIC if dims == 2 else Interpolation.NEAREST)
+        and 0 <= interpolation <= (Interpolation.BICUBIC if dims == 2 or TRICUBIC else Interpolation.NEAREST)
         and 0 <= padding <= Padding.REFLECTION
     )
 

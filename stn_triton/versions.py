@@ -46,16 +46,25 @@ def triton_version() -> str | None:
         return "unknown"
 
 
+def numbers_of(version: str | None) -> tuple[int, int] | None:
+    """Its first two numbers; None of what is no version."""
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    return (int(numbers[1]), int(numbers[2])) if numbers else None
+
+
 def refuse_older(name: str, found: str | None, oldest: tuple[int, int], who: str = "stn_triton") -> None:
     """
     Raises:
         ImportError: ``found`` is older; what is no version passes.
     """
-    numbers = re.match(r"(\d+)\.(\d+)", found or "")
-    if numbers and (int(numbers[1]), int(numbers[2])) < oldest:
+    numbers = numbers_of(found)
+    if numbers and numbers < oldest:
         needed = ".".join(map(str, oldest))
         raise ImportError(f"{who} needs {name} {needed} or later, and finds {name} {found}")
 
 
 refuse_older("PyTorch", str(torch.__version__), TORCH)
 refuse_older("Triton", triton_version(), TRITON)
+
+# Whether PyTorch's own samplers know "bicubic" of volumes, on CPUs and CUDA devices.
+TRICUBIC = (numbers_of(str(torch.__version__)) or TORCH) >= (2, 15)

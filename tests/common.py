@@ -13,6 +13,8 @@ from stn_triton.kernels.modes import Interpolation
 MODES = ("bilinear", "nearest", "bicubic")
 PADDINGS = ("zeros", "border", "reflection")  # PyTorch's
 ALL_PADDINGS = (*PADDINGS, "circular")
+# Whether PyTorch samples volumes bicubically, as it does from 2.15 on.
+TRICUBIC = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
 # Of each axis another padding, x first: what repeats the image, beside what does not.
 MIXED = {2: ("reflection", "circular"), 3: ("circular", "zeros", "reflection")}
 # Of one place; averages over footprints are made of bilinear samples, and have tests of their own.
@@ -102,7 +104,7 @@ def away_from_kinks(grid, in_size, mode, align_corners, band=1e-3):
 
 
 def witness(input, grid, mode, padding, align_corners):
-    """``F.grid_sample`` in float64 on the CPU, tricubic too."""
+    """``F.grid_sample`` in float64 on the CPU, tricubic too, which PyTorch lacks before 2.15."""
     input, grid = input.double().cpu(), grid.double().cpu()
     if mode == "bicubic" and input.dim() == 5:
         return tricubic_witness(input, grid, padding, align_corners)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from common import random_grid
+from common import TRICUBIC, random_grid
 from torch import nn
 
 import stn_triton as stn
@@ -92,11 +92,12 @@ MODELS = {
     "broadcast": Broadcast,
     "volume": lambda: Model("affine", dims=3),
     "volume-flow": lambda: Flow("bilinear", "border", False, dims=3),
-    # sampled tap by tap in PyTorch's operators, of an image's size
+    # sampled tap by tap, of an image's size, in ONNX and where PyTorch has no sampler for it
     "tricubic": lambda: Model("affine", "bicubic", dims=3),
     "wrapped": lambda: Model("projective", "bilinear", ("circular", "border")),
 }
-TAP_BY_TAP = ("tricubic", "wrapped")
+NOT_IN_ONNX = ("tricubic", "wrapped")
+NOT_IN_ATEN = NOT_IN_ONNX[TRICUBIC:]
 
 
 def images(name, device="cpu", batch=2, grow=0):
@@ -135,7 +136,7 @@ def test_exported(name, dynamic):
     inputs = [x, *([images(name, batch=3), images(name, batch=5, grow=3)] if dynamic else [])]
     assert_runs_alike(model, program, inputs)
     plain = program.run_decompositions(stn.export.decompositions())
-    if name in TAP_BY_TAP:
+    if name in NOT_IN_ATEN:
         inputs = inputs[:1]
     assert all(
         str(target).startswith(("aten", "<built-in", "sym", "<function")) for target in operators(plain)
@@ -246,7 +247,7 @@ ANY_SIZE = ("affine", "tps", "volume")
 def test_onnx(name):
     """Equal results in onnxruntime, by ONNX's own GridSample."""
     proto = assert_same_in_onnx(MODELS[name](), images(name))
-    assert any(node.op_type == "GridSample" for node in proto.graph.node) == (name not in TAP_BY_TAP)
+    assert any(node.op_type == "GridSample" for node in proto.graph.node) == (name not in NOT_IN_ONNX)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

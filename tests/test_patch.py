@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from common import PADDINGS, assert_close, away_from_kinks, import_torchvision, random_grid
+from common import PADDINGS, TRICUBIC, assert_close, away_from_kinks, import_torchvision, random_grid
 from test_backend import python
 
 import stn_triton as stn
@@ -80,7 +80,10 @@ def derivatives(function, leaves, *args):
 # --------------------------------------------------------------------------------- values and gradients
 @pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "centres"])
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("dims, mode", [(2, "bilinear"), (2, "nearest"), (2, "bicubic"), (3, "bilinear")])
+@pytest.mark.parametrize(
+    "dims, mode",
+    [(2, "bilinear"), (2, "nearest"), (2, "bicubic"), (3, "bilinear"), *[(3, "bicubic")] * TRICUBIC],
+)
 def test_values_and_gradients(device, launched, dims, mode, padding, align_corners):
     """Those of PyTorch in float64; one launch each way."""
     leaves = arguments(dims, device)
@@ -179,7 +182,8 @@ def test_needs_of_autograd(device, launched):
 
 # --------------------------------------------------------------------------- what the kernels do not take
 @pytest.mark.parametrize(
-    "case", ["integers", "two dtypes", "tricubic", "sizes", "no pixels", "shape of the gradient"]
+    "case",
+    ["integers", "two dtypes", *["tricubic"] * (not TRICUBIC), "sizes", "no pixels", "shape of the gradient"],
 )
 def test_others_go_where_they_went(device, launched, case):
     """PyTorch's kernels and errors for what ours do not take."""

@@ -137,7 +137,7 @@ def check(source, input, params, mode, padding_mode, align_corners, dtype=None, 
 def test_values_and_gradients(either_backend, device, source, mode, padding_mode, align_corners, dtype):
     """Forward, d image and d parameters, in every mode."""
     if source == "flow3d" and mode == "bicubic":
-        mode = "bilinear"  # PyTorch, the witness, has no tricubic; tricubic is tested with its own
+        mode = "bilinear"  # tricubic has tests of its own
     check(
         source,
         image(source, 2, dtype, device),

@@ -1,9 +1,9 @@
 """The operators in plain PyTorch: what runs where there is no Triton device, and the tests' oracle.
 
 The values, the derivatives and the treatment of bad coordinates are those of the kernels. ATen's own grid
-samplers do the work wherever they give those values; what they lack (tricubic, second derivatives) or do
-otherwise is done tap by tap. Everything that is done tap by tap autograd can differentiate again, which is
-how third derivatives are made.
+samplers do the work wherever they give those values; what they lack (second derivatives; tricubic before
+2.15) or do otherwise is done tap by tap. Everything that is done tap by tap autograd can differentiate
+again, which is how third derivatives are made.
 
 Shapes: input (N, C, *in_size); grid (N, T, *size, dims), normalised, x first; size is ([D,] H, W).
 """

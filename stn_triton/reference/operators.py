@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import calls
 from ..kernels.host.dtypes import compute_dtype, sample_dtype
 from ..kernels.modes import Interpolation, Padding, Source
+from ..versions import TRICUBIC
 from .filling import fill_centres, fill_taps, fills_centres, is_inside, rounded
 from .footprints import sub_samples
 from .sources import coordinates, coordinates_backward, flow_grid, pixel_scales, unnormalise
@@ -24,19 +25,22 @@ _UNPLACEABLE = {torch.float32: 2.0**24, torch.float64: 2.0**32}
 # ------------------------------------------------------------------------------------------- by ATen
 def _aten_fits(
     in_size: Sequence[int],
-    dtype: torch.dtype,
+    like: Tensor,
     interpolation: Interpolation,
     padding: int,
     align_corners: bool,
 ) -> bool:
-    """Whether ATen (or ONNX) has the mode, and can be kept from bad coordinates by moving them.
+    """Whether ATen (or ONNX) has the mode, for what is like ``like``, and can be kept from bad coordinates by
+    moving them.
 
     On an axis of one pixel with aligned corners every coordinate means that pixel, but for NaN and
     infinities: there no other coordinate stands for them.
     """
-    has_mode = len(in_size) == 2 or (interpolation != Interpolation.BICUBIC and not _in_onnx_taps(in_size))
+    has_mode = len(in_size) == 2 or not _in_onnx_taps(in_size)
+    if len(in_size) == 3 and interpolation == Interpolation.BICUBIC:
+        has_mode = TRICUBIC and like.device.type in ("cpu", "cuda") and not calls.leaves_pytorch()
     # past 2^24 float32 rounds the number of the last pixel up, and ATen reads there
-    exact = dtype == torch.float64 or max(in_size) <= 2**24
+    exact = like.dtype == torch.float64 or max(in_size) <= 2**24
     has_mode = has_mode and padding in (Padding.ZEROS, Padding.BORDER, Padding.REFLECTION)
     return has_mode and exact and not (align_corners and 1 in in_size)
 
@@ -141,7 +145,7 @@ def sample(
     dtype = compute_dtype(input, params)
     image, modes = input.to(dtype), (interpolation, padding, align_corners)
     place = source, params, control_points, size, input.shape[2:], align_corners, dtype, offset
-    if _aten_fits(input.shape[2:], input.dtype, interpolation, padding, align_corners):
+    if _aten_fits(input.shape[2:], input, interpolation, padding, align_corners):
         grid = places(*place, in_pixels=False)
         forward, _ = _sampler(len(size))
         folded = _tame(_fold_transforms(grid, input.shape[0]), padding)
@@ -221,7 +225,7 @@ def sample_backward(
     # a stand-in that takes no memory, of which ATen reads no values that matter
     image = g.new_zeros(()).expand(batch, channels, *in_size) if input is None else input.to(dtype)
     coordinates_grad = params_grad or control_grad
-    if _aten_fits(in_size, grad_output.dtype, interpolation, padding, align_corners):
+    if _aten_fits(in_size, grad_output, interpolation, padding, align_corners):
         folded = _tame(_fold_transforms(places(*place, in_pixels=False), batch), padding)
         _, backward = _sampler(len(size))
         codes = int(interpolation), int(padding), align_corners
