@@ -295,6 +295,10 @@ def check_fill(fill: object, input: Tensor, padding: int) -> Any:
         if isinstance(numbers, tuple) and len(numbers) != input.shape[1]:
             expected = f"a number, or {input.shape[1]} numbers for this input"
             refuse(ValueError, "fill", expected, f"{len(numbers)} of them", _channels(input, len(numbers)))
+        most = torch.finfo(torch.promote_types(input.dtype, torch.float32)).max
+        for number in numbers if isinstance(numbers, tuple) else (numbers,):
+            if isinstance(number, float) and most < abs(number) < math.inf:
+                refuse(ValueError, "fill", f"within {most:.3g} for an input of {input.dtype}", number)
         return 0.0 if numbers == () else numbers  # of no channels
     _check_fill_padding(fill, padding, input.dim() - 2)
     check_tensor("fill", fill, WHOLE_NUMBERS if input.dtype in INTEGERS else ())

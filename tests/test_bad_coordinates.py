@@ -274,6 +274,7 @@ def test_cpu_survives_infinite_coordinates():
         for (dims, mode, padding, align_corners, value), dtype in zip(cases, dtypes):
             input = torch.rand(2, 3, *(4, 3, 2)[-dims:]).to(dtype).requires_grad_()
             grid = torch.rand(2, *(4, 3, 5)[-dims:], dims).to(dtype) * 2 - 1
+            value = torch.tensor(value, dtype=torch.float64).to(dtype)  # a number would have to fit
             grid[0, ..., 0] = value
             grid[1] = value
             grid.requires_grad_()

@@ -288,6 +288,8 @@ def test_export(device):
         (ValueError, {"fill": (0,) * 5}, "the input has 3 channels: channels first is input.movedim(-1, 1)"),
         (ValueError, {"fill": torch.ones(5)}, "has 3 channels: channels first is input.movedim(-1, 1)"),
         (ValueError, {"fill": 10**400}, "fill must be a number that a float can hold"),
+        (ValueError, {"fill": -1e39}, "within 3.4e+38 for an input of torch.float32, got -1e+39"),
+        (ValueError, {"fill": (1.0, 10**40, 2.0)}, "fill must be within 3.4e+38"),
         (TypeError, {"fill": torch.ones(3, dtype=torch.int64)}, "fill must be a floating-point tensor"),
         (ValueError, {"fill": torch.ones(2)}, "fill must be a number, (3,) or (2 or 1, 3) for this input"),
         (ValueError, {"fill": torch.ones(3, 3)}, "got shape (3, 3)"),
