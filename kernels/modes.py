@@ -20,6 +20,8 @@ class Interpolation(IntEnum):
     AVERAGED = 3  # bilinear samples, averaged over the footprint of an output pixel: of matrices alone
 
 
+# Pixels along an axis: twice as many are counted in 32 bits, as a reflection's period or half pixels.
+MOST_PIXELS = 2**30 - 1
 # Sub-samples of an output pixel along an axis (``device/footprints.py``).
 MOST_SAMPLES = 16
 

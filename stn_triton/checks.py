@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import calls
 from .kernels.host.dtypes import INTEGERS
-from .kernels.modes import MOST_SAMPLES, NAMED_PADDINGS, Interpolation, Padding, padding_code, paddings_of
+from .kernels.modes import MOST_PIXELS, MOST_SAMPLES, NAMED_PADDINGS, Interpolation, Padding, padding_code, paddings_of
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _IMAGES = DTYPES | INTEGERS
@@ -380,7 +380,7 @@ def averaged(
     """The codes of ``check_modes`` with ``antialias``."""
     if not check_antialias(antialias, mode):
         return modes
-    most = 2**30 // MOST_SAMPLES  # sub-samples are counted along each axis as pixels are
+    most = MOST_PIXELS // MOST_SAMPLES  # sub-samples are counted along each axis as pixels are
     if max(size) > most:
         refuse(ValueError, "size", f"{most} at most along each axis with antialias=True", size)
     return int(Interpolation.AVERAGED), *modes[1:]

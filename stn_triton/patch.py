@@ -21,7 +21,7 @@ from torch import Tensor
 from . import backend, kernels
 from .calls import plain
 from .checks import DTYPES
-from .kernels.modes import Interpolation, Padding, Source
+from .kernels.modes import MOST_PIXELS, Interpolation, Padding, Source
 from .switch import Patch, Switch
 from .versions import TRICUBIC
 
@@ -215,6 +215,7 @@ def _fits(dims: int, input: Tensor, grid: Tensor, interpolation: int, padding: i
         and grid.shape[-1] == dims
         and grid.shape[0] == input.shape[0]
         and 0 not in input.shape[2:]
+        and max(*input.shape[2:], *grid.shape[1:-1]) <= MOST_PIXELS
         and 0 <= interpolation <= (Interpolation.BICUBIC if dims == 2 or TRICUBIC else Interpolation.NEAREST)
         and 0 <= padding <= Padding.REFLECTION
     )

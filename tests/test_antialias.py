@@ -253,7 +253,7 @@ def test_compiled_whole():
     [
         ({"antialias": 1}, TypeError, "antialias must be a bool, got 1"),
         ({"antialias": True, "mode": "nearest"}, ValueError, "antialias must be False unless mode="),
-        ({"antialias": True, "size": (1, 2**27)}, ValueError, "size must be 67108864 at most"),
+        ({"antialias": True, "size": (1, 2**27)}, ValueError, "size must be 67108863 at most"),
     ],
 )
 def test_errors(options, kind, words):

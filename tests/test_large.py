@@ -19,6 +19,7 @@ from common import assert_close, random_grid, random_theta
 
 import stn_triton as stn
 from bench import specialisations
+from stn_triton import backend, patch
 from stn_triton.kernels import derivatives, gather, grid, sample
 from stn_triton.kernels.device.arithmetic import divided
 from stn_triton.kernels.device.tiles import first_row, pixels_from, row_by_row
@@ -183,6 +184,22 @@ def test_too_many_tiles_are_refused():
     params, image = meta(2**31, 2, 3), meta(2**31, 1, 1, 1)
     with pytest.raises(ValueError, match=r"2\^31 - 1"):
         sample.sample_forward(image, params, None, image, Source.AFFINE, *MODES)
+
+
+@pytest.mark.parametrize("axis", ["input", "output"])
+def test_too_long_an_axis_is_refused(axis):
+    """Twice its pixels are counted in 32 bits. PyTorch's samplers, patched, keep theirs."""
+    long, short = torch.zeros(1, 1, 1, 1).expand(1, 1, 1, 2**30), torch.zeros(1, 1, 1, 4)
+    image, output = (long, short) if axis == "input" else (short, long)
+    params = torch.eye(2, 3)[None]
+    with pytest.raises(ValueError, match=rf"{axis} must have 2\^30 - 1 pixels at most along each axis"):
+        sample.sample_forward(image, params, None, output, Source.AFFINE, *MODES)
+    with pytest.raises(ValueError, match=f"{axis} must have"):
+        gather.gather_backward(output, params, image, Source.AFFINE, *MODES)
+    grids = torch.zeros(1, 1, 1, 2).expand(*output.shape[:1], *output.shape[2:], 2)
+    with backend.use("triton"):
+        assert not patch._fits(2, image, grids, 0, 0)
+        assert patch._fits(2, short, torch.zeros(1, 1, 4, 2), 0, 0)
 
 
 COMPILE = """

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..modes import modes_of, paddings_of
+from ..modes import MOST_PIXELS, modes_of, paddings_of
 from ..spec import Spec
 from .configs import Problem, Tile
 from .launch import Plan, vector_width
@@ -98,9 +98,15 @@ def cut(
     """Cuts a problem into programs of ``steps`` blocks of pixels.
 
     ``modes``: source, interpolation and padding, and align_corners. ``sizes``: the input's and the output's.
+
+    Raises:
+        ValueError: an axis has more than ``MOST_PIXELS``.
     """
     source, interpolation, padding, align_corners = modes
     in_size, out_size = sizes
+    for name, size in ("input", in_size), ("output", out_size):
+        if max(size) > MOST_PIXELS:
+            raise ValueError(f"{name} must have 2^30 - 1 pixels at most along each axis, got {tuple(size)}")
     dims = len(out_size)
     block = tile.channels * tile.unroll
     blocks = triton.cdiv(problem.channels, block)
