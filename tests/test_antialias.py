@@ -221,6 +221,28 @@ def test_derivatives(source, torch_on_one_thread):
         torch.testing.assert_close(one, torch.func.jacrev(function, 1)(image.detach(), other))
 
 
+@pytest.mark.parametrize("source", SAMPLERS)
+@pytest.mark.parametrize("empty", ["batch", "transforms", "channels", "size"])
+def test_derivatives_of_nothing(device, either_backend, source, empty):
+    """First and second ones, and forward mode: nothing, and zeros."""
+    sizes = {"batch": 2, "transforms": 2, "channels": 3, "size": 4} | {empty: 0}
+    image = torch.randn(sizes["batch"], sizes["channels"], 6, 5, device=device, requires_grad=True)
+    matrix = 2 * torch.eye(2 if source == "affine" else 3, 3, device=device)
+    params = matrix.repeat(sizes["batch"], sizes["transforms"], 1, 1).requires_grad_()
+
+    def function(image, params):
+        return SAMPLERS[source](image, params, (5, sizes["size"]), antialias=True)
+
+    output = function(image, params)
+    assert output.numel() == 0
+    first = torch.autograd.grad(output.square().sum(), (image, params), create_graph=True)
+    second = torch.autograd.grad(sum(g.sum() for g in first), (image, params))
+    for gradient, leaf in zip((*first, *second), 2 * (image, params), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(leaf))
+    leaves = image.detach(), params.detach()
+    assert [each.shape for each in torch.func.jvp(function, leaves, leaves)] == 2 * [output.shape]
+
+
 def test_the_kernels_have_the_same_derivatives():
     """A tangent, which is plain PyTorch's, beside the gradient."""
     image = torch.randn(1, 4, 6)

@@ -293,6 +293,19 @@ def test_horizon(either_backend, device):
         assert result.count_nonzero() == 0
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+def test_bad_homographies(either_backend, device, value):
+    """An entry of each that is no number, infinite or huge leaves no NaN, in any derivative."""
+    homography = torch.eye(3, dtype=DOUBLE).repeat(1, 9, 1, 1) + 0.05
+    homography.view(9, 9).diagonal().fill_(value)
+    image = torch.randn(1, 1, 4, 5, dtype=DOUBLE).to(device)
+    tensors = image, homography.to(device)
+    tangents = [torch.randn_like(tensor) for tensor in tensors]
+    weights = torch.ones(1, 9, 1, 3, 4, dtype=DOUBLE, device=device)
+    for result in second_order(sampler("projective", (3, 4), "bilinear", "zeros"), tensors, tangents, weights):
+        assert result.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", ["affine-2d", "tps"])
 def test_half_images(either_backend, device, name, dtype):

@@ -93,7 +93,7 @@ def _projective_samples(
 
 
 def _largest(count: Tensor) -> int:
-    """As a number: of tensors that function transforms have wrapped as well."""
+    """As a number, 1 at least: of tensors that function transforms have wrapped as well."""
     if torch.compiler.is_compiling():
         raise NotImplementedError(
             "forward mode and second derivatives cannot be compiled with antialias=True: "
@@ -101,4 +101,4 @@ def _largest(count: Tensor) -> int:
         )
     while torch._C._functorch.is_functorch_wrapped_tensor(count):
         count = torch._C._functorch.get_unwrapped(count)
-    return int(count.max())
+    return int(count.max()) if count.numel() else 1

@@ -70,9 +70,10 @@ def horizon(matrix: Tensor, axes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def places_seen(homography: Tensor, axes: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """1 / w, (N, T, 1, *size); where points go, (N, T, 2, *size), 0 if nowhere finite; and if they do."""
     inverse, seen = horizon(homography, axes)
-    place = mapped(homography[..., :2, :], axes) * inverse
-    placed = seen & place.isfinite().all(2, keepdim=True)
-    return inverse, torch.where(placed, place, 0.0), placed
+    terms = mapped(homography[..., :2, :], axes)
+    placed = seen & (terms * inverse).isfinite().all(2, keepdim=True)
+    # factors, not their product, whose derivative would multiply 0 by what is no number
+    return inverse, torch.where(placed, terms, 0.0) * torch.where(placed, inverse, 0.0), placed
 
 
 def _spline_parts(
