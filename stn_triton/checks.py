@@ -13,7 +13,15 @@ from torch import Tensor
 
 from . import calls
 from .kernels.host.dtypes import INTEGERS
-from .kernels.modes import MOST_PIXELS, MOST_SAMPLES, NAMED_PADDINGS, Interpolation, Padding, padding_code, paddings_of
+from .kernels.modes import (
+    MOST_PIXELS,
+    MOST_SAMPLES,
+    NAMED_PADDINGS,
+    Interpolation,
+    Padding,
+    padding_code,
+    paddings_of,
+)
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _IMAGES = DTYPES | INTEGERS

@@ -425,7 +425,8 @@ def tps_grid_sample(
 
     Raises:
         TypeError, ValueError: as :func:`affine_grid_sample`; a ValueError names control points that coincide,
-            lie on a line or are not finite.
+            lie on a line or are not finite. (On a CPU: the host reads none from an accelerator, where such
+            points give coordinates that are NaN or huge.)
 
     Example:
         >>> image = torch.rand(1, 3, 48, 64)

@@ -302,7 +302,8 @@ def test_bad_homographies(either_backend, device, value):
     tensors = image, homography.to(device)
     tangents = [torch.randn_like(tensor) for tensor in tensors]
     weights = torch.ones(1, 9, 1, 3, 4, dtype=DOUBLE, device=device)
-    for result in second_order(sampler("projective", (3, 4), "bilinear", "zeros"), tensors, tangents, weights):
+    function = sampler("projective", (3, 4), "bilinear", "zeros")
+    for result in second_order(function, tensors, tangents, weights):
         assert result.isfinite().all()
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import threading
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import calls, distributed
 from ..calls import elsewhere, has_torch_function, is_taken, plain, public, tracing_state
@@ -86,15 +83,14 @@ def tps_coefficients(
         affine theta. float64 where an argument is, else float32, half-precision points included.
 
     The system is solved in float64. Its inverse depends on the control points alone and is remembered: for
-    lattices by k, for others by their values, the last 64 of them. On an accelerator the host waits to
-    read a tensor of control points when it first meets it and after each change in place (one that
-    PyTorch cannot see, through ``.data`` or another library's view, needs a new tensor).
+    lattices by k, for others on a CPU by their values, the last 64 of them. A tensor of control points on
+    an accelerator has its system solved there in each call, some dozen small launches: the host never
+    waits to read it.
 
     Control points that require gradients get them. Their system is solved anew each time, as it is within
     ``torch.compile``, ``torch.func`` transforms, dispatch modes and CUDA graph capture (except that of a
-    lattice, a constant to the compiler), and on accelerators for tensors made in inference mode. Then the
-    host waits for nothing: duplicate, collinear and non-finite control points may give no error, but
-    coefficients that are NaN, infinite or huge.
+    lattice, a constant to the compiler). There, and on accelerators, duplicate, collinear and non-finite
+    control points may give no error, but coefficients that are NaN, infinite or huge.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -237,10 +233,6 @@ def invert_by_elimination(A: Tensor, *, check_errors: bool = False) -> tuple[Ten
 # matrices: these are kept for good.
 _lattices: dict[tuple[int, torch.device], Tensor] = {}
 _places: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
-_values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of tensors on accelerators
-_lock = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def kept_lattice(k: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -270,12 +262,12 @@ def _lattice_matrix(k: int, regularization: float, device: torch.device) -> Tens
 
 
 def _control_matrix(control_points: Tensor, regularization: float) -> Tensor:
-    device, dtype = control_points.device, control_points.dtype
-    if _is_eager(device) and _is_readable(control_points):
+    if _is_eager(control_points.device) and _is_readable(control_points):
+        dtype, device = control_points.dtype, control_points.device
         if not control_points.requires_grad:
-            return _system_matrix(_read(control_points), dtype, float(regularization), device)
-        if device.type == "cpu":
-            _check_positions(control_points.detach().double(), dtype)
+            values = tuple(control_points.detach().flatten().tolist())
+            return _system_matrix(values, dtype, float(regularization), device)
+        _check_positions(control_points.detach().double(), dtype)
     return _solve(control_points, regularization)
 
 
@@ -331,34 +323,13 @@ def _is_eager(device: torch.device) -> bool:
 
 
 def _is_readable(control_points: Tensor) -> bool:
-    """Whether the values are all there is to the tensor, and changes to them are noticed."""
-    device = control_points.device.type
+    """Whether the values are all there is to the tensor, and the host has them: it waits for no device."""
     return (
-        type(control_points) in (Tensor, torch.nn.Parameter)
+        control_points.device.type == "cpu"
+        and type(control_points) in (Tensor, torch.nn.Parameter)
         and calls.tracing_state() is None  # else it may be other values' turn in the graph
-        and device != "meta"
-        and (device == "cpu" or not control_points.is_inference())  # which count no versions
         and forward_ad.unpack_dual(control_points).tangent is None
     )
-
-
-def _read(control_points: Tensor) -> tuple[float, ...]:
-    """The values, x and y by turns. From an accelerator, only if they may have changed."""
-    if control_points.device.type == "cpu":
-        return tuple(control_points.detach().flatten().tolist())
-    return _read_once(control_points)
-
-
-def _read_once(control_points: Tensor) -> tuple[float, ...]:
-    layout = control_points.data_ptr(), control_points.dtype, control_points.shape, control_points.stride()
-    state = control_points._version, *layout
-    with _lock:
-        known, values = _values.get(control_points, (None, ()))
-    if known != state:
-        values = tuple(control_points.detach().flatten().tolist())
-        with _lock:
-            _values[control_points] = state, values
-    return values
 
 
 # ----------------------------------------------------------------------------------------- validation
