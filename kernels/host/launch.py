@@ -20,6 +20,7 @@ from .parameters import channel_dim, image_span
 
 INT32_MAX = 2**31 - 1
 MOST_PROGRAMS = 2**31 - 1  # of a launch, along the first axis of its grid
+MOST_LANES = 2**32 - 1  # of a launch on AMD's GPUs
 
 
 def compute_dtypes(*tensors: torch.Tensor) -> tuple[tl.dtype, torch.dtype]:
@@ -90,10 +91,11 @@ class Plan:
     __slots__ = ("args", "compiled", "count", "device", "kernel", "kwargs", "module", "places", "programs")
 
     def __init__(self, kernel, programs: int, device: torch.device, *args, **kwargs) -> None:
-        if programs > MOST_PROGRAMS:
-            raise ValueError(
-                f"{programs} tiles of pixels are more than the 2^31 - 1 that can be done at once"
-            )
+        most = MOST_PROGRAMS
+        if torch.version.hip is not None:  # counts lanes, up to 64 a warp, and beyond 32 bits starts too few
+            most = MOST_LANES // (64 * kwargs.get("num_warps", 4))
+        if programs > most:
+            raise ValueError(f"{programs} tiles of pixels are more than the {most} that can be done at once")
         self.kernel, self.programs, self.device = kernel, programs, device
         self.places = [i for i, argument in enumerate(args) if isinstance(argument, torch.Tensor)]
         # in the kernel's order: those given by place, of which tensors come with a call, and the others
