@@ -9,10 +9,13 @@ import contextlib
 import pytest
 import torch
 from common import MIXED, random_grid, random_theta
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import stn_triton as stn
 from bench.specialisations import field_of
+from stn_triton import reference
 from stn_triton.kernels.host import configs, launch
+from stn_triton.kernels.modes import Interpolation, Padding, Source
 
 MODES = ("bilinear", "nearest", "bicubic")
 SIZE = (5, 6)
@@ -162,3 +165,31 @@ def test_no_error_and_no_warning(either_backend, device, recwarn, name):
     with deterministic():
         gradients(call, image, params, "bilinear")
     assert not [w for w in recwarn if "determin" in str(w.message)]
+
+
+class Entered(TorchDispatchMode):
+    """Notes the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_kernels_pytorchs_backward_sampler_is_left_alone(mode):
+    """On a GPU that the kernels do not run on: it would raise there. Meta tensors stand for one."""
+    image, grid, grad = (
+        torch.empty(*size, device="meta") for size in ((2, 3, 6, 7), (2, *SIZE, 2), (2, 1, 3, *SIZE))
+    )
+    modes = Interpolation[mode.upper()], Padding.BORDER, False
+    for repeatable in (False, True):
+        with deterministic() if repeatable else contextlib.nullcontext(), Entered() as entered:
+            by_image, by_grid, _ = reference.operators.sample_backward(
+                grad, image, grid, None, Source.GRID, (6, 7), *modes, True, True
+            )
+        assert (by_image.shape, by_grid.shape) == (image.shape, grid.shape)
+        assert ("grid_sampler_2d_backward" in entered.names) != repeatable

@@ -225,7 +225,9 @@ def sample_backward(
     # a stand-in that takes no memory, of which ATen reads no values that matter
     image = g.new_zeros(()).expand(batch, channels, *in_size) if input is None else input.to(dtype)
     coordinates_grad = params_grad or control_grad
-    if _aten_fits(in_size, grad_output, interpolation, padding, align_corners):
+    # under deterministic algorithms ATen's backward samplers raise on GPUs; its scatter_add sums in one order
+    repeats = grad_output.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled()
+    if repeats and _aten_fits(in_size, grad_output, interpolation, padding, align_corners):
         folded = _tame(_fold_transforms(places(*place, in_pixels=False), batch), padding)
         _, backward = _sampler(len(size))
         codes = int(interpolation), int(padding), align_corners
