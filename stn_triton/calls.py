@@ -23,6 +23,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -68,26 +69,30 @@ def is_taken() -> bool:
     """Whether a call that somebody may take for itself is in fact to be taken; see ``elsewhere``."""
     if torch.compiler.is_dynamo_compiling():  # which says of a subclass the same when it has been asked
         return torch._C._is_torch_function_enabled()
-    return tracing_state() is None or _checked.calls == 0
+    return _checked.calls == 0
 
 
 def elsewhere(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """``function(*args, **kwargs)``, for who takes the call.
+    """``function(*args, **kwargs)``, for who takes the call; of numbers alone that is nobody.
 
     For ``torch.jit.trace`` it is called twice. The tracer does not see the first call: there sizes, which are
     tensors to it, are ints to the checks of arguments, and what is remembered (a spline's system) does not
     become part of the graph. In the second call the checks hold, and ``leaves_pytorch`` is true.
     """
-    # Dynamo of PyTorch 2.11 cannot ask numbers and None
+    # Dynamo of PyTorch 2.11 cannot ask numbers and None. A mode, such as a default device, would take them, but
+    # tensors that are made of numbers inside of it would not see that device.
     given = tuple(arg for arg in (*args, *kwargs.values()) if not isinstance(arg, _NEVER_ASKED))
     if has_torch_function(*given):
         return handle_torch_function(function, given, *args, **kwargs)
-    with torch.no_grad():
-        unrecorded(function, *args, **kwargs)
+    traced = tracing_state() is not None
+    if traced:
+        with torch.no_grad():
+            unrecorded(function, *args, **kwargs)
     _checked.calls += 1
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # all of them came in the first call, but for those about checks
+        with warnings.catch_warnings() if traced else nullcontext():
+            if traced:
+                warnings.simplefilter("ignore")  # all came in the first call, but for those about checks
             return function(*args, **kwargs)
     finally:
         _checked.calls -= 1

@@ -33,6 +33,7 @@ from .checks import (
 )
 from .functional import affine_grid_sample, projective_grid_sample, tps_grid_sample
 from .transforms import attention, control_lattice, similarity
+from .transforms.matrices import in_rows
 
 __all__ = ["SpatialTransformer", "localisation_cnn", "localisation_fcn"]
 
@@ -238,11 +239,11 @@ class SpatialTransformer(nn.Module):
     def _assemble(self, parameters: Tensor) -> Tensor:
         """(..., P) -> the matrix or the points that the sampler takes."""
         if self.transform == "affine":
-            return parameters.unflatten(-1, (self.dims, self.dims + 1))
+            return in_rows(parameters, self.dims + 1)
         if self.transform == "projective":
-            return F.pad(parameters, (0, 1), value=1.0).unflatten(-1, (3, 3))
+            return in_rows(F.pad(parameters, (0, 1), value=1.0), 3)
         if self.transform == "tps":
-            return parameters.unflatten(-1, (-1, 2))
+            return in_rows(parameters, 2)
         if self.transform == "similarity":
             return similarity(parameters[..., 0], parameters[..., 1], parameters[..., 2:])
         if self.scale is None:

@@ -1,5 +1,6 @@
 """Who calls: tracers, tensor subclasses, tensors without values, NumPy's numbers: as of PyTorch's own."""
 
+import contextlib
 import fractions
 import io
 import pickle
@@ -69,6 +70,15 @@ def volume(batch):
     return image(batch, (3, 4, 5))
 
 
+def in_pixels_and_back(theta, size):
+    return stn.transforms.from_pixels(stn.transforms.to_pixels(theta, size), size)
+
+
+def about_the_middle(angle, size):
+    centre = (size[1] - 1) / 2, (size[0] - 1) / 2
+    return stn.transforms.from_pixels(stn.transforms.rotation(angle, centre, 1.5), size)
+
+
 # name -> (function, the makers of its tensors for a batch)
 FUNCTIONS = {
     "grid_sample": (lambda x, g: stn.grid_sample(x, g, align_corners=False), (image, grid)),
@@ -97,6 +107,14 @@ FUNCTIONS = {
     "flow_grid_sample": (lambda x, f: stn.flow_grid_sample(x, f), (image, flow)),
     "attention": (lambda t: stn.transforms.attention(t[:, 0, 0], t[:, :, 2]), (theta,)),
     "similarity": (lambda t: stn.transforms.similarity(t[:, 0, 0], 0.3, t[:, :, 2]), (theta,)),
+    "pixels": (
+        lambda x, t: stn.affine_grid_sample(x, in_pixels_and_back(t, x.shape[2:])),
+        (image, theta),
+    ),
+    "about-the-middle": (
+        lambda x, t: stn.affine_grid_sample(x, about_the_middle(t[:, 0, 0], x.shape[2:])),
+        (image, theta),
+    ),
     "compose": (lambda t, u: stn.transforms.compose(t, stn.transforms.invert(u)), (theta, theta)),
     "coefficients": (
         lambda p: stn.transforms.tps_evaluate(stn.transforms.tps_coefficients(p), None, p),
@@ -366,6 +384,62 @@ def test_function_modes_see_one_call(name):
     torch.testing.assert_close(output, function(*tensors))
 
 
+OF_NUMBERS = {
+    "similarity": lambda: stn.transforms.similarity(0.5, 0.3, (0.1, 0)),
+    "attention": lambda: stn.transforms.attention(0.5, (0, 0.2, 0.1)),
+    "rotation": lambda: stn.transforms.rotation(0.3, (2.0, 3.0), 2),
+    "identity": lambda: stn.transforms.identity(2, "tps"),
+    "lattice": lambda: stn.transforms.control_lattice(3),
+}
+
+
+class Sees(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", list(OF_NUMBERS))
+def test_functions_of_numbers(name):
+    """Under a mode, a default device for one, and by those who record them."""
+    function = OF_NUMBERS[name]
+    expected, zero = function(), torch.zeros(())
+    with Sees():
+        assert torch.equal(function(), expected)
+    with torch.device("meta"):
+        assert function().device.type == "meta"
+
+    class Plus(nn.Module):
+        def forward(self, x):
+            return function() + x
+
+    for strict in (False, True):
+        torch.testing.assert_close(
+            torch.export.export(Plus(), (zero,), strict=strict).module()(zero), expected
+        )
+    torch.testing.assert_close(make_fx(Plus())(zero)(zero), expected)
+    torch.testing.assert_close(torch.jit.trace(Plus(), (zero,))(zero), expected)
+    for device in (None, "cpu"):
+        with torch.device(device) if device else contextlib.nullcontext():
+            torch.testing.assert_close(
+                torch.compile(function, fullgraph=True, backend="aot_eager")(), expected
+            )
+
+
+def test_bad_arguments_under_a_mode():
+    with Sees(), pytest.raises(TypeError, match="input must be a tensor"):
+        stn.affine_grid_sample([1.0], [2.0])
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_modules_compile_whole_under_a_default_device(transform):
+    model, (x,) = net(transform)
+    expected = model(x)
+    with torch.device("cpu"):
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+
+
 def test_tv_tensors():
     """torchvision's unwrap themselves in all but a few functions: in these too."""
     tv_tensors = import_torchvision("tv_tensors").tv_tensors
@@ -431,7 +505,7 @@ def test_jit_trace(name):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("name", [*SAMPLERS, "sized-by-shape", "regularized"])
+@pytest.mark.parametrize("name", [*SAMPLERS, "sized-by-shape", "regularized", "pixels", "about-the-middle"])
 def test_jit_trace_of_any_size(name):
     """Sizes that come from shapes stay what they are of."""
     function, arguments = case(name)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import distributed
 from ..checks import check_device, check_tensor, refuse, refuse_numbers, refuse_type, to_number
 
 
@@ -47,6 +48,7 @@ def to_vector(
     name: str, value: Tensor | Sequence[float], dims: tuple[int, ...], *others: float | Tensor
 ) -> Tensor:
     """(..., d), or d numbers: these become a tensor (d,) beside the ``others``. d is one of ``dims``."""
+    value = stacked(value)
     if not isinstance(value, Tensor):
         numbers = to_numbers(value)
         if numbers is None or len(numbers) not in dims:
@@ -56,6 +58,22 @@ def to_vector(
         value = full_of(numbers, dtype, like[0].device if like else None)
     check_vector(name, value, dims)
     return value
+
+
+def stacked(value: Any) -> Any:
+    """A tuple or list of which some are tensors () and the rest numbers, as a tensor; all else as it is.
+
+    Such are the sizes that ``torch.jit.trace`` shows, and what is computed from them.
+    """
+    if not isinstance(value, (tuple, list)):
+        return value
+    tensors = [each for each in value if isinstance(each, Tensor) and each.dim() == 0]
+    others = [each for each in value if not isinstance(each, Tensor)]
+    if not tensors or len(tensors) + len(others) < len(value) or to_numbers(others) is None:
+        return value
+    dtypes_of = [each.dtype for each in tensors if each.is_floating_point()] or [torch.get_default_dtype()]
+    dtype = functools.reduce(torch.promote_types, dtypes_of)
+    return distributed.stack([to_tensor(each, tensors[0], dtype) for each in value], -1)
 
 
 def to_numbers(value: object) -> list[float] | None:

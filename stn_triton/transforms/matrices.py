@@ -237,14 +237,19 @@ def homogeneous(theta: Tensor) -> Tensor:
 
 def turning(cos: Tensor, sin: Tensor) -> Tensor:
     """(..., 2, 2), ``[[cos, -sin], [sin, cos]]``."""
-    return distributed.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
+    return in_rows(distributed.stack([cos, -sin, sin, cos], -1), 2)
 
 
 def diagonal(entries: Sequence[Tensor]) -> Tensor:
     """(..., d, d), zero beside the diagonal whatever is on it, from d tensors of one shape."""
     zero, dims = torch.zeros_like(entries[0]), len(entries)
     rows = [entries[row] if row == column else zero for row in range(dims) for column in range(dims)]
-    return distributed.stack(rows, -1).unflatten(-1, (dims, dims))
+    return in_rows(distributed.stack(rows, -1), dims)
+
+
+def in_rows(entries: Tensor, columns: int) -> Tensor:
+    """(..., n) -> (..., n / columns, columns). (Under a default device Dynamo cannot trace ``unflatten``.)"""
+    return entries.reshape(*entries.shape[:-1], entries.shape[-1] // columns, columns)
 
 
 def augment(linear: Tensor, translation: Tensor) -> Tensor:

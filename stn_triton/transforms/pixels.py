@@ -33,7 +33,16 @@ from ..checks import (
     refuse_type,
     to_number,
 )
-from .arguments import check_factor, check_leading, check_theta, check_vector, dtypes, to_numbers, to_tensor
+from .arguments import (
+    check_factor,
+    check_leading,
+    check_theta,
+    check_vector,
+    dtypes,
+    stacked,
+    to_numbers,
+    to_tensor,
+)
 from .matrices import augment, diagonal, homogeneous, invert, turning
 
 __all__ = ["from_pixels", "to_pixels", "rotation", "crop"]
@@ -160,6 +169,8 @@ def _to_pixels(n: int, align_corners: bool) -> _Axis:
     (Without a question about n, which the compiler may not know.)
     """
     scale = n - 1 if align_corners else n
+    if isinstance(scale, Tensor):  # as sizes are to torch.jit.trace
+        return _Axis(scale.clamp(min=1), n - 1, 2)
     # Dynamo of PyTorch 2.11 takes ``max`` alone, a traced size ``sym_max`` alone
     return _Axis(max(scale, 1) if isinstance(scale, int) else torch.sym_max(scale, 1), n - 1, 2)
 
@@ -233,6 +244,7 @@ def rotation(
     """
     x: float | Tensor
     y: float | Tensor
+    centre = stacked(centre)
     if isinstance(centre, Tensor):
         check_vector("centre", centre, (2,))
         angle = check_factor("angle", angle, "centre", centre)
@@ -309,9 +321,9 @@ def crop(boxes: Tensor, input_size: Sequence[int]) -> Tensor:
         >>> torch.allclose(crops[:, 0], image[:, :, 4:20, 8:24], atol=1e-5)
         True
     """
-    scored = isinstance(boxes, Tensor) and boxes.dim() > 0 and boxes.shape[-1] == 5
-    hint = "detections with a score: boxes[..., :4]" if scored else ""
-    dims = check_vector("boxes", boxes, (4, 6), hint) // 2
+    five = isinstance(boxes, Tensor) and boxes.dim() > 0 and boxes.shape[-1] == 5
+    hint = "without a score, which is last, boxes[..., :4]; without roi_align's image number boxes[..., 1:]"
+    dims = check_vector("boxes", boxes, (4, 6), hint if five else "") // 2
     sizes = check_spatial_size(input_size, dims, "input_size")
     edges = boxes.double().unbind(-1)
     axes = list(zip(edges[:dims], edges[dims:], reversed(sizes)))
