@@ -78,8 +78,8 @@ class SpatialTransformer(nn.Module):
     no gradient reaches the localisation net: the first step moves the weights, the second the net.
 
     Parameters are float32 (float64 in a float64 module) all the way from the features to the kernel, under
-    autocast and in float16 and bfloat16 modules too, as rounding one to bfloat16 can move samples by a
-    pixel in 512. :attr:`initial` stays float32 when the module becomes half. :attr:`regression` is no
+    autocast and in float16 and bfloat16 modules too, as rounding one to bfloat16 can move samples by
+    about a pixel in an image 512 wide. :attr:`initial` stays float32 when the module becomes half. :attr:`regression` is no
     ``nn.Linear``, so that to initialise a model's linear layers leaves the start alone.
 
     Example:
@@ -425,7 +425,8 @@ def localisation_fcn(
         >>> stn.nn.localisation_fcn(input_shape=(1, 28, 28))(torch.rand(8, 1, 28, 28)).shape
         torch.Size([8, 32])
     """
-    return _built(nn.Sequential(nn.Flatten(), *_fully_connected(features)), input_shape)
+    net = nn.Sequential(nn.Flatten(), *_fully_connected(features))
+    return _built(net, input_shape, "(C, H, W) or (C, D, H, W)", (3, 4))
 
 
 def localisation_cnn(
@@ -459,7 +460,7 @@ def localisation_cnn(
         >>> stn.nn.localisation_cnn(input_shape=(1, 28, 28))(torch.rand(8, 1, 28, 28)).shape
         torch.Size([8, 20])
     """
-    channels = [check_int("channels", width, 0) for width in channels]
+    channels = _widths("channels", channels)
     kernel_size, padding = check_int("kernel_size", kernel_size, 1), check_int("padding", padding, 0)
     downsample = check_int("downsample", downsample, 1)
     layers: list[nn.Module] = [nn.AvgPool2d(downsample)] if downsample > 1 else []
@@ -470,7 +471,7 @@ def localisation_cnn(
     net = _LocalisationCNN(*layers, nn.Flatten(), *_fully_connected(features))
     net.least_size = _least_size(len(channels), kernel_size, padding, downsample)
     net.takes_smaller = _takes_smaller(len(channels), kernel_size, padding, downsample)
-    return _built(net, input_shape)
+    return _built(net, input_shape, "(C, H, W)", (3,))
 
 
 def _least_size(convolutions: int, kernel_size: int, padding: int, downsample: int) -> int:
@@ -514,13 +515,26 @@ class _LocalisationCNN(nn.Sequential):
 
 
 def _fully_connected(features: Sequence[int]) -> list[nn.Module]:
-    widths = [check_int("features", width, 0) for width in features]
-    return [layer for width in widths for layer in (nn.LazyLinear(width), nn.ReLU())]
+    return [layer for width in _widths("features", features) for layer in (nn.LazyLinear(width), nn.ReLU())]
 
 
-def _built(net: nn.Sequential, input_shape: Sequence[int] | None) -> nn.Sequential:
+def _widths(name: str, widths: Sequence[int]) -> list[int]:
+    if not isinstance(widths, (tuple, list)):
+        hint = f"{name}=({widths},)" if isinstance(widths, int) else ""
+        refuse(TypeError, name, "a tuple of ints, one for each layer,", repr(widths), hint)
+    return [check_int(name, width, 0) for width in widths]
+
+
+def _built(
+    net: nn.Sequential, input_shape: Sequence[int] | None, expected: str, dims: tuple[int, ...]
+) -> nn.Sequential:
     """The net; if the shape of its input is known, with no lazy layer left."""
     if input_shape is not None:
+        if not isinstance(input_shape, (tuple, list)):
+            refuse(TypeError, "input_shape", expected, repr(input_shape))
+        shape = [check_int("input_shape", n, 0) for n in input_shape]
+        if len(shape) not in dims:
+            refuse(ValueError, "input_shape", expected, tuple(shape), "without a batch, and with channels")
         with torch.no_grad():
-            net(torch.zeros(1, *(check_int("input_shape", n, 0) for n in input_shape)))
+            net(torch.zeros(1, *shape))
     return net

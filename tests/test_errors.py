@@ -537,6 +537,18 @@ NEAREST = {  # name: (a call, the end of its message)
         "H and W of 28 or more for this localisation net, got shape (1, 1, 24, 30); localisation_cnn("
         "downsample=1) takes 14 or more and localisation_cnn(padding=2, downsample=1) 2 or more",
     ),
+    "no channels": (
+        lambda d: stn.nn.localisation_cnn(input_shape=(28, 28)),
+        "input_shape must be (C, H, W), got (28, 28); without a batch, and with channels",
+    ),
+    "a side for a shape": (
+        lambda d: stn.nn.localisation_fcn(input_shape=28),
+        "input_shape must be (C, H, W) or (C, D, H, W), got 28",
+    ),
+    "one layer's width": (
+        lambda d: stn.nn.localisation_fcn(32),
+        "features must be a tuple of ints, one for each layer, got 32; features=(32,)",
+    ),
 }
 
 
