@@ -79,7 +79,7 @@ def elsewhere(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
     tensors to it, are ints to the checks of arguments, and what is remembered (a spline's system) does not
     become part of the graph. In the second call the checks hold, and ``leaves_pytorch`` is true.
     """
-    # Dynamo of PyTorch 2.11 cannot ask numbers and None. A mode, a default device for one, would take them, but
+    # Dynamo of PyTorch 2.11 cannot ask numbers and None. A mode (a default device is one) would take them;
     # tensors that are made of numbers inside of it would not see that device.
     given = tuple(arg for arg in (*args, *kwargs.values()) if not isinstance(arg, _NEVER_ASKED))
     if has_torch_function(*given):

@@ -78,9 +78,10 @@ class SpatialTransformer(nn.Module):
     no gradient reaches the localisation net: the first step moves the weights, the second the net.
 
     Parameters are float32 (float64 in a float64 module) all the way from the features to the kernel, under
-    autocast and in float16 and bfloat16 modules too, as rounding one to bfloat16 can move samples by
-    about a pixel in an image 512 wide. :attr:`initial` stays float32 when the module becomes half. :attr:`regression` is no
-    ``nn.Linear``, so that to initialise a model's linear layers leaves the start alone.
+    autocast and in float16 and bfloat16 modules too, as rounding one to bfloat16 can move samples by about
+    a pixel in an image 512 wide. :attr:`initial` stays float32 when the module becomes half.
+    :attr:`regression` is no ``nn.Linear``, so that to initialise a model's linear layers leaves the start
+    alone.
 
     Example:
         >>> net = stn.nn.SpatialTransformer(stn.nn.localisation_cnn(), "affine", size=(28, 28))

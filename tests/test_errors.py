@@ -626,7 +626,8 @@ NEAREST |= {
     ),
     "detections": (
         lambda d: stn.transforms.crop(torch.rand(1, 4, 5, device=d), (4, 5)),
-        "got shape (1, 4, 5); without a score, which is last, boxes[..., :4]; without roi_align's image number",
+        "got shape (1, 4, 5); without a score, which is last, boxes[..., :4]; without roi_align's "
+        "image number boxes[..., 1:]",
     ),
     "a homography's kind": (
         lambda d: stn.transforms.identity(1, "homography"),
