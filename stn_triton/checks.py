@@ -98,6 +98,8 @@ def check_tensor(name: str, value: object, integers: Collection[torch.dtype] = (
         others = " or ".join(sorted(_name(dtype) for dtype in integers))
         expected += f", or one of {others}," if others else ""
         hint = f"{name}.float()" if value.dtype in WHOLE_NUMBERS or value.dtype == torch.bool else ""
+        if hint and torch.uint8 in integers:  # as labels are
+            hint += f", or {name}.to(torch.{'uint8' if value.dtype == torch.bool else 'int16'})"
         refuse(TypeError, name, expected, value.dtype, hint)
     if value.layout != torch.strided:
         refuse(ValueError, name, "a dense (strided) tensor", value.layout)
@@ -169,9 +171,11 @@ def check_size(size: object, expected: str, length: int, name: str = "size") -> 
         refuse(
             TypeError, name, f"{expected}, a tuple of ints", _brief(size), _nearest_size(size, length, name)
         )
-    if len(found) != length or any(n < 0 for n in found):
+    if len(found) != length:
         spatial = len(found) == length + 2 and f"without batch and channels {name}={found[2:]}"
-        refuse(ValueError, name, f"{expected}, none of them negative", found, spatial or "")
+        refuse(ValueError, name, f"{expected}, {length} ints", found, spatial or "")
+    if any(n < 0 for n in found):
+        refuse(ValueError, name, f"{expected}, none of them negative", found)
     return found
 
 
@@ -266,12 +270,20 @@ def check_padding(padding_mode: object, dims: int) -> int:
     padding = to_padding(padding_mode, dims)
     if padding is None:
         more = f", or a tuple of {dims} of them, x first"
+        expected = f"one of {', '.join(map(repr, PADDINGS))}{more}"
         if not isinstance(padding_mode, (str, tuple)):
-            expected = f"one of {', '.join(map(repr, PADDINGS))}{more}"
             got = type(padding_mode).__name__
             refuse(TypeError, "padding_mode", expected, got, _padding_tuple(padding_mode))
+        if isinstance(padding_mode, tuple):
+            refuse(ValueError, "padding_mode", expected, padding_mode, _padding_words(padding_mode))
         refuse_choice("padding_mode", padding_mode, PADDINGS, more)
     return padding
+
+
+def _padding_words(padding_mode: tuple[object, ...]) -> str:
+    """For one of several paddings that is nearly one."""
+    wrong = [mode for mode in padding_mode if isinstance(mode, str) and mode not in PADDINGS]
+    return _nearest(wrong[0], PADDINGS) if wrong else ""
 
 
 def _padding_tuple(padding_mode: object) -> str:

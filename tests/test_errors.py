@@ -537,6 +537,22 @@ NEAREST = {  # name: (a call, the end of its message)
         "H and W of 28 or more for this localisation net, got shape (1, 1, 24, 30); localisation_cnn("
         "downsample=1) takes 14 or more and localisation_cnn(padding=2, downsample=1) 2 or more",
     ),
+    "one number for a size": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d), (5,)),
+        "size must be (H, W), 2 ints, got (5,)",
+    ),
+    "a padding's other name": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d), padding_mode=("zeros", "reflect")),
+        "x first, got ('zeros', 'reflect'); did you mean 'reflection'?",
+    ),
+    "labels of int64": (
+        lambda d: stn.affine_grid_sample(x4(d).long(), theta(d), mode="nearest"),
+        "got torch.int64; input.float(), or input.to(torch.int16)",
+    ),
+    "a mask": (
+        lambda d: stn.affine_grid_sample(x4(d) > 0, theta(d), mode="nearest"),
+        "got torch.bool; input.float(), or input.to(torch.uint8)",
+    ),
     "no channels": (
         lambda d: stn.nn.localisation_cnn(input_shape=(28, 28)),
         "input_shape must be (C, H, W), got (28, 28); without a batch, and with channels",
