@@ -220,7 +220,7 @@ ALLOWED_IMPORTS = {
     "checks": {"calls", "kernels.modes", "kernels.host.dtypes"},
     "distributed": {"calls", "kernels.modes"},
     "transforms": {"transforms", "calls", "checks", "distributed"},
-    "reference": {"reference", "calls", "kernels.modes", "kernels.host.dtypes"},
+    "reference": {"reference", "calls", "kernels.modes", "kernels.host.dtypes", "versions"},
     "ops": {"kernels", "backend", "calls", "reference", "transforms"},
     "autograd": {
         "autograd",
@@ -246,7 +246,7 @@ ALLOWED_IMPORTS = {
     "export": {"ops", "reference", "transforms", "kernels.modes"},
     "nn": {"functional", "transforms", "calls", "checks", "backend"},
     "switch": {"kernels.host.blocks"},
-    "patch": {"kernels", "backend", "calls", "checks", "switch"},
+    "patch": {"kernels", "backend", "calls", "checks", "switch", "versions"},
     "kornia_patch": {
         "kornia_patch",
         "functional",

@@ -249,7 +249,7 @@ def diagonal(entries: Sequence[Tensor]) -> Tensor:
 
 def in_rows(entries: Tensor, columns: int) -> Tensor:
     """(..., n) -> (..., n / columns, columns). (Under a default device Dynamo cannot trace ``unflatten``.)"""
-    return entries.reshape(*entries.shape[:-1], entries.shape[-1] // columns, columns)
+    return entries.reshape(entries.shape[:-1] + (entries.shape[-1] // columns, columns))
 
 
 def augment(linear: Tensor, translation: Tensor) -> Tensor:
