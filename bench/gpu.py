@@ -199,7 +199,9 @@ def processes(most: int) -> list[str]:
 
 def checks(options: argparse.Namespace) -> list[Stage]:
     """What runs at once: the tests, and what fills the compilers' caches for the sweep."""
-    return tests(options) * (options.only != "sweep") + warming(options) * (options.only != "tests")
+    if options.only == "tests":
+        return tests(options)
+    return warming(options) if options.only == "sweep" else tests(options) + warming(options)
 
 
 def tests(options: argparse.Namespace) -> list[Stage]:

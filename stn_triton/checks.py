@@ -67,7 +67,9 @@ def refuse(kind: type[Exception], name: str, expected: str, got: object, hint: s
 
 def refuse_choice(name: str, value: object, known: Collection[str], more: str = "") -> NoReturn:
     """For an option that is none of those ``known``. ``more``: what else it may be."""
-    hint = _nearest(value, known) if isinstance(value, str) else ""
+    words = value if isinstance(value, tuple) else (value,)
+    unknown = [word for word in words if isinstance(word, str) and word not in known]
+    hint = _nearest(unknown[0], known) if unknown else ""
     refuse(ValueError, name, f"one of {', '.join(map(repr, known))}{more}", repr(value), hint)
 
 
@@ -270,20 +272,12 @@ def check_padding(padding_mode: object, dims: int) -> int:
     padding = to_padding(padding_mode, dims)
     if padding is None:
         more = f", or a tuple of {dims} of them, x first"
-        expected = f"one of {', '.join(map(repr, PADDINGS))}{more}"
         if not isinstance(padding_mode, (str, tuple)):
+            expected = f"one of {', '.join(map(repr, PADDINGS))}{more}"
             got = type(padding_mode).__name__
             refuse(TypeError, "padding_mode", expected, got, _padding_tuple(padding_mode))
-        if isinstance(padding_mode, tuple):
-            refuse(ValueError, "padding_mode", expected, padding_mode, _padding_words(padding_mode))
         refuse_choice("padding_mode", padding_mode, PADDINGS, more)
     return padding
-
-
-def _padding_words(padding_mode: tuple[object, ...]) -> str:
-    """For one of several paddings that is nearly one."""
-    wrong = [mode for mode in padding_mode if isinstance(mode, str) and mode not in PADDINGS]
-    return _nearest(wrong[0], PADDINGS) if wrong else ""
 
 
 def _padding_tuple(padding_mode: object) -> str:

@@ -7,14 +7,13 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stn_triton.kernels.modes import Interpolation
 
 MODES = ("bilinear", "nearest", "bicubic")
 PADDINGS = ("zeros", "border", "reflection")  # PyTorch's
 ALL_PADDINGS = (*PADDINGS, "circular")
-# Whether PyTorch samples volumes bicubically, as it does from 2.15 on.
-TRICUBIC = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
 # Of each axis another padding, x first: what repeats the image, beside what does not.
 MIXED = {2: ("reflection", "circular"), 3: ("circular", "zeros", "reflection")}
 # Of one place; averages over footprints are made of bilinear samples, and have tests of their own.
@@ -264,3 +263,15 @@ def _values(mark):
         else:
             name = "-".join(str(value) for value in values)
         yield values, name
+
+
+class Watch(TorchDispatchMode):
+    """Names of the operators seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))

@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 import torch
-from common import TRICUBIC, random_grid
+from common import random_grid
 from torch import nn
 
 import stn_triton as stn
 from stn_triton import backend
+from stn_triton.versions import TRICUBIC
 
 TRANSFORMS = ["affine", "attention", "similarity", "projective", "tps"]
 SIZE = (5, 6)

@@ -8,12 +8,13 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from common import PADDINGS, TRICUBIC, assert_close, away_from_kinks, import_torchvision, random_grid
+from common import PADDINGS, assert_close, away_from_kinks, import_torchvision, random_grid
 from test_backend import python
 
 import stn_triton as stn
 from bench.specialisations import field_of
 from stn_triton import backend
+from stn_triton.versions import TRICUBIC
 
 try:
     from torch.testing._internal import common_methods_invocations as database

@@ -10,9 +10,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from common import MODES, PADDINGS, assert_close, away_from_kinks, padding_of, pairwise, witness
+from common import MODES, PADDINGS, Watch, assert_close, away_from_kinks, padding_of, pairwise, witness
 from test_padding import witness_of
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import stn_triton as stn
@@ -527,18 +526,6 @@ def test_derivatives_by_control_points_under_transforms(either_backend, device, 
         for way in (torch.func.jacfwd, torch.func.jacrev)
     )
     assert_close(forward, reverse)
-
-
-class Watch(TorchDispatchMode):
-    """Names of the operators seen."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.name())
-        return function(*args, **(kwargs or {}))
 
 
 def profiled(**options):

@@ -30,7 +30,7 @@ def _aten_fits(
     padding: int,
     align_corners: bool,
 ) -> bool:
-    """Whether ATen (or ONNX) has the mode, for what is like ``like``, and can be kept from bad coordinates by
+    """Whether ATen (or ONNX) has the mode for tensors like ``like``, and can be kept from bad coordinates by
     moving them.
 
     On an axis of one pixel with aligned corners every coordinate means that pixel, but for NaN and
