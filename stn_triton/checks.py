@@ -320,7 +320,13 @@ def check_fill(fill: object, input: Tensor, padding: int) -> Any:
     fits = fill.dim() == 0 or (fill.dim() <= 2 and fill.shape[-1] == channels)
     if not fits or (fill.dim() == 2 and fill.shape[0] != batch and fill.shape[0] != 1):
         expected = f"a number, ({channels},) or ({batch_of(batch)}, {channels}) for this input"
-        hint = _channels(input, fill.shape[0]) if fill.dim() == 1 else ""
+        axes = input.dim() - 2
+        if fill.numel() == 1:
+            hint = "fill.squeeze()"
+        elif fill.dim() > axes and fill.shape[-1 - axes :] == (channels, *[1] * axes):
+            hint = f"fill.flatten({-1 - axes})"  # as a mean that normalises images is often kept: (C, 1, 1)
+        else:
+            hint = _channels(input, fill.shape[0]) if fill.dim() == 1 else ""
         refuse(ValueError, "fill", expected, f"shape {tuple(fill.shape)}", hint)
     check_device("fill", fill, "input", input)
     return fill

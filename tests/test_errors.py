@@ -608,6 +608,22 @@ NEAREST |= {
         lambda d: stn.affine_grid_sample(x4(d), theta(d), fill=np.zeros((2, 3))),
         "; torch.as_tensor(fill)",
     ),
+    "colours that broadcast over pixels": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d), fill=torch.rand(3, 1, 1, device=d)),
+        "got shape (3, 1, 1); fill.flatten(-3)",
+    ),
+    "colours of each volume": (
+        lambda d: stn.affine_grid_sample(
+            torch.rand(2, 3, 2, 4, 5, device=d),
+            torch.rand(2, 3, 4, device=d),
+            fill=torch.rand(2, 3, 1, 1, 1, device=d),
+        ),
+        "got shape (2, 3, 1, 1, 1); fill.flatten(-4)",
+    ),
+    "one colour in a tensor": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d), fill=torch.rand(1, device=d)),
+        "got shape (1,); fill.squeeze()",
+    ),
     "a module's colours": (
         lambda d: stn.nn.SpatialTransformer(torch.nn.Flatten(), fill=torch.zeros(3)),
         "; fill.tolist()",
