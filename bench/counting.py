@@ -139,7 +139,7 @@ def _pixels(launch: Launch) -> int:
     side = "in" if launch.compiled.name == "gather_backward_kernel" else "out"
     rows = field_of(spec, "rows") * arguments.get("steps", 1)
     before = (arguments["row_tiles"] - 1) // 2 * rows
-    rows = min(rows, arguments[f"{side}_height"] - before)
+    rows = min(rows, arguments[f"{side}_height"] * max(arguments[f"{side}_depth"], 1) - before)
     return rows * min(field_of(spec, "columns"), arguments[f"{side}_width"]) * field_of(spec, "group")
 
 

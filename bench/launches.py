@@ -49,12 +49,19 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, memory: bool, last: bool 
 
 
 def _parameters(source: str, n: int, size: tuple[int, ...], dtype: torch.dtype, theta: Tensor) -> Tensor:
-    """The parameters of a matrix, a grid of its coordinates, or the coefficients of a spline that is it."""
+    """The parameters of a matrix, a grid of its coordinates, or the coefficients of a spline that is it.
+
+    In a volume the matrix turns about z, along which it zooms likewise.
+    """
+    if len(size) == 3:
+        zoom = theta[:, :2].det().abs().sqrt()
+        theta = torch.cat([F.pad(theta[:, :2], (0, 1)), theta[:, 2:]], 1)
+        theta = torch.cat([theta, torch.stack([zoom * 0, zoom * 0, zoom, zoom * 0 + 0.017])[None]])
     if source == "grid":
         return F.affine_grid(theta[None], [1, 1, *size], False).to(dtype).expand(n, *size, 2).contiguous()
     if source == "tps":
         return F.pad(theta.mT, (0, 0, CONTROLS, 0)).to(dtype).expand(n, CONTROLS + 3, 2).contiguous()
-    return theta.to(dtype).expand(n, 2, 3).contiguous()
+    return theta.to(dtype).expand(n, *theta.shape).contiguous()
 
 
 def _shape(direction: str, channels: int, dims: int) -> tuple[int, tuple[int, ...]]:
@@ -252,9 +259,10 @@ def _cases() -> Iterator[Case]:
 
 
 CASES = {case.name: case for case in _cases()}
-# The hot ones, which are executed: what a training step of images and of feature maps launches.
+# The hot ones, which are executed: what a training step of images, feature maps and volumes launches.
 HOT = (
     *(f"{way}-affine-bilinear-nchw-c{c}-f32" for way in ("forward", "gather", "params") for c in (1, 3, 64)),
+    *(f"{way}-affine-bilinear-ncdhw-c1-f32" for way in ("forward", "gather", "params")),
     "forward-affine-bilinear-nchw-c3-bf16+f32",
     *(
         f"{way}-affine-bilinear-nhwc-c64-{dtype}"
@@ -273,6 +281,7 @@ TOLD = (
     "forward-affine-bilinear-nhwc-c64-bf16+f32",
     "gather-affine-bilinear-nchw-c3-f32",
     "gather-affine-bilinear-nhwc-c64-f32",
+    "gather-affine-bilinear-ncdhw-c1-f32",
     "params-affine-bilinear-nchw-c3-f32",
     "params-affine-bilinear-nchw-c64-f32",
     "scatter-grid-bilinear-nchw-c3-f32",

@@ -11,10 +11,10 @@ type: no atomics, no scratch, the same bits each time. There are two ways to vis
   clamped to, near-singular maps, horizons, NaN): blocks of outputs are bounded, those that may touch the tile
   are evaluated with a lane for each output, and summed for each pixel of the tile that they do touch.
 
-Which of them is decided for each tile and transform on the device. Of *mild* maps, as rotations are, nine
-outputs are known to hold all that read a pixel, and are visited without a search (``device/mild.py``). The
-result does not depend on the way but for rounding. ``MATH.md`` has the proof of the bounds and the most work
-there can be.
+Which of them is decided for each tile and transform on the device. Of *mild* maps, as rotations are, three
+outputs along each axis are known to hold all that read a pixel, and are visited without a search
+(``device/mild.py``). The result does not depend on the way but for rounding. ``MATH.md`` has the proof of the
+bounds and the most work there can be.
 """
 
 from typing import Any, NamedTuple
@@ -43,12 +43,14 @@ from .device.interpolation import axis_taps, radius_of, tap_count, weight_of_pix
 from .device.mild import (
     first_outputs,
     has_mild_way,
-    is_within_edges,
+    is_mild,
     mild_map,
+    next_distances,
     row_weights,
     tile_begins,
 )
 from .device.padding import extends_edges, is_periodic
+from .device.programs import numbers_of_lanes, turns_back
 from .device.tiles import (
     blocks_of,
     box_of,
@@ -72,15 +74,6 @@ from .spec import SPECIALIZATION, Image, Params, Sizes, Strides, Tiling, constan
 
 # Blocks of outputs whose bounds are computed at a time.
 AT_A_TIME = constant(128)
-
-
-class Tile(NamedTuple):
-    """What a program does: blocks of pixels one below the other, and the first and last block of channels."""
-
-    column: Any
-    row: Any
-    steps: Any
-    blocks: Any
 
 
 class Blocks(NamedTuple):
@@ -363,11 +356,17 @@ def add_transform(sums, found, pixels, gradients, sizes, SPEC: tl.constexpr):
 
 
 @triton.jit
-def pixels_of_tile(column, row, sizes, SPEC: tl.constexpr):
-    """The ``Pixels`` of the block at ``column`` and ``row``."""
-    numbers = row_by_row(SPEC.rows * SPEC.columns)
-    q, exists = pixels_from(column, row, sizes.input, numbers, SPEC.columns, SPEC)
+def pixels_of_tile(column, row, numbers, sizes, SPEC: tl.constexpr, FLAT: tl.constexpr = False):
+    """The ``Pixels`` of the block at ``column`` and ``row``; lanes have its pixels ``numbers``.
+
+    FLAT: of a volume it lies in one slice.
+    """
     first, last = box_of(column, row, SPEC.columns, SPEC.rows, sizes.input, SPEC)
+    if FLAT and SPEC.dims == 3:  # no lane has to divide
+        q = (first[0] + numbers % SPEC.columns, first[1] + numbers // SPEC.columns, first[2])
+        exists = (q[0] <= last[0]) & (q[1] <= last[1])
+    else:
+        q, exists = pixels_from(column, row, sizes.input, numbers, SPEC.columns, SPEC)
     return Pixels(q, exists, first, last)
 
 
@@ -381,17 +380,18 @@ def store(sums, target, block, pixels, sizes, UNROLL: tl.constexpr, SPEC: tl.con
 # -------------------------------------------------------------------------------------------- mild maps
 @triton.constexpr_function
 def goes_by_rows(spec):
-    """Whether a mild map's three rows of outputs are a loop: it needs half of the registers.
+    """Whether a mild map's rows of three outputs are a loop: it needs half of the registers.
 
-    Where the nine weights are kept for other blocks of channels, and with channels last, it costs more.
+    Where an image's nine weights are kept for other blocks of channels, and with channels last, it costs
+    more. A volume's 27 are not kept.
     """
-    return plain(spec.channels) == 1 and plain(spec.one_block)
+    return plain(spec.dims) == 3 or (plain(spec.channels) == 1 and plain(spec.one_block))
 
 
 @triton.constexpr_function
 def mild_unroll(spec):
     """Blocks of channels at a time: what fits the registers beside nine weights that are kept."""
-    most = 8 if plain(spec.channels) == 1 and plain(spec.one_block) else 4
+    most = 8 if plain(spec.channels) == 1 and plain(goes_by_rows(spec)) else 4
     unroll = plain(spec.unroll)
     return unroll if unroll % most else min(unroll, most)
 
@@ -419,44 +419,60 @@ def add_row(sums, weights, nothing, offset, gradients, block, sizes, SPEC: tl.co
 
 
 @triton.jit
-def add_nine(mild, at, pixels, gradients, block, sizes, SPEC: tl.constexpr):
-    """The sums that pixels get of a block of channels from the nine outputs of each."""
+def add_rows(sums, mild, distances, nothing, begin, count, gradients, block, sizes, SPEC: tl.constexpr):
+    """``sums`` plus what pixels get from ``count`` rows of three outputs, the first one at ``begin``."""
     VECTOR: tl.constexpr = SPEC.vector_output
-    first, distances = first_outputs(mild, at, pixels, sizes, SPEC)
-    begin = offset_of(first, gradients.strides.pixel, VECTOR, SPEC)
     along_y = tl.cast(gradients.strides.pixel[1], SPEC.index)
-    sums = zero_blocks(mild_unroll(SPEC), SPEC)
-    # 0, which the compiler cannot know: to compare anew for each block costs less than to keep flags
-    nothing = tl.where(sizes.channels + block < 0, 1.0, 0.0)
     if goes_by_rows(SPEC):
-        for _ in range(tl.minimum(sizes.output[1], 3)):  # 3, which the compiler would unroll
-            weights, distances = row_weights(mild, distances, SPEC)
-            sums = add_row(sums, weights, nothing, begin, gradients, block, sizes, SPEC)
-            begin += along_y
-    else:
-        for row in tl.static_range(3):
-            weights, distances = row_weights(mild, distances, SPEC)
+        for row in range(count):
+            weights = row_weights(mild, distances, SPEC)
             offset = tl.multiple_of(begin + along_y * row, (VECTOR, VECTOR))
             sums = add_row(sums, weights, nothing, offset, gradients, block, sizes, SPEC)
+            distances = next_distances(mild, distances, 1, SPEC)
+    else:
+        for row in tl.static_range(3):
+            weights = row_weights(mild, distances, SPEC)
+            offset = tl.multiple_of(begin + along_y * row, (VECTOR, VECTOR))
+            sums = add_row(sums, weights, nothing, offset, gradients, block, sizes, SPEC)
+            distances = next_distances(mild, distances, 1, SPEC)
     return sums
 
 
 @triton.jit
-def write_mild(mild, tile, gradients, target, sizes, SPEC: tl.constexpr):
-    """What a program writes, of a mild map."""
+def add_mild(mild, at, pixels, gradients, block, sizes, SPEC: tl.constexpr):
+    """The sums that pixels get of a block of channels from three outputs along each axis."""
+    VECTOR: tl.constexpr = SPEC.vector_output
+    first, counts, distances = first_outputs(mild, at, pixels, sizes, SPEC)
+    begin = offset_of(first, gradients.strides.pixel, VECTOR, SPEC)
+    sums = zero_blocks(mild_unroll(SPEC), SPEC)
+    # 0, which the compiler cannot know: to compare anew for each block costs less than to keep flags
+    nothing = tl.where(sizes.channels + block < 0, 1.0, 0.0)
+    if SPEC.dims == 3:
+        along_z = tl.cast(gradients.strides.pixel[2], SPEC.index)
+        for z in range(counts[2]):
+            offset = tl.multiple_of(begin + along_z * z, (VECTOR, VECTOR))
+            sums = add_rows(sums, mild, distances, nothing, offset, counts[1], gradients, block, sizes, SPEC)
+            distances = next_distances(mild, distances, 2, SPEC)
+        return sums
+    else:
+        return add_rows(sums, mild, distances, nothing, begin, counts[1], gradients, block, sizes, SPEC)
+
+
+@triton.jit
+def write_mild(mild, column, row, numbers, blocks, gradients, target, sizes, SPEC: tl.constexpr):
+    """What a program writes of the block of pixels at ``column`` and ``row``, of a mild map."""
     UNROLL: tl.constexpr = mild_unroll(SPEC)
-    first_block = tile.blocks[0] * (SPEC.unroll // UNROLL)
-    end = tile.blocks[1] * (SPEC.unroll // UNROLL)
-    for step in range(tile.steps):
-        pixels = pixels_of_tile(tile.column, tile.row + step * SPEC.rows, sizes, SPEC)
-        at, touches = tile_begins(mild, pixels, sizes, SPEC)
-        if touches:
-            for block in range(first_block, end):
-                sums = add_nine(mild, at, pixels, gradients, block, sizes, SPEC)
-                store(sums, target, block, pixels, sizes, UNROLL, SPEC)
-        else:
-            for block in range(first_block, end):
-                store(zero_blocks(UNROLL, SPEC), target, block, pixels, sizes, UNROLL, SPEC)
+    pixels = pixels_of_tile(column, row, numbers, sizes, SPEC, True)
+    at, touches = tile_begins(mild, pixels, sizes, SPEC)
+    first = blocks[0] * (SPEC.unroll // UNROLL)
+    end = blocks[1] * (SPEC.unroll // UNROLL)
+    if touches:
+        for block in range(first, end):
+            sums = add_mild(mild, at, pixels, gradients, block, sizes, SPEC)
+            store(sums, target, block, pixels, sizes, UNROLL, SPEC)
+    else:
+        for block in range(first, end):
+            store(zero_blocks(UNROLL, SPEC), target, block, pixels, sizes, UNROLL, SPEC)
 
 
 @triton.jit(**SPECIALIZATION)
@@ -486,33 +502,48 @@ def gather_backward_kernel(
     n = image.to(tl.int64)
     first = first_row(row_tile, steps * SPEC.rows, SPEC)
     steps = steps_from(first, steps, in_size, SPEC)
-    tile = Tile(column_tile * SPEC.columns, first, steps, blocks_of(split, tiling, channels, SPEC))
+    column = column_tile * SPEC.columns
+    blocks = blocks_of(split, tiling, channels, SPEC)
     begin = grad_output_ptr + tl.multiple_of(n * stride_output_n, SPEC.vector_output)
     target = Image(grad_input_ptr + tl.multiple_of(n * stride_grad_n, SPEC.vector_grad), grad)
     map, bounds = map_and_bounds(params, n, n * 0, sizes, SPEC)
-    is_mild = tl.full([], 0, tl.int1)
+    turned = False
+    if SPEC.patches:
+        turned = turns_back(map, sizes, SPEC)
+    numbers = numbers_of_lanes(turned, SPEC)
+    left = steps
     if has_mild_way(SPEC):
         mild = mild_map(map, bounds, sizes, SPEC)
-        # a pixel at a border that padding extends has more outputs than nine
-        is_mild = mild.holds & is_within_edges(tile.column, first, steps * SPEC.rows, sizes, SPEC)
-        if is_mild:
-            write_mild(mild, tile, Image(begin, output), target, sizes, SPEC)
-    if not is_mild:
+        if mild.holds:
+            for step in range(steps):
+                row = first + step * SPEC.rows
+                if is_mild(mild, column, row, sizes, SPEC):
+                    write_mild(mild, column, row, numbers, blocks, Image(begin, output), target, sizes, SPEC)
+                    left -= 1
+    # a loop of its own, which the other way's registers do not reach
+    if left > 0:
         for step in range(steps):
-            pixels = pixels_of_tile(tile.column, first + step * SPEC.rows, sizes, SPEC)
-            if finds_once(SPEC):
-                found = find_candidates(map, bounds, pixels, sizes, SPEC)
-            for block in range(tile.blocks[0], tile.blocks[1]):
-                sums = zero_blocks(SPEC.unroll, SPEC)
-                for t in range(transforms):
-                    if not SPEC.one_transform:
-                        map, bounds = map_and_bounds(params, n, tl.cast(t, tl.int64), sizes, SPEC)
-                    if not finds_once(SPEC):
-                        found = find_candidates(map, bounds, pixels, sizes, SPEC)
-                    by_transform = tl.multiple_of(tl.cast(t, tl.int64) * stride_output_t, SPEC.vector_output)
-                    gradients = Gradients(begin + by_transform, output, block)
-                    sums = add_transform(sums, found, pixels, gradients, sizes, SPEC)
-                store(sums, target, block, pixels, sizes, SPEC.unroll, SPEC)
+            row = first + step * SPEC.rows
+            sought = tl.full([], 1, tl.int1)
+            if has_mild_way(SPEC) and SPEC.dims == 3:
+                sought = is_mild(mild, column, row, sizes, SPEC) == 0
+            if sought:
+                pixels = pixels_of_tile(column, row, numbers, sizes, SPEC)
+                if finds_once(SPEC):
+                    found = find_candidates(map, bounds, pixels, sizes, SPEC)
+                for block in range(blocks[0], blocks[1]):
+                    sums = zero_blocks(SPEC.unroll, SPEC)
+                    for t in range(transforms):
+                        if not SPEC.one_transform:
+                            map, bounds = map_and_bounds(params, n, tl.cast(t, tl.int64), sizes, SPEC)
+                        if not finds_once(SPEC):
+                            found = find_candidates(map, bounds, pixels, sizes, SPEC)
+                        by_transform = tl.multiple_of(
+                            tl.cast(t, tl.int64) * stride_output_t, SPEC.vector_output
+                        )
+                        gradients = Gradients(begin + by_transform, output, block)
+                        sums = add_transform(sums, found, pixels, gradients, sizes, SPEC)
+                    store(sums, target, block, pixels, sizes, SPEC.unroll, SPEC)
 
 
 @planned
@@ -542,6 +573,7 @@ def _plan(grad_output: torch.Tensor, params: torch.Tensor, grad_input: torch.Ten
             "transforms": transforms,
         },
         one_transform=transforms == 1,
+        patches=dims == 3 and tile.may_have_patches,
         block_rows=search.out_rows,
         block_columns=search.out_columns,
         most_candidates=search.candidates,

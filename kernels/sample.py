@@ -284,9 +284,7 @@ def cut_samples(
     compute, _ = compute_dtypes(gathered, params)
     work = cut(problem, tile, modes, (gathered.shape[2:], size), compute, index, steps)
     work.numbers["transforms"] = batch // gathered.shape[0]
-    # of planes, if rows are longer than a patch's; with channels last lanes lie along channels
-    planar = dims == 2 and tile.channels == 1 and tile.columns >= 16 and tile.rows >= 4
-    work.fields["patches"] = planar and source in INVERTIBLE
+    work.fields["patches"] = tile.may_have_patches and source in INVERTIBLE
     return work
 
 

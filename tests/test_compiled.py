@@ -44,6 +44,7 @@ OLDEST = (
 CASES = (
     *OLDEST,
     Case("first", "affine", "bilinear", "zeros", 3, 1, "contiguous", "float64", "float64"),
+    Case("first", "affine", "bilinear", "zeros", 3, 2, "sliced"),
     Case("first", "affine", "bilinear", "reflection", 2, 1, "contiguous"),
     Case("first", "affine", "bilinear", "circular", 2, 3, "offset"),
     Case("sorted", "flow", "bicubic", "circular", 2, 1, "contiguous"),

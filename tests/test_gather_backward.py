@@ -135,6 +135,85 @@ def test_which_maps_are_mild(monkeypatch):
         assert_close(result, scatter(grad_output, theta, (1, 1, size, size), modes))
 
 
+def _turned_volume(degrees, tilt=0.0, zoom=1.0, shift=(0.0, 0.0, 0.0)):
+    """Turned about z, then about x."""
+    turned = torch.eye(3, dtype=torch.float64)
+    turned[:2, :2] = torch.tensor(_turned(degrees))[:, :2]
+    tilted = torch.eye(3, dtype=torch.float64)
+    tilted[1:, 1:] = torch.tensor(_turned(tilt))[:, :2]
+    return torch.cat([zoom * (turned @ tilted), torch.tensor([shift]).mT], 1).tolist()
+
+
+# the same of volumes, which are cubes: of rotations about two axes three outputs are too few
+MILD_VOLUMES = {
+    "identity": (_turned_volume(0), True),
+    # two outputs along y and z, of which the last ones exist: the volume goes on beyond the output
+    "shifted": (_turned_volume(0, shift=(0.13, -0.07, -0.03)), True),
+    "shifted_back": (_turned_volume(0, shift=(-0.13, 0.07, 0.03)), True),
+    "shrunk": (_turned_volume(0, zoom=1.3), True),
+    "turned": (_turned_volume(25, zoom=1.1, shift=(0.03, 0, 0.02)), True),
+    "across": (_turned_volume(90, zoom=0.9), True),  # lanes take patches
+    "tilted": (_turned_volume(0, 20), True),
+    "both": (_turned_volume(12, 10), True),
+    "both_far": (_turned_volume(45, 45), False),
+    "just_mild": (_turned_volume(0, zoom=0.6675), True),
+    "just_not": (_turned_volume(0, zoom=0.6665), False),
+    "upside_down": (_turned_volume(180, 180, 0.9, (0.2, 0, 0)), True),
+    "flat": ([[1.0, 1.0, 0, 0], [1.0, 1.001, 0, 0], [0, 0, 1, 0]], False),
+    "outside": (_turned_volume(10, shift=(5.0, 0, -40.0)), True),
+}
+# (channels, output, fields of the tile): of a volume of 5 x 6 x 13, with tiles that go on in the next slice,
+# or lie in one; planes and channels last
+VOLUME_TILES = {
+    "rows": (1, (5, 6, 13), {"rows": 4, "columns": 32, "channels": 1, "unroll": 1}),
+    "in_slices": (3, (6, 7, 12), {"rows": 2, "columns": 16, "channels": 1, "unroll": 2}),
+    "last": (8, (4, 5, 11), {"rows": 4, "columns": 8, "channels": 8, "unroll": 1}),
+}
+
+
+@pytest.mark.parametrize("padding", [Padding.ZEROS, Padding.BORDER], ids=["zeros", "border"])
+@pytest.mark.parametrize("tile", list(VOLUME_TILES))
+def test_mild_volumes(device, tile, padding):
+    """27 outputs for each voxel at most, none looked for."""
+    channels, out_size, fields = VOLUME_TILES[tile]
+    near = [name for name in MILD_VOLUMES if padding == Padding.ZEROS or name not in ("flat", "outside")]
+    theta = torch.tensor([MILD_VOLUMES[name][0] for name in near])
+    grad_output, shape = torch.randn(len(near), channels, *out_size), (len(near), channels, 5, 6, 13)
+    ours, modes = grad_output.to(device), (Interpolation.BILINEAR, padding, False)
+    if tile == "last":
+        ours = ours.to(memory_format=torch.channels_last_3d)
+    with configs.override(**fields):
+        result = gather(ours, theta.to(device), shape, modes).cpu()
+    for name, one, exact in zip(near, result, scatter(grad_output, theta, shape, modes)):
+        # borders that many outputs are clamped to have large sums
+        assert (one - exact).abs().max() < 3e-6 * exact.abs().max().clamp(min=1), name
+
+
+@pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="a device function is replaced: not in compiled code"
+)
+@pytest.mark.parametrize(
+    "padding, rows, tiles",
+    # rows 4 to 7 lie in two slices of 6; with borders voxels 2 and 3, rows 2 and 3, slices 1 to 4
+    [(Padding.ZEROS, 4, 18), (Padding.BORDER, 2, 4)],
+    ids=["zeros", "border"],
+)
+def test_which_volumes_are_mild(monkeypatch, padding, rows, tiles):
+    """Tiles that lie in one slice, and with border padding touch no border."""
+    module, took = sys.modules[gather_backward.__module__], []
+    write_mild = module.write_mild
+    monkeypatch.setattr(module, "write_mild", lambda *args: (took.append(1), write_mild(*args))[1])
+    modes = Interpolation.BILINEAR, padding, False
+    for name, (theta, mild) in MILD_VOLUMES.items():
+        if name in ("shifted", "both", "both_far", "just_mild", "just_not"):
+            took.clear()
+            grad_output, theta = torch.randn(1, 1, 6, 6, 6), torch.tensor([theta])
+            with configs.override(rows=rows, columns=2):
+                result = gather(grad_output, theta, (1, 1, 6, 6, 6), modes)
+            assert len(took) == mild * tiles, name
+            assert_close(result, scatter(grad_output, theta, (1, 1, 6, 6, 6), modes))
+
+
 @pairwise
 @pytest.mark.parametrize("way", list(WAYS))
 @INTERPOLATIONS

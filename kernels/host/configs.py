@@ -100,8 +100,9 @@ class Tile(NamedTuple):
     steps: int = 1
 
     @property
-    def pixels(self) -> int:
-        return self.rows * self.columns
+    def may_have_patches(self) -> bool:
+        """Whether lanes can be told apart by patches of 8 x 4 pixels: of planes whose rows are longer."""
+        return self.channels == 1 and self.columns >= 16 and self.rows >= 4
 
 
 class Gather(NamedTuple):
@@ -254,8 +255,9 @@ def choose(device: torch.device, problem: Problem) -> Tile:
 def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]:
     """The tile of the input of one program of ``gather``, and how it looks for the outputs that read it.
 
-    One warp: its reductions need no barrier. What depends on the matrix alone costs as much as two or three
-    pixels' nine candidates each, and all pixels of a lane share it: as many of them as registers allow.
+    One warp where it can be: its reductions need no barrier. What depends on the matrix alone costs as much
+    as two or three pixels' nine candidates each, and all pixels of a lane share it: as many of them as
+    registers allow.
     """
     channels, rows, columns = problem.channels, problem.rows, problem.columns
     if device.type == "cpu":
@@ -271,11 +273,14 @@ def choose_gather(device: torch.device, problem: Problem) -> tuple[Tile, Gather]
         # as many outputs as give every lane 16 bytes
         search = Gather(1, max(8, 32 * vector // width), 512)
     else:
-        # Sixteen sums a lane, or four pixels.
-        unroll = min(max(channels, 1), 8)
-        pixels = 128 if unroll <= 4 else 64
-        columns_tile = min(power_of_2(columns), _patch_columns(problem.element_size))
-        tile = Tile(pixels // columns_tile, columns_tile, 1, unroll, 1, 1, 1)
+        # Sixteen sums a lane, or four pixels. A volume's pixels have 27 candidates: lanes in rows, of which a
+        # load wants fewer sectors of one bank unless the map turns (``device.programs``). With many channels
+        # its two pixels a lane take two warps, so that there are rows enough for a patch.
+        unroll, volume = min(max(channels, 1), 8), problem.dims == 3
+        warps = 2 if volume and unroll > 4 else 1
+        pixels = (128 if unroll <= 4 else 64) * warps
+        columns_tile = min(power_of_2(columns), 32 if volume else _patch_columns(problem.element_size))
+        tile = Tile(pixels // columns_tile, columns_tile, 1, unroll, warps, 1, 1)
         # a patch of outputs reads few rows of pixels, whatever the angle; averages have no registers for it
         averages = problem.interpolation == Interpolation.AVERAGED
         search = Gather(1, 32, 512) if averages else Gather(4, 8, 512)
