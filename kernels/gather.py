@@ -41,10 +41,11 @@ from .device.candidates import (
 from .device.copies import copy_at, copy_number, has_copies, is_apart
 from .device.interpolation import axis_taps, radius_of, tap_count, weight_of_pixel
 from .device.mild import (
-    first_outputs,
+    Nearby,
     has_mild_way,
     is_mild,
     mild_map,
+    nearby_outputs,
     next_distances,
     row_weights,
     tile_begins,
@@ -419,12 +420,15 @@ def add_row(sums, weights, nothing, offset, gradients, block, sizes, SPEC: tl.co
 
 
 @triton.jit
-def add_rows(sums, mild, distances, nothing, begin, count, gradients, block, sizes, SPEC: tl.constexpr):
-    """``sums`` plus what pixels get from ``count`` rows of three outputs, the first one at ``begin``."""
+def add_rows(sums, mild, nearby, begin, gradients, block, sizes, SPEC: tl.constexpr):
+    """``sums`` plus what pixels get from rows of three outputs, the first one at ``begin``."""
     VECTOR: tl.constexpr = SPEC.vector_output
     along_y = tl.cast(gradients.strides.pixel[1], SPEC.index)
+    distances = nearby.distances
+    # 0, which the compiler cannot know: to compare anew for each block costs less than to keep flags
+    nothing = tl.where(sizes.channels + block < 0, 1.0, 0.0)
     if goes_by_rows(SPEC):
-        for row in range(count):
+        for row in range(nearby.counts[1]):
             weights = row_weights(mild, distances, SPEC)
             offset = tl.multiple_of(begin + along_y * row, (VECTOR, VECTOR))
             sums = add_row(sums, weights, nothing, offset, gradients, block, sizes, SPEC)
@@ -440,29 +444,28 @@ def add_rows(sums, mild, distances, nothing, begin, count, gradients, block, siz
 
 @triton.jit
 def add_mild(mild, at, pixels, gradients, block, sizes, SPEC: tl.constexpr):
-    """The sums that pixels get of a block of channels from three outputs along each axis."""
+    """The sums that pixels get of a block of channels from the outputs near them."""
     VECTOR: tl.constexpr = SPEC.vector_output
-    first, counts, distances = first_outputs(mild, at, pixels, sizes, SPEC)
-    begin = offset_of(first, gradients.strides.pixel, VECTOR, SPEC)
+    nearby = nearby_outputs(mild, at, pixels, sizes, SPEC)
+    begin = offset_of(nearby.first, gradients.strides.pixel, VECTOR, SPEC)
     sums = zero_blocks(mild_unroll(SPEC), SPEC)
-    # 0, which the compiler cannot know: to compare anew for each block costs less than to keep flags
-    nothing = tl.where(sizes.channels + block < 0, 1.0, 0.0)
     if SPEC.dims == 3:
         along_z = tl.cast(gradients.strides.pixel[2], SPEC.index)
-        for z in range(counts[2]):
+        distances = nearby.distances
+        for z in range(nearby.counts[2]):
             offset = tl.multiple_of(begin + along_z * z, (VECTOR, VECTOR))
-            sums = add_rows(sums, mild, distances, nothing, offset, counts[1], gradients, block, sizes, SPEC)
+            in_slice = Nearby(nearby.first, nearby.counts, distances)
+            sums = add_rows(sums, mild, in_slice, offset, gradients, block, sizes, SPEC)
             distances = next_distances(mild, distances, 2, SPEC)
         return sums
     else:
-        return add_rows(sums, mild, distances, nothing, begin, counts[1], gradients, block, sizes, SPEC)
+        return add_rows(sums, mild, nearby, begin, gradients, block, sizes, SPEC)
 
 
 @triton.jit
-def write_mild(mild, column, row, numbers, blocks, gradients, target, sizes, SPEC: tl.constexpr):
-    """What a program writes of the block of pixels at ``column`` and ``row``, of a mild map."""
+def write_mild(mild, pixels, blocks, gradients, target, sizes, SPEC: tl.constexpr):
+    """What a program writes of a block of pixels, of a mild map."""
     UNROLL: tl.constexpr = mild_unroll(SPEC)
-    pixels = pixels_of_tile(column, row, numbers, sizes, SPEC, True)
     at, touches = tile_begins(mild, pixels, sizes, SPEC)
     first = blocks[0] * (SPEC.unroll // UNROLL)
     end = blocks[1] * (SPEC.unroll // UNROLL)
@@ -518,7 +521,8 @@ def gather_backward_kernel(
             for step in range(steps):
                 row = first + step * SPEC.rows
                 if is_mild(mild, column, row, sizes, SPEC):
-                    write_mild(mild, column, row, numbers, blocks, Image(begin, output), target, sizes, SPEC)
+                    flat = pixels_of_tile(column, row, numbers, sizes, SPEC, True)
+                    write_mild(mild, flat, blocks, Image(begin, output), target, sizes, SPEC)
                     left -= 1
     # a loop of its own, which the other way's registers do not reach
     if left > 0:

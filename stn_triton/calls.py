@@ -35,6 +35,7 @@ from torch.overrides import has_torch_function_variadic as has_torch_function
 __all__ = [
     "PLAIN",
     "as_leaf",
+    "at_least",
     "check",
     "elsewhere",
     "exports_onnx",
@@ -96,6 +97,14 @@ def elsewhere(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
             return function(*args, **kwargs)
     finally:
         _checked.calls -= 1
+
+
+def at_least(size: Any, least: int) -> Any:
+    """The larger one. ``size``: an int, a symbol, or to ``torch.jit.trace`` a tensor ()."""
+    if isinstance(size, Tensor):
+        return size.clamp(min=least)
+    # Dynamo of PyTorch 2.11 takes ``max`` alone, a traced size ``sym_max`` alone
+    return max(size, least) if isinstance(size, int) else torch.sym_max(size, least)
 
 
 def public(function: Function) -> Function:

@@ -3,6 +3,7 @@
 import contextlib
 import fractions
 import io
+import itertools
 import pickle
 import warnings
 
@@ -513,6 +514,32 @@ def test_jit_trace_of_any_size(name):
     for size in ((5, 6), (9, 4)):
         inputs = image(2, size), *arguments[1:]
         torch.testing.assert_close(trace(*inputs), function(*inputs))
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "centres"])
+@pytest.mark.parametrize(
+    "padding",
+    ["zeros", "reflection", ("reflection", "border"), ("circular", "reflection")],
+    ids=str,
+)
+def test_jit_trace_keeps_no_size(padding, align_corners):
+    """Each mode, sampler and way of taps, traced at one size or at a pixel, run at others."""
+    for dims, mode in itertools.product((2, 3), ("bilinear", "nearest", "bicubic")):
+        options = {"mode": mode, "padding_mode": padding, "align_corners": align_corners}
+        if dims == 3 and padding != "reflection":
+            options["padding_mode"] = (*padding, "border") if isinstance(padding, tuple) else padding
+        matrix = torch.eye(dims, dims + 1)[None] * 2.3 + 0.01
+
+        def warp(x, theta, options=options):
+            return stn.affine_grid_sample(x, theta, **options)
+
+        sizes = [size[:dims] for size in ((6, 4, 5), (3, 9, 7), (1, 8, 1))]
+        for first, *others in (sizes, sizes[::-1]):
+            trace = traced(warp, (torch.rand(1, 1, *first), matrix), check_trace=False)
+            for size in others:
+                inputs = torch.rand(1, 1, *size), matrix
+                assert torch.allclose(trace(*inputs), warp(*inputs), atol=1e-5), (options, size)
 
 
 @pytest.mark.usefixtures("quick")

@@ -43,6 +43,18 @@ class Mild(NamedTuple):
     spans: Any
 
 
+class Nearby(NamedTuple):
+    """The outputs that lanes visit: three; along y and z of a volume two, if no lane has more.
+
+    first: each lane's first. counts: how many there are, along each axis. distances: how far from its pixel
+    the second along x, first along y and z, is read.
+    """
+
+    first: Any
+    counts: Any
+    distances: Any
+
+
 @triton.constexpr_function
 def has_mild_way(spec):
     """Whether a kernel has a way of its own for mild maps."""
@@ -125,12 +137,8 @@ def tile_begins(mild, pixels, sizes, SPEC: tl.constexpr):
 
 
 @triton.jit
-def first_outputs(mild, at, pixels, sizes, SPEC: tl.constexpr):
-    """Each lane's first output, how many lanes visit along each axis, and how far from its pixel one is read.
-
-    They visit three; along y and z of a volume two, if no lane has more. Distances are of the second along
-    x, and the first along y and z.
-    """
+def nearby_outputs(mild, at, pixels, sizes, SPEC: tl.constexpr):
+    """The ``Nearby`` outputs of a block of pixels, of whose first one they begin ``at``."""
     within = (pixels.q[0] - pixels.low[0], pixels.q[1] - pixels.low[1], 0)
     anchor = ()
     further = ()
@@ -169,7 +177,7 @@ def first_outputs(mild, at, pixels, sizes, SPEC: tl.constexpr):
         if SPEC.dims == 3:
             back += mild.map.rows[r][2]
         distances += (distance.to(SPEC.compute) * 2.0**-DISTANCE_BITS - 2.0 * back,)
-    return first, counts, distances
+    return Nearby(first, counts, distances)
 
 
 @triton.jit

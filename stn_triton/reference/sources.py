@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..calls import at_least
 from ..kernels.modes import Source
 
 
@@ -22,7 +23,7 @@ def _base_coordinates(size: tuple[int, ...], align_corners: bool, like: Tensor) 
         n = size[dim]
         centered = 2 * torch.arange(n, dtype=like.dtype, device=like.device) - (n - 1)
         shape = [-1 if other == dim else 1 for other in range(len(size))]
-        axes.append((centered / max(n - int(align_corners), 1)).view(shape))
+        axes.append((centered / at_least(n - int(align_corners), 1)).view(shape))
     return axes
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..calls import at_least
 from ..kernels.modes import EXTENDING, Interpolation, Padding, paddings_of
 from .sources import unnormalise
 
@@ -38,10 +39,10 @@ def _limit(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     return limited, inside.to(x.dtype)
 
 
-def _fold(x: Tensor, low: float, span: float) -> tuple[Tensor, Tensor]:
-    """x reflected between low and low + span, and the slope."""
-    distance = (x - low).abs()
-    along = distance - (distance / (2 * span)).floor() * (2 * span) if span else distance * 0
+def _fold(x: Tensor, low: float, span: int) -> tuple[Tensor, Tensor]:
+    """x reflected between low and low + span, and the slope; beyond low + span where that is low."""
+    distance, period = (x - low).abs(), at_least(2 * span, 1)
+    along = distance - (distance / period).floor() * period
     slope = torch.where((along < span) == (x >= low), 1.0, -1.0).to(x.dtype)
     return span - (along - span).abs() + low, slope
 
@@ -75,13 +76,13 @@ def _axis_taps(x: Tensor, size: int, padding: Padding, modes: _Modes, order: int
     """Every pixel that coordinate ``x`` reads, with ``order`` derivatives of its weight by ``x``."""
     interpolation, _, align_corners = modes
     low = 0.0 if align_corners else -0.5
-    span = float(size - int(align_corners))
+    span = size - int(align_corners)
     kept = (x >= low) & (x <= low + span) if padding == Padding.FRAMED else None
     if padding == Padding.CIRCULAR:  # far ones, whose whole numbers would be too large, by whole periods
         x = torch.where(x.abs() < 2**30, x, _near(x, low, size))
     if interpolation == Interpolation.BICUBIC:
         if padding == Padding.REFLECTION:
-            near = _near(x, low, max(2 * span, 1.0))
+            near = _near(x, low, at_least(2 * span, 1))
         elif padding == Padding.CIRCULAR:
             near = x
         else:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..calls import public
+from ..calls import at_least, public
 from ..checks import (
     check_bool,
     check_device,
@@ -168,11 +168,7 @@ def _to_pixels(n: int, align_corners: bool) -> _Axis:
 
     (Without a question about n, which the compiler may not know.)
     """
-    scale = n - 1 if align_corners else n
-    if isinstance(scale, Tensor):  # as sizes are to torch.jit.trace
-        return _Axis(scale.clamp(min=1), n - 1, 2)
-    # Dynamo of PyTorch 2.11 takes ``max`` alone, a traced size ``sym_max`` alone
-    return _Axis(max(scale, 1) if isinstance(scale, int) else torch.sym_max(scale, 1), n - 1, 2)
+    return _Axis(at_least(n - 1 if align_corners else n, 1), n - 1, 2)
 
 
 def _checked(
