@@ -186,6 +186,21 @@ def test_invert(shape):
     close(invert(compose(theta, other)), compose(invert(other), inverse))
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scale", [1e-30, 1e-14, 1e13, 1e30])
+def test_invert_at_any_scale(shape, scale):
+    """In float32, whose range a product of three entries leaves; all rows, or one of them."""
+    theta = maps(shape, 5).float()
+    linear = shape[0] if shape[0] == shape[1] else shape[1] - 1
+    for rows in (slice(None, linear), slice(1, 2)):
+        scaled, expected = theta.clone(), invert(theta)
+        scaled[:, rows] *= scale
+        expected[..., rows] /= scale
+        if shape[0] != shape[1]:
+            expected[..., -1] = invert(theta)[..., -1]
+        assert torch.allclose(invert(scaled), expected, rtol=1e-4, atol=0)
+
+
 def test_invert_keeps_affine_maps_affine():
     theta = maps((2, 3), 5)
     whole = invert(torch.cat([theta, torch.tensor([0.0, 0, 1]).double().expand(5, 1, 3)], 1))

@@ -219,11 +219,21 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _inverse(matrix: Tensor) -> Tensor:
-    """Of (..., 3, 3). The inverse's columns are the cross products of the rows, over the determinant."""
-    a, b, c = matrix.unbind(-2)
+    """Of (..., 3, 3). The inverse's columns are the cross products of the rows, over the determinant.
+
+    Of rows brought near 1: products of three entries may leave the range of floats that the inverse lies in.
+    """
+    scale = _powers_near(matrix.detach().abs().amax(-1, keepdim=True))
+    a, b, c = (matrix / scale).unbind(-2)
     adjugate = distributed.stack([torch.linalg.cross(*rows) for rows in ((b, c), (c, a), (a, b))], -1)
     determinant = (a * adjugate[..., 0]).sum(-1)
-    return adjugate / determinant[..., None, None]
+    return adjugate / determinant[..., None, None] / scale.transpose(-1, -2)
+
+
+def _powers_near(sizes: Tensor) -> Tensor:
+    """The powers of two below ``sizes``, which round nothing; 1 for 0, infinities and NaN."""
+    powers = 2.0 ** sizes.log2().floor()
+    return torch.where((powers > 0) & powers.isfinite(), powers, 1.0)
 
 
 def homogeneous(theta: Tensor) -> Tensor:
