@@ -551,8 +551,7 @@ def check_points(points: Tensor, input: Tensor) -> None:
 
 def check_grid_size(size: Sequence[int], params: Tensor, align_corners: bool) -> tuple[int, ...]:
     """(H, W) of the (N, C, H, W) that grids are asked for with."""
-    if not isinstance(align_corners, bool):
-        refuse(TypeError, "align_corners", "a bool", repr(align_corners))
+    check_bool("align_corners", align_corners)
     size = check_size(size, "(N, C, H, W) with N as in the parameters", 4)
     if size[0] != params.shape[0]:  # put into words only now: to a compiler that makes a constant of N
         refuse(ValueError, "size", f"(N, C, H, W) with N = {params.shape[0]}", size)

@@ -311,7 +311,7 @@ class SpatialTransformer(nn.Module):
         initial = self.initial
         super()._apply(fn, recurse)
         if self.initial.dtype in (torch.float16, torch.bfloat16):
-            self.initial = initial.to(self.initial.device)
+            self.initial = initial.to(self.initial.device, torch.float32)
         return self
 
     def extra_repr(self) -> str:

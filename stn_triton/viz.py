@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .checks import PaddingMode, refuse, refuse_choice, refuse_type
+from .checks import PaddingMode, check_bool, check_int, check_size, refuse, refuse_choice, refuse_type
 from .transforms import identity
 
 __all__ = ["PALETTE", "GridLines", "Kind", "draw_before_after", "draw_grid", "draw_samples", "grid_lines"]
@@ -82,15 +82,12 @@ def grid_lines(
         tensor([-0.5000, -0.5000], dtype=torch.float64)
     """
     params = _check_params(params, kind, control_points)
-    if isinstance(lines, bool) or not isinstance(lines, int):
-        refuse(TypeError, "lines", "an int", repr(lines))
-    if lines < 0:
-        refuse(ValueError, "lines", "0 or more", lines)
-    if not isinstance(align_corners, bool):
-        refuse(TypeError, "align_corners", "a bool", repr(align_corners))
-    if not isinstance(image_size, (tuple, list, torch.Size)) or len(image_size) != 2 or min(image_size) < 1:
-        refuse(ValueError, "image_size", "(H, W), both positive", repr(image_size))
-    height, width = (int(n) for n in image_size)
+    if isinstance(control_points, Tensor):
+        control_points = control_points.detach().cpu().double()
+    lines, align_corners = check_int("lines", lines, 0), check_bool("align_corners", align_corners)
+    height, width = check_size(image_size, "(H, W)", 2, "image_size")
+    if min(height, width) < 1:
+        refuse(ValueError, "image_size", "(H, W), both positive", (height, width))
     sizes = torch.tensor([width, height], dtype=torch.float64)
 
     def to_pixels(normalised: Tensor) -> Tensor:

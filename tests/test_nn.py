@@ -344,6 +344,7 @@ def test_half_module_keeps_float32_parameters(transform, dtype):
     assert module.float().initial.dtype == torch.float32
     assert module.double().initial.dtype == torch.float64
     assert module(x.double()).dtype == torch.float64
+    assert module.to(dtype).initial.dtype == torch.float32, "the half of a float64 module samples in float64"
 
 
 @every_transform

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,6 +83,19 @@ def test_lines_are_where_the_formula_reads(kind, align_corners):
     torch.testing.assert_close(found.border[0], found.corners[0])
     torch.testing.assert_close(found.border[-1], found.corners[0])
     assert len(found.points) == (16 if kind == "tps" else 0)
+
+
+def test_what_is_learned_is_drawn_and_numbers_are_any():
+    """Control points that are parameters, of any dtype; NumPy's numbers."""
+    lattice = torch.nn.Parameter(stn.transforms.control_lattice(3))
+    points = (lattice * 0.8).detach()
+    size, lines = (np.int64(H), W), np.int64(4)
+    (found,) = viz.grid_lines(size, points, "tps", control_points=lattice, lines=lines)
+    (plain,) = viz.grid_lines((H, W), points, "tps", control_points=lattice.detach(), lines=4)
+    assert torch.equal(found.border, plain.border)
+    assert not found.border.requires_grad
+    viz.draw_grid(torch.rand(3, H, W), points, "tps", control_points=lattice)
+    viz.draw_before_after(torch.rand(H, W), points, "tps", control_points=lattice, size=(5, 6))
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
