@@ -745,6 +745,96 @@ NEAREST |= {
         "fill must be a number for this input, got 3 of them",
     ),
 }
+NEAREST |= {
+    "a module's size in transform's place": (
+        lambda d: stn.nn.SpatialTransformer(torch.nn.Flatten(), (28, 28)),
+        "got (28, 28); size=(28, 28)",
+    ),
+    "a module's mode in transform's place": (
+        lambda d: stn.nn.SpatialTransformer(torch.nn.Flatten(), "bicubic"),
+        "got 'bicubic'; mode='bicubic'",
+    ),
+    "a localisation net of images for volumes": (
+        lambda d: stn.nn.SpatialTransformer(stn.nn.localisation_cnn(), dims=3),
+        "localisation must be for volumes, got a localisation_cnn(); "
+        "localisation_fcn() takes volumes, and so may a net of your own, of nn.Conv3d",
+    ),
+    "volumes for a localisation net of images": (
+        lambda d: stn.nn.localisation_cnn()(x5(d)),
+        "got shape (2, 3, 4, 5, 6); "
+        "localisation_fcn() takes volumes, and so may a net of your own, of nn.Conv3d",
+    ),
+    "bytes for a localisation net": (
+        lambda d: stn.nn.SpatialTransformer(stn.nn.localisation_cnn())(
+            torch.zeros(2, 1, 28, 28, dtype=torch.uint8, device=d)
+        ),
+        "got torch.uint8; input.float(); "
+        "to sample integers, transformer.sample(input, transformer.localise(input.float()))",
+    ),
+    "a patch without parentheses": (
+        lambda d: stn.patch_torch(theta),
+        "; a decorator is @stn.patch_torch()",
+    ),
+    "kornia's patch without parentheses": (
+        lambda d: stn.patch_kornia(theta),
+        "; a decorator is @stn.patch_kornia()",
+    ),
+    "a lattice's side for matrices": (
+        lambda d: stn.transforms.identity(2, k=5),
+        "k must be left out unless kind='tps', got 5 for 'affine'",
+    ),
+    "scales in a column": (
+        lambda d: stn.transforms.attention(torch.rand(2, 1, device=d), torch.rand(2, 2, device=d)),
+        "scale must be a number, or (2,), one for each translation, got shape (2, 1); scale.squeeze(-1)",
+    ),
+    "angles in a column": (
+        lambda d: stn.transforms.rotation(torch.rand(2, 1, device=d), torch.rand(2, 2, device=d)),
+        "angle must be a number, or (2,), one for each centre, got shape (2, 1); angle.squeeze(-1)",
+    ),
+    "scales of axes": (
+        lambda d: stn.transforms.attention(torch.rand(5, 2, device=d), torch.rand(5, 2, device=d)),
+        "got shape (5, 2); one scale serves all axes; for others write theta, or crop boxes",
+    ),
+    "two scales of axes": (
+        lambda d: stn.transforms.attention((0.5, 0.3), (0.0, 0.0)),
+        "got tuple; one scale serves all axes; for others write theta, or crop boxes",
+    ),
+    "a list of scales": (
+        lambda d: stn.transforms.attention([0.5, 0.3], torch.rand(2, 2, device=d)),
+        "got list; torch.as_tensor(scale)",
+    ),
+    "scales of another batch": (
+        lambda d: stn.transforms.attention(torch.rand(2, device=d), torch.rand(3, 2, device=d)),
+        "scale must be of leading dimensions that broadcast with translation's, (3,), got (2,)",
+    ),
+    "control points on a line": (
+        lambda d: stn.transforms.tps_coefficients(torch.rand(5, 2), torch.arange(5.0).repeat(2, 1).mT),
+        "control_points must be spread over the plane, got 5 points on one line",
+    ),
+    "a picture with channels last": (
+        lambda d: stn.viz.draw_samples(torch.rand(4, 5, 3, device=d)),
+        "got shape (4, 5, 3); samples.permute(2, 0, 1) has channels first",
+    ),
+    "pictures": (
+        lambda d: stn.viz.draw_samples(x4(d)),
+        "got shape (2, 3, 4, 5); samples[0] is one of a batch",
+    ),
+}
+NEAREST |= {
+    f"drawn {name}": (
+        lambda d, shape=shape: stn.viz.grid_lines((4, 5), torch.rand(shape, device=d)),
+        f"got shape {shape}; {hint}",
+    )
+    for name, shape, hint in (
+        ("homography", (3, 3), "kind='projective'"),
+        ("homographies", (5, 3, 3), "kind='projective'"),
+        ("points", (16, 2), "kind='tps'"),
+        ("flow", (2, 4, 5), "kind='flow'"),
+        ("flows", (3, 2, 4, 5), "kind='flow'"),
+        ("grid", (3, 4, 5, 2), "kind='grid'"),
+        ("splines, or a grid", (2, 16, 2), "kind='tps' or kind='flow' or kind='grid'"),
+    )
+}
 
 
 @pytest.mark.parametrize("name", NEAREST)
