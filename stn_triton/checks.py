@@ -69,16 +69,23 @@ def refuse_choice(name: str, value: object, known: Collection[str], more: str = 
     """For an option that is none of those ``known``. ``more``: what else it may be."""
     words = value if isinstance(value, tuple) else (value,)
     unknown = [word for word in words if isinstance(word, str) and word not in known]
-    hint = _nearest(unknown[0], known) if unknown else ""
+    size = to_size(value)
+    hint = _nearest(unknown[0], known) if unknown else f"size={size}" if size else ""
     refuse(ValueError, name, f"one of {', '.join(map(repr, known))}{more}", repr(value), hint)
 
 
 def refuse_type(name: str, value: object, expected: str = "a tensor") -> NoReturn:
     """For what is no tensor; of arrays and lists the message says how to make one."""
-    hint = f"torch.as_tensor({name})" if isinstance(value, (tuple, list)) else _as_tensor(name, value)
-    if hint and name == "input" and getattr(value, "ndim", 0) == 3:
-        hint = "one image (H, W, C) is torch.from_numpy(input).permute(2, 0, 1)[None]"
-    refuse(TypeError, name, expected, type(value).__name__, hint)
+    refuse(TypeError, name, expected, type(value).__name__, _to_tensor(name, value))
+
+
+def _to_tensor(name: str, value: object) -> str:
+    """How a tensor is made of an array or a list; "" for all else."""
+    if isinstance(value, (tuple, list)):
+        return f"torch.as_tensor({name})"
+    if name == "input" and getattr(value, "ndim", 0) == 3 and _as_tensor(name, value):
+        return "one image (H, W, C) is torch.from_numpy(input).permute(2, 0, 1)[None]"
+    return _as_tensor(name, value)
 
 
 def refuse_numbers(name: str, value: object, expected: str) -> NoReturn:
@@ -184,10 +191,8 @@ def check_size(size: object, expected: str, length: int, name: str = "size") -> 
 def _nearest_size(size: object, length: int, name: str) -> str:
     """What to write for a size that is no tuple of ints; "" if nobody knows."""
     if isinstance(size, str):
-        if size in INTERPOLATIONS:
-            return f"mode={size!r}"
-        return f"padding_mode={size!r}" if size in PADDINGS else ""
-    if isinstance(size, Tensor) and size.dim() == 1 and size.dtype in WHOLE_NUMBERS:
+        return _option(size)
+    if getattr(size, "ndim", 0) == 1 and "int" in str(getattr(size, "dtype", "")):  # a tensor or an array
         return f"{name}.tolist()"
     side = to_int(size)
     return f"for equal sides {name}=({', '.join([str(side)] * length)})" if side and length < 4 else ""
@@ -205,9 +210,15 @@ def check_spatial_size(size: object, dims: int, name: str = "size") -> tuple[int
 def _nearest(value: str, known: Collection[str]) -> str:
     import difflib
 
-    near = _OTHER_NAMES.get(value.lower())
+    near = _OTHER_NAMES.get(value.lower(), value)
     close = [near] if near in known else difflib.get_close_matches(value.lower(), known, 1)
-    return f"did you mean {close[0]!r}?" if close else ""
+    return f"did you mean {close[0]!r}?" if close else _option(near)
+
+
+def _option(word: str) -> str:
+    """The option that the word is a value of; "" if of none."""
+    options = {"mode": INTERPOLATIONS, "padding_mode": PADDINGS}
+    return "".join(f"{name}={word!r}" for name, known in options.items() if word in known)
 
 
 def batch_of(n: int) -> str:
@@ -230,6 +241,10 @@ def nearest_parameter(name: str, value: Tensor, matrix: tuple[int, int], input: 
     shape = tuple(value.shape)
     if shape == matrix:
         return f"a batch of one is {name}[None]"
+    if len(shape) in (4, 5) and input.shape[-2:] == matrix:
+        return swapped(name)
+    if len(shape) == input.dim() == shape[-1] + 2:
+        return "grid_sample takes grids"
     if shape[-2:] == (3, 3) and matrix == (2, 3):
         return "projective_grid_sample takes homographies"
     if shape[-2:] == (2, 3) and matrix == (3, 3):
@@ -239,10 +254,13 @@ def nearest_parameter(name: str, value: Tensor, matrix: tuple[int, int], input: 
         return f"that is a map for {images}"
     if len(shape) in (3, 4) and shape[-2:] == matrix:
         return _other_batch(name, value, input)
-    if len(shape) in (4, 5) and input.shape[-2:] == matrix:
-        return swapped(name)
-    if len(shape) == 2 and shape[1] == matrix[0] * matrix[1]:
+    if shape[-2:] == (4, 4) and matrix == (3, 4):
+        return f"without the last row {name}[..., :3, :]"
+    numbers = matrix[0] * matrix[1]
+    if len(shape) == 2 and shape[1] == numbers:
         return f"{name}.view(-1, {matrix[0]}, {matrix[1]})"
+    if len(shape) == 2 and matrix == (3, 3) and shape[1] == numbers - 1:
+        return f"torch.nn.functional.pad({name}, (0, 1), value=1.0).view(-1, 3, 3) has the last entry, 1, too"
     return ""
 
 
@@ -254,8 +272,14 @@ def _other_batch(name: str, value: Tensor, input: Tensor) -> str:
     """For parameters that are right but for their batch."""
     given, batch = value.shape[0], input.shape[0]
     hint = f"{name} has a batch of {given}, input of {batch}"
-    crops = batch == 1 and value.dim() == 3
-    return hint + (f"; {name}[None] takes {given} crops of the one image" if crops else "")
+    if batch == 1 and value.dim() == 3:
+        return f"{hint}; {name}[None] takes {given} crops of the one image"
+    return f"{hint}; {_expanded('input', input, given)}" if batch == 1 else hint
+
+
+def _expanded(name: str, value: Tensor, batch: int) -> str:
+    """Of a batch of one."""
+    return f"{name}.expand({batch}{', -1' * (value.dim() - 1)})"
 
 
 def to_padding(padding_mode: object, dims: int) -> int | None:
@@ -290,7 +314,8 @@ def check_modes(
 ) -> tuple[int, int, bool]:
     """The codes of the public names."""
     if not isinstance(mode, str):
-        refuse(TypeError, "mode", "a string", type(mode).__name__)
+        hint = f"a size is size={to_size(mode)}, but a flow has its own" if to_size(mode) else ""
+        refuse(TypeError, "mode", "a string", type(mode).__name__, hint)
     if mode not in INTERPOLATIONS:
         refuse_choice("mode", mode, INTERPOLATIONS)
     # usual values are known without another call: calls are what takes the host time
@@ -307,7 +332,8 @@ def check_fill(fill: object, input: Tensor, padding: int) -> Any:
         taken = "a number, a tuple of one for each channel, or a tensor"
         numbers = _to_fill(fill, padding, input.dim() - 2, taken)
         if isinstance(numbers, tuple) and len(numbers) != input.shape[1]:
-            expected = f"a number, or {input.shape[1]} numbers for this input"
+            more = f", or {input.shape[1]} numbers" if input.shape[1] != 1 else ""
+            expected = f"a number{more} for this input"
             refuse(ValueError, "fill", expected, f"{len(numbers)} of them", _channels(input, len(numbers)))
         most = torch.finfo(torch.promote_types(input.dtype, torch.float32)).max
         for number in numbers if isinstance(numbers, tuple) else (numbers,):
@@ -450,7 +476,9 @@ def grid_sample_fits(input: Any, grid: Any, mode: Any, align_corners: Any) -> bo
 
 def note_on_grid_sample(input: Any, grid: Any, mode: Any, padding_mode: Any, align_corners: Any) -> str:
     """What PyTorch's message on such arguments leaves out; "" if nothing."""
-    if isinstance(input, Tensor) and input.dtype in WHOLE_NUMBERS:
+    if not isinstance(input, Tensor) or not isinstance(grid, Tensor):
+        return "; ".join(filter(None, (_to_tensor("input", input), _to_tensor("grid", grid))))
+    if input.dtype in WHOLE_NUMBERS:
         others = "affine_grid_sample and flow_grid_sample take uint8 and int16 images too"
         return f"grid_sample takes floats: input.float(). ({others}.)"
     if isinstance(padding_mode, list):
@@ -459,7 +487,34 @@ def note_on_grid_sample(input: Any, grid: Any, mode: Any, padding_mode: Any, ali
     if options and mode in INTERPOLATIONS and padding_mode not in PADDINGS:
         hint = _nearest(padding_mode, PADDINGS)
         return f"stn_triton has padding_mode='circular' too{hint and f'; {hint}'}"
-    return ""
+    if isinstance(mode, str) and mode in PADDINGS:
+        return _option(mode)
+    return _nearest_grid(input, grid)
+
+
+def _nearest_grid(input: Tensor, grid: Tensor) -> str:
+    """For a grid that does not go with the input: what would be taken, "" if nobody knows."""
+    shape, axes = tuple(grid.shape), input.dim() - 2
+    if len(shape) in (3, 4) and shape[-2:] in ((2, 3), (3, 4)):
+        return "affine_grid_sample takes theta"
+    if axes not in (2, 3):
+        return ""
+    batch = input.shape[0]
+    if len(shape) in (4, 5) and input.shape[-1] == axes != shape[-1]:
+        return swapped("grid")
+    if len(shape) == 3 and shape[-1] == axes and shape[0] == batch:
+        return f"places (N, P, {axes}) are grid[:, {', '.join(['None'] * (axes - 1))}]"
+    if len(shape) == axes + 1 and shape[-1] == axes:
+        return "a batch of one is grid[None]"
+    if len(shape) != axes + 2:
+        return ""
+    if shape[-1] != axes:
+        last = "grid.movedim(1, -1) puts coordinates last; flow_grid_sample takes displacements in pixels"
+        return last if shape[1] == axes else ""
+    if shape[0] != batch and 1 in (shape[0], batch):
+        one = _expanded("grid", grid, batch) if shape[0] == 1 else _expanded("input", input, shape[0])
+        return f"a batch of one is not broadcast: {one}"
+    return "grid.to(input.dtype)" if grid.dtype != input.dtype else ""
 
 
 def affine_grid_fits(theta: Any, size: tuple[int, ...], align_corners: Any) -> bool:
@@ -523,11 +578,14 @@ def check_flow(flow: Tensor, input: Tensor) -> None:
     if len(shape) != dims + 2 or shape[1] != dims or (shape[0] != batch and shape[0] != 1):
         sizes, hint = "H, W" if dims == 2 else "D, H, W", ""
         expected = f"({batch_of(batch)}, {dims}, {sizes}) for this {input.dim()}-D input"
-        if flow.dim() == dims + 2 and flow.shape[1] != dims:
-            if flow.shape[-1] == dims:
-                hint = "flow.movedim(-1, 1) puts components first"
-            elif input.shape[1] == dims:
-                hint = swapped("flow")
+        if shape[:1] == (dims,) and len(shape) == dims + 1:
+            hint = "a batch of one is flow[None]"
+        elif len(shape) == dims + 2 and shape[1] == dims:
+            hint = _other_batch("flow", flow, input)
+        elif len(shape) == dims + 2 and shape[-1] == dims:
+            hint = "flow.movedim(-1, 1) puts components first"
+        elif len(shape) == dims + 2 and input.shape[1] == dims:
+            hint = swapped("flow")
         refuse(ValueError, "flow", expected, f"shape {tuple(flow.shape)}", hint)
     if flow.device != input.device:
         check_device("flow", flow, "input", input)
@@ -539,20 +597,31 @@ def check_points(points: Tensor, input: Tensor) -> None:
         check_tensor("points", points)
     shape = points.shape
     if len(shape) not in (3, 4) or shape[-1] != 2 or (shape[0] != input.shape[0] and shape[0] != 1):
-        hint = "a batch of one is points[None]" if points.dim() == 2 else ""
-        if points.dim() in (3, 4) and points.shape[-1] == 2:
+        hint = nearest_points("points", points)
+        if len(shape) in (3, 4) and shape[-1] == 2:
             hint = _other_batch("points", points, input)
-        elif points.dim() == 4 and input.shape[-1] == 2:
+        elif len(shape) == 4 and input.shape[-1] == 2:
             hint = swapped("points")
         refuse_parameter("points", points, "K, 2", input, hint)
     if points.device != input.device:
         check_device("points", points, "input", input)
 
 
+def nearest_points(name: str, points: Tensor) -> str:
+    """For what is not (N, [T,] K, 2)."""
+    shape = points.shape
+    if len(shape) in (3, 4) and shape[-2] == 2:
+        return f"{name}.mT puts x and y last"
+    if len(shape) != 2:
+        return ""
+    flat = shape[-1] % 2 == 0 and shape[-1] > 2  # as a linear layer makes them
+    return f"{name}.view({shape[0]}, -1, 2)" if flat else f"a batch of one is {name}[None]"
+
+
 def check_grid_size(size: Sequence[int], params: Tensor, align_corners: bool) -> tuple[int, ...]:
     """(H, W) of the (N, C, H, W) that grids are asked for with."""
     check_bool("align_corners", align_corners)
-    size = check_size(size, "(N, C, H, W) with N as in the parameters", 4)
+    size = check_size(size, "(N, C, H, W)", 4)
     if size[0] != params.shape[0]:  # put into words only now: to a compiler that makes a constant of N
         refuse(ValueError, "size", f"(N, C, H, W) with N = {params.shape[0]}", size)
     return size[2:]

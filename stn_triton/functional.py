@@ -48,6 +48,7 @@ from .checks import (
     check_points,
     check_tensor,
     grid_sample_fits,
+    nearest_points,
     note_on_grid_sample,
     refuse,
     to_padding,
@@ -579,7 +580,8 @@ def tps_grid(
         return elsewhere(tps_grid, points, size, control_points, regularization, align_corners)
     check_tensor("points", points)
     if points.dim() != 3 or points.shape[2] != 2:
-        refuse(ValueError, "points", "(N, K, 2)", f"shape {tuple(points.shape)}")
+        hint = nearest_points("points", points)
+        refuse(ValueError, "points", "(N, K, 2)", f"shape {tuple(points.shape)}", hint)
     out_size = check_grid_size(size, points, align_corners)
     matrix, control_points = _spline(points, control_points, regularization)
     coefficients = autograd.spline_product(matrix, points, control_points.dtype)

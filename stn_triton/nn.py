@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from . import calls
 from .backend import without_autocast
 from .checks import (
+    WHOLE_NUMBERS,
     PaddingMode,
     check_antialias,
     check_fill_numbers,
@@ -156,6 +157,8 @@ class SpatialTransformer(nn.Module):
         if dims not in (2, 3) or (dims == 3 and transform not in ("affine", "attention")):
             expected = "2, or 3 for 'affine' and 'attention'"
             refuse(ValueError, "dims", expected, f"{dims!r} for {transform!r}")
+        if dims == 3 and isinstance(localisation, _LocalisationCNN):
+            refuse(ValueError, "localisation", "for volumes", "a localisation_cnn()", _FOR_VOLUMES)
         check_modes(mode, padding_mode, align_corners, dims)
         transforms = check_int("transforms", transforms, 1)
         if features is not None:
@@ -495,6 +498,9 @@ def _takes_smaller(convolutions: int, kernel_size: int, padding: int, downsample
     return f"{said.replace(')', ') takes', 1)}" if said else ""
 
 
+_FOR_VOLUMES = "localisation_fcn() takes volumes, and so may a net of your own, of nn.Conv3d"
+
+
 class _LocalisationCNN(nn.Sequential):
     """Its layers; what is too small for them is refused before one of them fails with less to say."""
 
@@ -503,14 +509,23 @@ class _LocalisationCNN(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            calls.check(self._check_size, input)
+            calls.check(self._check_input, input)
         for layer in self:
             input = layer(input)
         return input
 
     @torch.jit.unused
-    def _check_size(self, input: Tensor) -> None:
-        if isinstance(input, Tensor) and input.dim() >= 3 and min(input.shape[-2:]) < self.least_size:
+    def _check_input(self, input: Tensor) -> None:
+        if not isinstance(input, Tensor):
+            refuse_type("input", input)
+        if input.dim() == 5:
+            layout = "(N, C, H, W) for this localisation net"
+            refuse(ValueError, "input", layout, f"shape {tuple(input.shape)}", _FOR_VOLUMES)
+        if input.dtype in WHOLE_NUMBERS:
+            sample = "transformer.sample(input, transformer.localise(input.float()))"
+            hint = f"input.float(); to sample integers, {sample}"
+            refuse(TypeError, "input", "floating-point for this localisation net", input.dtype, hint)
+        if input.dim() >= 3 and min(input.shape[-2:]) < self.least_size:
             expected = f"(N, C, H, W) with H and W of {self.least_size} or more for this localisation net"
             refuse(ValueError, "input", expected, f"shape {tuple(input.shape)}", self.takes_smaller)
 

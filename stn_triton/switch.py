@@ -87,7 +87,10 @@ class Patch(Block[None]):
 
     _switch: ClassVar[Switch]
 
-    def __init__(self) -> None:
+    def __init__(self, *function: Any) -> None:
+        if function:
+            name = type(self).__name__
+            raise TypeError(f"{name} takes no arguments, got {function[0]!r}; a decorator is @stn.{name}()")
         self._switch.prepare()
         super().__init__(self._switch.blocks, None)
 

@@ -412,7 +412,10 @@ def _check_image(name: str, image: Tensor) -> Any:
         refuse(TypeError, name, "floating-point, or uint8,", image.dtype)
     if image.dim() not in (2, 3) or (image.dim() == 3 and image.shape[0] not in (1, 3)) or 0 in image.shape:
         expected = "one image, (C, H, W) with C of 1 or 3, or (H, W),"
-        refuse(ValueError, name, expected, f"shape {tuple(image.shape)}")
+        hint = f"{name}[0] is one of a batch" if image.dim() == 4 else ""
+        if image.dim() == 3 and image.shape[-1] in (1, 3):
+            hint = f"{name}.permute(2, 0, 1) has channels first"
+        refuse(ValueError, name, expected, f"shape {tuple(image.shape)}", hint)
     pixels = image.detach().cpu().float() / (255 if image.dtype == torch.uint8 else 1)
     if image.dim() == 3:
         pixels = pixels[0] if image.shape[0] == 1 else pixels.permute(1, 2, 0)
@@ -427,16 +430,11 @@ def _check_params(params: Tensor, kind: str, control_points: Tensor | None) -> T
         refuse_type("params", params)
     if not params.is_floating_point():
         refuse(TypeError, "params", "a floating-point tensor", params.dtype)
-    dims = 3 if kind in ("flow", "grid") else 2
-    single = params.dim() == dims
+    single = params.dim() == _dims(kind)
     shape = tuple(params.shape if single else params.shape[1:])
-    fits = {
-        "projective": shape == (3, 3),
-        "tps": shape[1:] == (2,) and (shape[0] >= 3),
-        "flow": shape[:1] == (2,) and 0 not in shape,
-        "grid": shape[2:] == (2,) and 0 not in shape,
-    }.get(kind, shape == (2, 3))
-    if params.dim() not in (dims, dims + 1) or not fits or 0 in params.shape:
+    if not _fits(params, kind):
+        kinds = ("affine", "projective", "tps", "flow", "grid")
+        hint = " or ".join(f"kind={other!r}" for other in kinds if _fits(params, other))
         one = _SHAPES[kind]
         expected = f"{one} or (T, {one[1:]} for kind {kind!r}"
         refuse(
@@ -444,6 +442,7 @@ def _check_params(params: Tensor, kind: str, control_points: Tensor | None) -> T
             "params",
             f"{expected}{' with K >= 3' if kind == 'tps' else ''},",
             f"shape {tuple(params.shape)}",
+            hint,
         )
     if control_points is not None and kind != "tps":
         refuse(ValueError, "control_points", f"left out for kind {kind!r}", "a tensor")
@@ -452,6 +451,25 @@ def _check_params(params: Tensor, kind: str, control_points: Tensor | None) -> T
         refuse(ValueError, "params", expected, f"{shape[0]} of them")
     params = params.detach().cpu().double()
     return params.unsqueeze(0) if single else params
+
+
+def _dims(kind: str) -> int:
+    """Of one transform's parameters."""
+    return 3 if kind in ("flow", "grid") else 2
+
+
+def _fits(params: Tensor, kind: str) -> bool:
+    """Whether the shape is that of one transform of the kind, or of several."""
+    dims = _dims(kind)
+    if params.dim() not in (dims, dims + 1) or 0 in params.shape:
+        return False
+    shape = tuple(params.shape[-dims:])
+    return {
+        "projective": shape == (3, 3),
+        "tps": shape[1:] == (2,) and shape[0] >= 3,
+        "flow": shape[:1] == (2,),
+        "grid": shape[2:] == (2,),
+    }.get(kind, shape == (2, 3))
 
 
 def _check_labels(labels: Sequence[Sequence[str]] | None, count: int) -> list[Sequence[str]]:

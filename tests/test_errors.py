@@ -667,6 +667,174 @@ NEAREST |= {
         "got 'homography'; did you mean 'projective'?",
     ),
 }
+NEAREST |= {
+    "points of a linear layer": (
+        lambda d: stn.tps_grid_sample(x4(d), torch.rand(2, 32, device=d)),
+        "got shape (2, 32); points.view(2, -1, 2)",
+    ),
+    "points without a batch": (
+        lambda d: stn.tps_grid_sample(x4(d), torch.rand(16, 2, device=d)),
+        "got shape (16, 2); a batch of one is points[None]",
+    ),
+    "points with x and y first": (
+        lambda d: stn.tps_grid_sample(x4(d), torch.rand(2, 2, 16, device=d)),
+        "got shape (2, 2, 16); points.mT puts x and y last",
+    ),
+    "points with x and y first, for a grid": (
+        lambda d: stn.tps_grid(torch.rand(2, 2, 16, device=d), (2, 3, 4, 5)),
+        "got shape (2, 2, 16); points.mT puts x and y last",
+    ),
+    "points with x and y first, for coefficients": (
+        lambda d: stn.transforms.tps_coefficients(torch.rand(2, 2, 16, device=d)),
+        "got shape (2, 2, 16); points.mT puts x and y last",
+    ),
+    "a grid for theta": (
+        lambda d: stn.affine_grid_sample(x4(d), g4(d)),
+        "got shape (2, 6, 7, 2); grid_sample takes grids",
+    ),
+    "a grid for theta of volumes": (
+        lambda d: stn.affine_grid_sample(x5(d), g5(d)),
+        "got shape (2, 3, 2, 3, 3); grid_sample takes grids",
+    ),
+    "a square theta of volumes": (
+        lambda d: stn.affine_grid_sample(x5(d), torch.rand(2, 4, 4, device=d)),
+        "got shape (2, 4, 4); without the last row theta[..., :3, :]",
+    ),
+    "eight numbers of a homography": (
+        lambda d: stn.projective_grid_sample(x4(d), torch.rand(2, 8, device=d)),
+        "; torch.nn.functional.pad(homography, (0, 1), value=1.0).view(-1, 3, 3) has the last entry, 1, too",
+    ),
+    "a flow without a batch": (
+        lambda d: stn.flow_grid_sample(x4(d), torch.rand(2, 4, 5, device=d)),
+        "got shape (2, 4, 5); a batch of one is flow[None]",
+    ),
+    "a flow of another batch": (
+        lambda d: stn.flow_grid_sample(x4(d), torch.rand(3, 2, 4, 5, device=d)),
+        "; flow has a batch of 3, input of 2",
+    ),
+    "many flows of one": (
+        lambda d: stn.flow_grid_sample(x4(d)[:1], torch.rand(3, 2, 4, 5, device=d)),
+        "; flow has a batch of 3, input of 1; input.expand(3, -1, -1, -1)",
+    ),
+    "a size for a flow": (
+        lambda d: stn.flow_grid_sample(x4(d), torch.rand(2, 2, 4, 5, device=d), (4, 5)),
+        "mode must be a string, got tuple; a size is size=(4, 5), but a flow has its own",
+    ),
+    "a padding for a mode": (
+        lambda d: stn.flow_grid_sample(x4(d), torch.rand(2, 2, 4, 5, device=d), mode="zeros"),
+        "got 'zeros'; padding_mode='zeros'",
+    ),
+    "another library's padding for a mode": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d), mode="replicate"),
+        "got 'replicate'; padding_mode='border'",
+    ),
+    "a mode for a padding": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d), padding_mode="nearest"),
+        "got 'nearest'; mode='nearest'",
+    ),
+    "a size of an array": (
+        lambda d: stn.affine_grid_sample(x4(d), theta(d), np.array([4, 5])),
+        "; size.tolist()",
+    ),
+    "a size without batch and channels": (
+        lambda d: stn.projective_grid(torch.rand(2, 3, 3, device=d), (4, 5)),
+        "size must be (N, C, H, W), 4 ints, got (4, 5)",
+    ),
+    "colours of a grey image": (
+        lambda d: stn.affine_grid_sample(x4(d)[:, :1], theta(d), fill=(1, 2, 3)),
+        "fill must be a number for this input, got 3 of them",
+    ),
+}
+NEAREST |= {
+    "a module's size in transform's place": (
+        lambda d: stn.nn.SpatialTransformer(torch.nn.Flatten(), (28, 28)),
+        "got (28, 28); size=(28, 28)",
+    ),
+    "a module's mode in transform's place": (
+        lambda d: stn.nn.SpatialTransformer(torch.nn.Flatten(), "bicubic"),
+        "got 'bicubic'; mode='bicubic'",
+    ),
+    "a localisation net of images for volumes": (
+        lambda d: stn.nn.SpatialTransformer(stn.nn.localisation_cnn(), dims=3),
+        "localisation must be for volumes, got a localisation_cnn(); "
+        "localisation_fcn() takes volumes, and so may a net of your own, of nn.Conv3d",
+    ),
+    "volumes for a localisation net of images": (
+        lambda d: stn.nn.localisation_cnn()(x5(d)),
+        "got shape (2, 3, 4, 5, 6); "
+        "localisation_fcn() takes volumes, and so may a net of your own, of nn.Conv3d",
+    ),
+    "bytes for a localisation net": (
+        lambda d: stn.nn.SpatialTransformer(stn.nn.localisation_cnn())(
+            torch.zeros(2, 1, 28, 28, dtype=torch.uint8, device=d)
+        ),
+        "got torch.uint8; input.float(); "
+        "to sample integers, transformer.sample(input, transformer.localise(input.float()))",
+    ),
+    "a patch without parentheses": (
+        lambda d: stn.patch_torch(theta),
+        "; a decorator is @stn.patch_torch()",
+    ),
+    "kornia's patch without parentheses": (
+        lambda d: stn.patch_kornia(theta),
+        "; a decorator is @stn.patch_kornia()",
+    ),
+    "a lattice's side for matrices": (
+        lambda d: stn.transforms.identity(2, k=5),
+        "k must be left out unless kind='tps', got 5 for 'affine'",
+    ),
+    "scales in a column": (
+        lambda d: stn.transforms.attention(torch.rand(2, 1, device=d), torch.rand(2, 2, device=d)),
+        "scale must be a number, or (2,), one for each translation, got shape (2, 1); scale.squeeze(-1)",
+    ),
+    "angles in a column": (
+        lambda d: stn.transforms.rotation(torch.rand(2, 1, device=d), torch.rand(2, 2, device=d)),
+        "angle must be a number, or (2,), one for each centre, got shape (2, 1); angle.squeeze(-1)",
+    ),
+    "scales of axes": (
+        lambda d: stn.transforms.attention(torch.rand(5, 2, device=d), torch.rand(5, 2, device=d)),
+        "got shape (5, 2); one scale serves all axes; for others write theta, or crop boxes",
+    ),
+    "two scales of axes": (
+        lambda d: stn.transforms.attention((0.5, 0.3), (0.0, 0.0)),
+        "got tuple; one scale serves all axes; for others write theta, or crop boxes",
+    ),
+    "a list of scales": (
+        lambda d: stn.transforms.attention([0.5, 0.3], torch.rand(2, 2, device=d)),
+        "got list; torch.as_tensor(scale)",
+    ),
+    "scales of another batch": (
+        lambda d: stn.transforms.attention(torch.rand(2, device=d), torch.rand(3, 2, device=d)),
+        "scale must be of leading dimensions that broadcast with translation's, (3,), got (2,)",
+    ),
+    "control points on a line": (
+        lambda d: stn.transforms.tps_coefficients(torch.rand(5, 2), torch.arange(5.0).repeat(2, 1).mT),
+        "control_points must be spread over the plane, got 5 points on one line",
+    ),
+    "a picture with channels last": (
+        lambda d: stn.viz.draw_samples(torch.rand(4, 5, 3, device=d)),
+        "got shape (4, 5, 3); samples.permute(2, 0, 1) has channels first",
+    ),
+    "pictures": (
+        lambda d: stn.viz.draw_samples(x4(d)),
+        "got shape (2, 3, 4, 5); samples[0] is one of a batch",
+    ),
+}
+NEAREST |= {
+    f"drawn {name}": (
+        lambda d, shape=shape: stn.viz.grid_lines((4, 5), torch.rand(shape, device=d)),
+        f"got shape {shape}; {hint}",
+    )
+    for name, shape, hint in (
+        ("homography", (3, 3), "kind='projective'"),
+        ("homographies", (5, 3, 3), "kind='projective'"),
+        ("points", (16, 2), "kind='tps'"),
+        ("flow", (2, 4, 5), "kind='flow'"),
+        ("flows", (3, 2, 4, 5), "kind='flow'"),
+        ("grid", (3, 4, 5, 2), "kind='grid'"),
+        ("splines, or a grid", (2, 16, 2), "kind='tps' or kind='flow' or kind='grid'"),
+    )
+}
 
 
 @pytest.mark.parametrize("name", NEAREST)
@@ -677,20 +845,56 @@ def test_errors_say_the_nearest_right_call(device, name):
     assert str(caught.value).endswith(end), caught.value
 
 
+NOTES = {  # name: (arguments on a device, how the note begins)
+    "bytes": (lambda d: (x4(d).to(torch.uint8), g4(d)), "grid_sample takes floats: input.float()"),
+    "padding": (lambda d: (x4(d), g4(d), "bilinear", "wrap"), "stn_triton has padding_mode='circular' too"),
+    "paddings": (
+        lambda d: (x4(d), g4(d), "bilinear", ["circular", "border"]),
+        "stn_triton takes a padding for each axis as a tuple, x first: padding_mode=('circular', 'border')",
+    ),
+    "mode": (lambda d: (x4(d), g4(d), "cubic"), ""),
+    "padding for mode": (lambda d: (x4(d), g4(d), "border"), "padding_mode='border'"),
+    "dtypes": (lambda d: (x4(d), g4(d).double()), "grid.to(input.dtype)"),
+    "components first": (
+        lambda d: (x4(d), g4(d).movedim(-1, 1)),
+        "grid.movedim(1, -1) puts coordinates last; flow_grid_sample takes displacements in pixels",
+    ),
+    "components first, volumes": (lambda d: (x5(d), g5(d)[..., :2, :].movedim(-1, 1)), "grid.movedim(1, -1)"),
+    "one grid": (
+        lambda d: (x4(d), g4(d)[:1]),
+        "a batch of one is not broadcast: grid.expand(2, -1, -1, -1)",
+    ),
+    "one volume": (
+        lambda d: (x5(d)[:1], g5(d)),
+        "a batch of one is not broadcast: input.expand(2, -1, -1, -1, -1)",
+    ),
+    "no batch": (lambda d: (x4(d)[:1], g4(d)[0]), "a batch of one is grid[None]"),
+    "theta": (lambda d: (x4(d), theta(d)), "affine_grid_sample takes theta"),
+    "theta of volumes": (lambda d: (x5(d), theta5(d)), "affine_grid_sample takes theta"),
+    "places": (lambda d: (x4(d), g4(d)[:, 0]), "places (N, P, 2) are grid[:, None]"),
+    "places in volumes": (lambda d: (x5(d), g5(d)[:, 0, 0]), "places (N, P, 3) are grid[:, None, None]"),
+    "swapped": (lambda d: (g4(d), x4(d)), "arguments are (input, grid): are they swapped?"),
+    "swapped, volumes": (lambda d: (g5(d), x5(d)), "arguments are (input, grid): are they swapped?"),
+    "arrays": (
+        lambda d: (x4("cpu").numpy(), g4("cpu").numpy()),
+        "torch.as_tensor(input); torch.as_tensor(grid)",
+    ),
+    "photograph": (
+        lambda d: (np.zeros((4, 5, 3), np.uint8), g4(d)),
+        "one image (H, W, C) is torch.from_numpy(input).permute(2, 0, 1)[None]",
+    ),
+    "None": (lambda d: (x4(d), None), ""),
+    "no dimensions": (lambda d: (torch.tensor(1.0, device=d), g4(d)), ""),
+}
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
-def test_notes_on_pytorchs_errors(device):
+@pytest.mark.parametrize("name", NOTES)
+def test_notes_on_pytorchs_errors(device, name):
     """Where the message is PyTorch's, a note says what it leaves out."""
-    notes = {}
-    for name, arguments in (
-        ("bytes", (x4(device).to(torch.uint8), g4(device), *ZEROS)),
-        ("padding", (x4(device), g4(device), "bilinear", "wrap", False)),
-        ("paddings", (x4(device), g4(device), "bilinear", ["circular", "border"], False)),
-        ("mode", (x4(device), g4(device), "cubic", "zeros", False)),
-    ):
-        with pytest.raises(Exception) as caught:
-            stn.grid_sample(*arguments)
-        notes[name] = " ".join(getattr(caught.value, "__notes__", ()))
-    assert notes["bytes"].startswith("grid_sample takes floats: input.float()")
-    assert "'circular'" in notes["padding"]
-    assert notes["paddings"].endswith("as a tuple, x first: padding_mode=('circular', 'border')")
-    assert not notes["mode"]
+    make, start = NOTES[name]
+    with pytest.raises(Exception) as caught:
+        stn.grid_sample(*make(device), align_corners=False)
+    note = " ".join(getattr(caught.value, "__notes__", ()))
+    assert note.startswith(start), note
+    assert bool(note) == bool(start)

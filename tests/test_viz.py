@@ -42,8 +42,6 @@ def _close():
 
 
 def rendered(figure):
-    import numpy as np
-
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 

@@ -24,7 +24,7 @@ def check_dtype(dtype: torch.dtype | None) -> torch.dtype:
 
 def check_leading(name: str, leading: Sequence[int], other_name: str, other: Sequence[int]) -> None:
     if any(a != b and a != 1 and b != 1 for a, b in zip(reversed(leading), reversed(other))):
-        expected = f"such that its leading dimensions broadcast with {tuple(other)}, those of {other_name}"
+        expected = f"of leading dimensions that broadcast with {other_name}'s, {tuple(other)},"
         refuse(ValueError, name, expected, tuple(leading))
 
 
@@ -96,16 +96,27 @@ def check_factor(name: str, value: float | Tensor, vector_name: str, vector: Ten
     number = to_number(value)
     if number is not None:
         return number
+    leading = vector.shape[:-1]
     if not isinstance(value, Tensor):
+        given = (len(to_numbers(value) or ()),)
+        if given != leading and (hint := _per_axis(name, given, vector)):
+            refuse(TypeError, name, "a tensor or a number", type(value).__name__, hint)
         refuse_type(name, value, "a tensor or a number")
     check_tensor(name, value)
     check_device(name, value, vector_name, vector)
-    leading = vector.shape[:-1]
-    if leading and value.dim() > len(leading):  # (N, 1) with (N, 2) would make (N, N, 2, 3)
-        expected = f"of no more dimensions than {vector_name}'s leading ones, {tuple(leading)},"
-        refuse(ValueError, name, expected, f"shape {tuple(value.shape)}")
-    check_leading(name, value.shape, vector_name, leading)
+    shape = value.shape
+    if leading and len(shape) > len(leading):  # (N, 1) with (N, 2) would make (N, N, 2, 3)
+        expected = f"a number, or {tuple(leading)}, one for each {vector_name},"
+        hint = f"{name}.squeeze(-1)" if shape[:-1] == leading and shape[-1] == 1 else ""
+        refuse(ValueError, name, expected, f"shape {tuple(shape)}", hint or _per_axis(name, shape, vector))
+    check_leading(name, shape, vector_name, leading)
     return value
+
+
+def _per_axis(name: str, shape: Sequence[int], vector: Tensor) -> str:
+    """For a scale for each axis of the vector's space."""
+    given = name == "scale" and shape[-1] == vector.shape[-1]
+    return "one scale serves all axes; for others write theta, or crop boxes" if given else ""
 
 
 def dtypes(*values: float | Tensor) -> tuple[torch.dtype, torch.dtype]:

@@ -56,6 +56,8 @@ def identity(
     n, dims = check_int("n", n, 0), check_int("dims", dims, 2)
     if dims > (3 if kind in ("affine", "attention") else 2):
         refuse(ValueError, "dims", '2, or 3 for "affine" and "attention"', f"{dims} for {kind!r}")
+    if kind != "tps" and k != 4:
+        refuse(ValueError, "k", "left out unless kind='tps'", f"{k!r} for {kind!r}")
     dtype = check_dtype(dtype)
     if kind == "tps":
         parameters = control_lattice(k, device=device, dtype=dtype)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import calls, distributed
 from ..calls import elsewhere, has_torch_function, is_taken, plain, public, tracing_state
-from ..checks import check_device, check_int, check_regularization, check_tensor, refuse
+from ..checks import check_device, check_int, check_regularization, check_tensor, nearest_points, refuse
 from .arguments import check_dtype, check_leading, dtypes
 
 __all__ = ["control_lattice", "tps_coefficients", "tps_evaluate"]
@@ -111,7 +111,8 @@ def system_of(
     """Of checked arguments, what the points are multiplied by (``_solve``), and the coefficients' dtype."""
     check_tensor("points", points)
     if points.dim() < 2 or points.shape[-1] != 2 or points.shape[-2] < 3:
-        refuse(ValueError, "points", "(..., K, 2) with K of 3 or more", f"shape {tuple(points.shape)}")
+        hint = nearest_points("points", points) if points.shape[-1:] != (2,) else ""
+        refuse(ValueError, "points", "(..., K, 2) with K of 3 or more", f"shape {tuple(points.shape)}", hint)
     regularization = check_regularization(regularization)
     if control_points is None:
         result, _ = dtypes(points)
@@ -358,7 +359,7 @@ def _check_positions(control_points: Tensor, dtype: torch.dtype) -> None:
     # to dtype alone can make of points on a line is no more than this.
     across = torch.linalg.svdvals(control_points - control_points.mean(0))[1]
     if across <= max(1e-6, torch.finfo(dtype).eps) * scale * math.sqrt(len(control_points)):
-        refuse(ValueError, name, "not all on one line", f"{len(control_points)} points on one")
+        refuse(ValueError, name, "spread over the plane", f"{len(control_points)} points on one line")
 
 
 def lattice_side(name: str, count: int) -> int:
