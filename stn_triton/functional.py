@@ -11,17 +11,14 @@ works under ``torch.func.vmap`` and ``torch.utils.checkpoint``. What computes th
 
 * First derivatives in reverse mode are kernels. They hold no coordinates and no gradients of coordinates,
   but those of a grid or a flow that are asked for.
-* Second derivatives and forward mode are kernels too, in any mixture of the modes. They hold tangents and
-  gradients of the coordinates, which are of the output's size. How coordinates move with a homography or
-  with control points is computed by PyTorch's operators.
-* Two exceptions are computed by PyTorch's operators alone, with their memory: third and higher derivatives;
-  and second derivatives and forward mode with ``antialias=True``. The latter make the host wait for the
-  device, and ``torch.compile`` does not take them.
+* Second derivatives and forward mode are kernels too. They hold tangents and gradients of the coordinates,
+  which are of the output's size; how a homography or control points move these, PyTorch's operators compute.
+* PyTorch's operators alone, with their memory, compute third and higher derivatives, and with
+  ``antialias=True`` second ones and forward mode. The latter make the host wait, and ``torch.compile``
+  refuses them. It takes all else whole, with gradients, function transforms and forward mode.
 
 Only those gradients are computed that are asked for. An image is kept for the backward pass only if the
 gradient by the coordinates needs it. At kinks derivatives are one-sided, on the side that is PyTorch's.
-Apart from the exception above ``torch.compile`` takes a function whole, with its gradients, function
-transforms and forward mode.
 """
 
 from __future__ import annotations
