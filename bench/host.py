@@ -6,7 +6,7 @@ next:
 
 * the function, without gradients, recorded for them, and together with its backward pass;
 * the registered operators that such a call dispatches, called as it calls them;
-* the launches of these, of plans that are kept (``kernels/launch.py``);
+* the launches of these, of plans that are kept (``kernels/host/launch.py``);
 * the same launches by Triton alone, ``kernel[grid](...)``, with every argument there;
 
 and beside them the function with every launch replaced by nothing, and PyTorch's own functions.

@@ -32,10 +32,11 @@ __all__ = ["decompositions", "onnx_translations"]
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """What this package's operators are in ATen's, for ``ExportedProgram.run_decompositions``.
 
-    Each transform becomes a grid, which is held in memory then, and ATen's sampler. What that has not
-    (circular padding, paddings per axis, tricubic before PyTorch 2.15 and in ONNX) is sampled tap by tap,
-    for images of a fixed size. The linear system of a spline, which ONNX cannot solve either, becomes
-    elimination in plain operators. For inference: no derivatives.
+    Each transform becomes a grid, which then lies in memory, and a call of ATen's sampler. ATen's sampler
+    lacks circular padding, a padding per axis, and tricubic samples (before PyTorch 2.15, and in ONNX).
+    These become a sum over single taps, for images of a fixed size. ONNX cannot solve a spline's linear
+    system: that becomes Gauss-Jordan elimination in plain operators. The result is for inference: it has no
+    derivatives.
 
     Example:
         >>> net = stn.nn.SpatialTransformer(torch.nn.Flatten(), features=64).eval()

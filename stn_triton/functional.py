@@ -7,14 +7,18 @@ image's outermost pixels, with ``align_corners=False`` their outer edges.
 
 Derivatives: every function is differentiable any number of times in all its tensors, in reverse and in
 forward mode (``torch.func``'s ``grad``, ``jvp``, ``jacrev``, ``jacfwd`` and ``hessian``; dual numbers), and
-works under ``torch.func.vmap`` and ``torch.utils.checkpoint``. First and second derivatives are kernels, in
-any mixture of the modes; only how a homography's or a control point's coordinates move, which is of the
-output's size, is plain PyTorch. For forward mode and second derivatives these hold tangents and gradients
-of the coordinates, which are of the output's size; for first derivatives nothing of the kind. From the
-third on they are taken in plain PyTorch, with its memory. Only what a gradient is asked for is computed,
-and an image is kept for the backward pass only if a gradient by its coordinates needs it. At kinks
-derivatives are one-sided, on the side that is PyTorch's. ``torch.compile`` takes a function whole, with its
-gradients, function transforms and forward mode.
+works under ``torch.func.vmap`` and ``torch.utils.checkpoint``. What computes them:
+
+* First derivatives in reverse mode are kernels. They hold no coordinates and no gradients of coordinates,
+  but those of a grid or a flow that are asked for.
+* Second derivatives and forward mode are kernels too. They hold tangents and gradients of the coordinates,
+  which are of the output's size; how a homography or control points move these, PyTorch's operators compute.
+* PyTorch's operators alone, with their memory, compute third and higher derivatives, and with
+  ``antialias=True`` second ones and forward mode. The latter make the host wait, and ``torch.compile``
+  refuses them. It takes all else whole, with gradients, function transforms and forward mode.
+
+Only those gradients are computed that are asked for. An image is kept for the backward pass only if the
+gradient by the coordinates needs it. At kinks derivatives are one-sided, on the side that is PyTorch's.
 """
 
 from __future__ import annotations
@@ -409,7 +413,8 @@ def tps_grid_sample(
     Args:
         input: (N, C, H, W), of a dtype as in :func:`affine_grid_sample`, any strides.
         points: (N, K, 2); or (N, T, K, 2) for T transforms of each image, not copied. A batch of 1 is
-            broadcast over N. Any floating dtype; half points are computed with in float32.
+            broadcast over N. Any floating dtype; half points are computed with in float32. A lattice must be
+            flattened, row by row, to (N, 16, 2): (N, 4, 4, 2) would mean 4 transforms of 4 points each.
         size, mode, padding_mode, align_corners, fill, dtype: as in :func:`affine_grid_sample`.
         control_points: (K, 2), not all on one line, no two equal. Default: the square lattice over [-1, 1]^2,
             :func:`stn_triton.transforms.control_lattice`; K is then a square number.

@@ -8,8 +8,9 @@ that a new coordinate source adds no operator:
 * ``stn_triton::sample_as``, samples with a fill, and in another dtype,
 * ``stn_triton::grid`` and its transposed derivative ``stn_triton::grid_backward``.
 
-``params`` is a grid, theta, a homography, a spline's coefficients or a flow; ``control_points`` are the
-spline's, else None. In what an operator returns an empty tensor stands for a gradient not asked for.
+``params`` is a grid, theta, a homography, a spline's coefficients or a flow. ``control_points`` are
+those of a spline; for other sources they are None. An operator returns an empty tensor in place of a gradient
+that was not asked for.
 
 ``padding`` is one code for all axes, or of one for each (``kernels.modes.padding_code``).
 

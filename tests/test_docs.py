@@ -59,6 +59,24 @@ def test_code_runs(page, tmp_path, monkeypatch):
         exec(compile("\n" * line + code, str(page), "exec"), names)
 
 
+def test_scipy_recipe_is_scipy():
+    """The volumes of docs/how/pixels.md, by SciPy's own function."""
+    ndimage = pytest.importorskip("scipy.ndimage")
+    blocks = [code for _, code in blocks_of(DOCS / "how" / "pixels.md")]
+    (begin,) = (k for k, code in enumerate(blocks) if code.startswith("volume ="))
+    names = {}
+    torch.manual_seed(0)
+    for code in (blocks[0], *blocks[begin : begin + 2]):
+        exec(code, names)
+    volume, matrix, offset = (names[name].double().numpy() for name in ("volume", "matrix", "offset"))
+    for ours, mode in (("by_taps", "grid-constant"), ("by_place", "constant")):
+        theirs = ndimage.affine_transform(
+            volume[0, 0], matrix, offset, output_shape=names["out_size"], order=1, mode=mode
+        )
+        found = names[ours][0, 0].double()
+        torch.testing.assert_close(found, torch.from_numpy(theirs), rtol=0, atol=1e-5)
+
+
 def public_objects():
     """(dotted name, object) of what ``__all__`` names, in the package and in its public modules."""
     for name in stn.__all__:

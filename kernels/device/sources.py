@@ -4,9 +4,12 @@ Forward: ``coordinates_of``, with a branch for each source. Backward: ``add_grad
 matrices, whose gradient is summed pixel by pixel over the blocks of a program. Every value has one writer, so
 that nothing is summed in an unpredictable order. ``host/parameters.py`` makes the buffers and reduces them.
 
-To add a source, add its code to ``modes.Source`` and a branch to each of the two, and to
-``host/parameters.py``. No kernel changes. A program works on a group of outputs with the same pixels, so that
-what depends on the pixels alone is computed once.
+To add a source, add its code to ``modes.Source``, a branch to ``coordinates_of`` and to ``add_gradient``, and
+one to ``host/parameters.py``. ``map_of`` has a branch for sources whose pixels share something, and
+``scaled_to_pixels`` for those whose coordinates are not normalised. No kernel changes.
+
+A program works on a group of outputs with the same pixels, so that what depends on the pixels alone is
+computed once.
 """
 
 import triton

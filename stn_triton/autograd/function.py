@@ -17,13 +17,14 @@ Tensors = Sequence[Tensor | None]
 
 
 def is_transformed() -> bool:
-    """Whether a function transform or forward mode may ask for derivatives, which no tensor's flag tells."""
+    """Whether a function transform or forward mode is active: these ask for derivatives of tensors whose
+    ``requires_grad`` is False."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 class Function(torch.autograd.Function):
-    """The derivatives and the ``vmap`` of an operator, ``op``, which thereby has them itself. ``forward`` is
-    the operator without them."""
+    """The derivatives and the ``vmap`` of an operator, ``op``. They are registered for it, so that the
+    operator itself is differentiable. ``forward`` calls the operator below autograd."""
 
     op: Any
     in_pytorch: Callable[..., Any] | None = None

@@ -191,8 +191,9 @@ def invert(theta: Tensor) -> Tensor:
         theta: affine maps (..., 2, 3) or (..., 3, 4), or homographies (..., 3, 3).
 
     Returns:
-        Of theta's shape and dtype. The inverse of a singular map has infinite and NaN entries (samplers
-        read nothing at such coordinates); that is no error, as to find out the host had to wait.
+        Of theta's shape and dtype. The inverse of a singular map has infinite and NaN entries, at which
+        samplers read nothing under zeros padding. It raises no error: the host would have to wait for the
+        device to see it.
 
     By cofactors (Cramer's rule), whose derivatives exist wherever the inverse does.
 
