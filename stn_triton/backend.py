@@ -45,7 +45,8 @@ def select(device_type: str) -> Backend:
     Where an accelerator has to do without the kernels, a warning says why: once.
 
     Raises:
-        ImportError: TRITON_INTERPRET asks for Triton's interpreter, and Triton cannot be imported.
+        ImportError: TRITON_INTERPRET asks for Triton's interpreter, and Triton cannot be imported, or was
+            before that was set.
     """
     if _forced.open and (forced := _forced.values()):
         return forced[-1]
@@ -57,6 +58,7 @@ def _select(device_type: str, interpret: bool) -> Backend:
     if device_type == "cpu":
         if interpret:
             _need_triton("TRITON_INTERPRET is set", "or unset that")
+            _need_interpreter()
             return Backend("interpreter", "TRITON_INTERPRET is set")
         return Backend("torch", "Triton has no CPU driver; TRITON_INTERPRET=1 runs the kernels in Python")
     chosen = _of_accelerator(device_type)
@@ -124,6 +126,14 @@ def _need_triton(asked: str, otherwise: str) -> None:
         ) from error
 
 
+def _need_interpreter() -> None:
+    triton = _triton()
+    if isinstance(
+        triton.language.cdiv, triton.runtime.JITFunction
+    ):  # as all of its functions since its import
+        raise ImportError("Triton was imported to compile: set TRITON_INTERPRET=1 before Python starts")
+
+
 def use(name: Name) -> Block[Backend]:
     """Force one backend, in all threads: for comparing them. "torch" works on every device.
 
@@ -131,12 +141,14 @@ def use(name: Name) -> Block[Backend]:
 
     Raises:
         ValueError: there is no such backend.
-        ImportError: it needs Triton, which cannot be imported.
+        ImportError: it needs Triton, which cannot be imported; "interpreter" needs TRITON_INTERPRET=1, too.
     """
     if name not in get_args(Name):
         raise ValueError(f"name must be one of {', '.join(map(repr, get_args(Name)))}, got {name!r}")
     if name != "torch":
         _need_triton(f"backend.use({name!r})", 'or use "torch"')
+    if name == "interpreter":
+        _need_interpreter()
     return Block(_forced, Backend(name, "asked for by backend.use"))
 
 

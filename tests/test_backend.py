@@ -48,6 +48,23 @@ print(triton.knobs.runtime.interpret, backend.interpreting())
     assert triton_says == we_say
 
 
+@pytest.mark.parametrize("asked", ["stn.affine_grid_sample(image, theta)", "backend.use('interpreter')"])
+def test_the_interpreter_is_asked_for_too_late(asked):
+    """Triton has read the variable by then."""
+    code = f"""
+import os, triton
+os.environ["TRITON_INTERPRET"] = "1"
+import torch, stn_triton as stn
+from stn_triton import backend
+image, theta = torch.rand(1, 1, 4, 4), torch.eye(2, 3)[None]
+try:
+    {asked}
+except ImportError as error:
+    print(error)
+"""
+    assert "set TRITON_INTERPRET=1 before Python starts" in python("-c", code)
+
+
 def test_use_is_undone(device):
     """Also when the block fails."""
     before = backend.select(device.type)
