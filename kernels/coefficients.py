@@ -13,12 +13,12 @@ import triton.language as tl
 from .device.arithmetic import divided, rounded
 from .host.launch import Plan, planned
 from .modes import Interpolation, Padding, Source
-from .spec import SPECIALIZATION, Spec
+from .spec import Spec, kernel
 
 ROWS, COLUMNS, WARPS = 32, 16, 4  # of the matrix at a time: one program for the 19 coefficients of 16 points
 
 
-@triton.jit(**SPECIALIZATION)
+@kernel()
 def product_kernel(
     matrix_ptr, input_ptr, output_ptr, stride_matrix_row, stride_matrix_column,
     stride_input_n, stride_input_t, stride_input_k, stride_input_c,

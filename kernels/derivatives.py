@@ -28,7 +28,7 @@ from .host import parameters
 from .host.cut import coordinate_numbers, source_numbers
 from .host.launch import Plan, compute_dtypes, planned
 from .sample import cut_samples
-from .spec import SPECIALIZATION, Block, Image, Images, Params, Plane, Sizes, Strides, Tiling
+from .spec import Block, Image, Images, Params, Plane, Sizes, Strides, Tiling, kernel
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def jvp_block(images, work, sizes, SPEC: tl.constexpr):
             store_blocks(values, target, output.strides.c, number, kept, sizes.channels, SPEC.unroll, SPEC)
 
 
-@triton.jit(**SPECIALIZATION)
+@kernel()
 def sample_jvp_kernel(
     input_ptr, tangent_ptr, coord_ptr, output_ptr, source_ptr, control_ptr,
     stride_input_n, stride_input_c, stride_input_x, stride_input_y, stride_input_z,
@@ -156,7 +156,7 @@ def hvp_block(images, by_coord_ptr, work, sizes, SPEC: tl.constexpr):
             sources.dense_store(by_coord_ptr, total, work, g, existing, sizes, SPEC, True)
 
 
-@triton.jit(**SPECIALIZATION)
+@kernel()
 def sample_hvp_kernel(
     grad_output_ptr, input_ptr, tangent_ptr, coord_ptr, grad_input_ptr, by_coord_ptr, source_ptr, control_ptr,
     stride_output_n, stride_output_t, stride_output_c, stride_output_x, stride_output_y, stride_output_z,

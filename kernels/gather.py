@@ -71,7 +71,7 @@ from .host.cut import cut, source_numbers
 from .host.launch import Plan, compute_dtypes, index_dtype, planned
 from .host.parameters import channel_dim
 from .modes import EXTENDING, paddings_of
-from .spec import SPECIALIZATION, Image, Params, Sizes, Strides, Tiling, constant, plain
+from .spec import Image, Params, Sizes, Strides, Tiling, constant, kernel, plain
 
 # Blocks of outputs whose bounds are computed at a time.
 AT_A_TIME = constant(128)
@@ -478,10 +478,10 @@ def write_mild(mild, pixels, blocks, gradients, target, sizes, SPEC: tl.constexp
             store(zero_blocks(UNROLL, SPEC), target, block, pixels, sizes, UNROLL, SPEC)
 
 
-@triton.jit(**SPECIALIZATION)
+@kernel("output_x")
 def gather_backward_kernel(
     grad_output_ptr, grad_input_ptr, source_ptr,
-    stride_output_n, stride_output_t, stride_output_c, stride_sampled_x, stride_output_y, stride_output_z,
+    stride_output_n, stride_output_t, stride_output_c, stride_output_x, stride_output_y, stride_output_z,
     stride_grad_n, stride_grad_c, stride_grad_x, stride_grad_y, stride_grad_z,
     stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4,
     in_width, in_height, in_depth, out_width, out_height, out_depth, batch, transforms, channels,
@@ -494,7 +494,7 @@ def gather_backward_kernel(
     """
     in_size = (in_width, in_height, in_depth)
     sizes = Sizes(in_size, (out_width, out_height, out_depth), batch, transforms, channels, (1, 1, 1))
-    stride_output = (stride_sampled_x, stride_output_y, stride_output_z)
+    stride_output = (stride_output_x, stride_output_y, stride_output_z)
     output = Strides(stride_output_n, stride_output_t, stride_output_c, stride_output)
     grad = Strides(stride_grad_n, 0, stride_grad_c, (stride_grad_x, stride_grad_y, stride_grad_z))
     stride_source = (stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4)
@@ -573,7 +573,6 @@ def _plan(grad_output: torch.Tensor, params: torch.Tensor, grad_input: torch.Ten
         {"output": grad_output, "grad": grad_input},
         {
             **source_numbers(modes[0], params, None),
-            "stride_sampled_x": grad_output.stride(-1),
             "transforms": transforms,
         },
         one_transform=transforms == 1,

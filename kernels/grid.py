@@ -4,7 +4,6 @@ grid[b, o] = source(o) in normalised units; its transpose sums the gradient as t
 """
 
 import torch
-import triton
 import triton.language as tl
 
 from .device import sources
@@ -15,10 +14,10 @@ from .host import configs, parameters
 from .host.cut import cut, image_numbers, source_numbers
 from .host.launch import Plan, compute_dtypes, index_dtype, planned
 from .modes import Interpolation, Padding
-from .spec import SPECIALIZATION, Params, Sizes, Strides, Tiling
+from .spec import Params, Sizes, Strides, Tiling, kernel
 
 
-@triton.jit(**SPECIALIZATION)
+@kernel()
 def grid_kernel(
     grid_ptr, partial_ptr, source_ptr, control_ptr,
     stride_grid_n, stride_grid_c, stride_grid_x, stride_grid_y, stride_grid_z,

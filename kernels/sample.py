@@ -32,7 +32,7 @@ from .host.cut import Cut, cut, source_numbers
 from .host.launch import INT32_MAX, Plan, compute_dtypes, index_dtype, planned
 from .host.parameters import channel_dim
 from .modes import INVERTIBLE, MOST_STEPS, Source
-from .spec import SPECIALIZATION, Image, Images, Params, Plane, Sizes, Strides, Tiling
+from .spec import Image, Images, Params, Plane, Sizes, Strides, Tiling, kernel
 
 
 # ---------------------------------------------------------------------------------------------- forward
@@ -95,7 +95,7 @@ def averaged_block(images, work, step, sizes, SPEC: tl.constexpr):
         store_blocks(values, target, output.strides.c, number, block.mask, sizes.channels, SPEC.unroll, SPEC)
 
 
-@triton.jit(**SPECIALIZATION)
+@kernel()
 def sample_forward_kernel(
     input_ptr, output_ptr, source_ptr, control_ptr, fill_ptr,
     stride_input_n, stride_input_c, stride_input_x, stride_input_y, stride_input_z,
@@ -207,7 +207,7 @@ def averaged_backward_block(images, sums, work, step, sizes, SPEC: tl.constexpr)
     return sums
 
 
-@triton.jit(**SPECIALIZATION)
+@kernel()
 def sample_backward_kernel(
     grad_output_ptr, input_ptr, grad_input_ptr, partial_ptr, source_ptr, control_ptr,
     stride_output_n, stride_output_t, stride_output_c, stride_output_x, stride_output_y, stride_output_z,

@@ -39,7 +39,7 @@ from .host.cut import coordinate_numbers, cut, source_numbers
 from .host.launch import INT32_MAX, Plan, compute_dtypes, index_dtype, planned
 from .host.parameters import channel_dim
 from .modes import Interpolation, Source
-from .spec import SPECIALIZATION, Image, Params, Place, Sizes, Strides, Tiling, constant
+from .spec import Image, Params, Place, Sizes, Strides, Tiling, constant, kernel
 
 # Images are done together as long as their outputs are not more than this: beyond, memory would grow and
 # nothing be gained.
@@ -69,7 +69,7 @@ class Outputs(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------- keys
-@triton.jit(**SPECIALIZATION)
+@kernel()
 def sort_keys_kernel(
     keys_ptr, indices_ptr, fractions_ptr, coord_ptr, source_ptr, control_ptr,
     stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4, num_controls,
@@ -223,7 +223,7 @@ def add_row(sums, begin, end, q, outputs, block, sizes, SPEC: tl.constexpr):
     return sums
 
 
-@triton.jit(**SPECIALIZATION)
+@kernel()
 def sort_sums_kernel(
     grad_output_ptr, grad_input_ptr, indices_ptr, fractions_ptr, order_ptr, starts_ptr,
     stride_output_n, stride_output_c, stride_output_0, stride_output_1, stride_output_2, stride_output_3,

@@ -5,6 +5,8 @@ device functions hand it on whole. Run-time values that belong together are name
 x first: (x, y) or (x, y, z). Tuples over a group hold one entry for each output of the group.
 """
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -231,32 +233,26 @@ class Taps(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------- specialisation
-# Sizes, strides and counts never make a new kernel. Of the arguments below, named alike in all kernels,
-# Triton compiles for no particular value. The exceptions are strides by channel, and strides along x where an
-# image is read or added to at sampled places: whether these are 1 decides which addresses are neighbours.
-_AXES = "xyz"
-CHANNEL_STRIDES = tuple(f"stride_{tensor}_c" for tensor in ("input", "output", "grad", "tangent"))
-ROW_STRIDES = ("stride_input_x", "stride_grad_x", "stride_tangent_x", "stride_sampled_x")
-_POINTERS = ("source", "control", "fill", "partial", "coord", "by_coord", "indices", "fractions")
-_COUNTS = ("num_controls", "batch", "transforms", "channels", "images", "outputs", "length", "lists")
-_TILES = ("column_tiles", "row_tiles", "splits", "split_blocks", "steps")
-UNSPECIALIZED = (
-    *(f"{pointer}_ptr" for pointer in _POINTERS),
-    *(
-        f"stride_{tensor}_{axis}"
-        for tensor in ("input", "output", "grad", "tangent")
-        for axis in "nt" + _AXES
-    ),
-    *(f"stride_{tensor}_{axis}" for tensor in ("coord", "grid", "fill") for axis in "ntc" + _AXES),
-    *(f"stride_source_{i}" for i in range(5)),
-    *("stride_matrix_row", "stride_matrix_column", "stride_input_k", "matrix_rows", "matrix_columns"),
-    *(f"stride_output_{axis}" for axis in range(4)),
-    *(f"output_size_{axis}" for axis in range(3)),
-    *(f"{image}_{size}" for image in ("in", "out") for size in ("width", "height", "depth")),
-    *_COUNTS,
-    *_TILES,
-)
-SPECIALIZATION: dict[str, Any] = {
-    "do_not_specialize": [name for name in UNSPECIALIZED if name not in ROW_STRIDES],
-    "do_not_specialize_on_alignment": CHANNEL_STRIDES + ROW_STRIDES,
-}
+# Sizes, strides and counts never make a new kernel. Triton compiles for the alignment of these pointers, and
+# for whether these strides are 1, which decides which addresses are neighbours.
+IMAGES = "input", "output", "tangent", "grad_output", "grad_input"
+ALIGNED = *IMAGES, "grid", "matrix", "keys", "order", "starts"
+NEIGHBOURS = "input_c", "output_c", "grad_c", "tangent_c", "input_x", "grad_x", "tangent_x"
+
+
+def kernel(*neighbours: str) -> Callable[[Callable[..., Any]], Any]:
+    """``triton.jit`` of a kernel: compiled anew for ``ALIGNED``, ``NEIGHBOURS`` and its ``Spec`` alone.
+
+    neighbours: further strides of which it matters whether they are 1.
+    """
+    strides = {f"stride_{name}" for name in NEIGHBOURS + neighbours}
+    told = strides | {f"{name}_ptr" for name in ALIGNED} | {"SPEC"}
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        names = list(inspect.signature(function).parameters)
+        return triton.jit(
+            do_not_specialize=[name for name in names if name not in told],
+            do_not_specialize_on_alignment=[name for name in names if name in strides],
+        )(function)
+
+    return compiled

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import triton
 import triton.language as tl
 from common import assert_close, random_theta
 
@@ -20,14 +19,14 @@ import stn_triton as stn
 from stn_triton.kernels.device import affine, sources, tiles
 from stn_triton.kernels.host import parameters
 from stn_triton.kernels.modes import MOST_STEPS, Interpolation, Padding, Source
-from stn_triton.kernels.spec import SPECIALIZATION, Block, Params, Sizes, Spec, Work
+from stn_triton.kernels.spec import Block, Params, Sizes, Spec, Work, kernel
 
 BOUND = Fraction(1, 2**30)
 ALIGN = pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
 
 
 # ------------------------------------------------------------------------------------------ coordinates
-@triton.jit(**SPECIALIZATION)
+@kernel()
 def places_kernel(
     source_ptr, blocks_ptr, out_ptr, index_ptr, fraction_ptr, single_index_ptr, single_fraction_ptr, fits_ptr,
     stride_source_0, stride_source_1, stride_source_2, stride_source_3, stride_source_4,

@@ -21,7 +21,7 @@ from stn_triton.kernels.gather import gather_backward
 from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import NAMED_PADDINGS, Interpolation, Padding, Source
 from stn_triton.kernels.sample import sample_backward
-from stn_triton.kernels.spec import SPECIALIZATION, Sizes, Spec, Work
+from stn_triton.kernels.spec import Sizes, Spec, Work, kernel
 
 INTERPOLATIONS = pytest.mark.parametrize("interpolation", TAPPED, ids=lambda i: i.name.lower())
 PADDINGS = pytest.mark.parametrize("padding", list(Padding), ids=lambda p: p.name.lower())
@@ -450,7 +450,7 @@ def test_candidates_that_are_not_read_add_nothing(device):
 
 
 # ----------------------------------------------------------------------------------------- the bound
-@triton.jit(**SPECIALIZATION)
+@kernel()
 def bound_kernel(
     source_ptr, pixel_ptr, out_ptr, first_ptr, last_ptr, index_ptr, fraction_ptr,
     in_width, in_height, in_depth, out_width, out_height, out_depth,

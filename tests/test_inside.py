@@ -9,7 +9,6 @@ import math
 
 import pytest
 import torch
-import triton
 import triton.language as tl
 from common import (
     MODES,
@@ -30,7 +29,7 @@ from stn_triton.kernels.device.bounds import is_interior
 from stn_triton.kernels.device.tiles import place_of_program
 from stn_triton.kernels.host import configs
 from stn_triton.kernels.modes import Interpolation, Padding, Source
-from stn_triton.kernels.spec import SPECIALIZATION, Params, Sizes, Spec, Tiling, Work
+from stn_triton.kernels.spec import Params, Sizes, Spec, Tiling, Work, kernel
 
 INF, NAN = math.inf, math.nan
 INTERPOLATION = dict(zip(MODES, Interpolation))
@@ -96,7 +95,7 @@ def homographies(device):
     return torch.cat([theta, bottom[:, None]], 1)
 
 
-@triton.jit(**SPECIALIZATION)
+@kernel()
 def told_kernel(
     source_ptr, told_ptr, inside_ptr,
     in_width, in_height, out_width, out_height, batch, column_tiles, row_tiles,
@@ -112,7 +111,7 @@ def told_kernel(
     outputs = sources.outputs_of(b, sizes, SPEC)
     map = sources.map_of(params, outputs[0][0], outputs[0][1], sizes, SPEC)
     told = is_interior(map, column, row, SPEC.rows * STEPS, sizes, SPEC)
-    numbers = programs.numbers_of_lanes(map, sizes, SPEC)
+    numbers = programs.numbers_of_lanes(programs.turns(map, sizes, SPEC), SPEC)
     starts = starts_of(map, column, row, numbers, sizes, SPEC)
     work = Work(params, b, outputs, map, column, row, STEPS, numbers, starts, (0, 1), False, 0, 0, 1)
     at = tl.program_id(0)
@@ -247,7 +246,7 @@ def test_volumes(device, mode, steps):
     assert_close(output, witness(input, grid, mode, "zeros", False))
 
 
-@triton.jit(**SPECIALIZATION)
+@kernel()
 def ask_kernel(
     out_ptr, source_ptr, column, row, rows, in_width, in_height, out_width, out_height, SPEC: tl.constexpr
 ):

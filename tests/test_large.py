@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
 import triton.language as tl
 from common import assert_close, random_grid, random_theta
 
@@ -25,7 +24,7 @@ from stn_triton.kernels.device.arithmetic import divided
 from stn_triton.kernels.device.tiles import first_row, pixels_from, row_by_row
 from stn_triton.kernels.host import launch
 from stn_triton.kernels.modes import Interpolation, Padding, Source
-from stn_triton.kernels.spec import SPECIALIZATION, Spec
+from stn_triton.kernels.spec import Spec, kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = Interpolation.BILINEAR, Padding.ZEROS, False
@@ -382,7 +381,7 @@ def test_splines_far_apart(device, what, batch):
         assert_close(found, result)
 
 
-@triton.jit(**SPECIALIZATION)
+@kernel()
 def pixels_kernel(result_ptr, tile, column_tiles, out_width, out_height, out_depth, SPEC: tl.constexpr):
     row_tile, column_tile = divided(tile, column_tiles)
     row = first_row(row_tile, SPEC.rows, SPEC)
