@@ -226,17 +226,12 @@ def _inverse(matrix: Tensor) -> Tensor:
 
     Of rows brought near 1: products of three entries may leave the range of floats that the inverse lies in.
     """
-    scale = _powers_near(matrix.detach().abs().amax(-1, keepdim=True))
+    sizes = matrix.detach().abs().amax(-1, keepdim=True).clamp(2.0**-120, 2.0**120)
+    scale = 2.0 ** sizes.log2().floor()  # which rounds nothing
     a, b, c = (matrix / scale).unbind(-2)
     adjugate = distributed.stack([torch.linalg.cross(*rows) for rows in ((b, c), (c, a), (a, b))], -1)
     determinant = (a * adjugate[..., 0]).sum(-1)
     return adjugate / determinant[..., None, None] / scale.transpose(-1, -2)
-
-
-def _powers_near(sizes: Tensor) -> Tensor:
-    """The powers of two below ``sizes``, which round nothing; 1 for 0, infinities and NaN."""
-    powers = 2.0 ** sizes.log2().floor()
-    return torch.where((powers > 0) & powers.isfinite(), powers, 1.0)
 
 
 def homogeneous(theta: Tensor) -> Tensor:
