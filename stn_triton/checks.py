@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import calls
-from .kernels.host.dtypes import INTEGERS
+from . import calls, hints
+from .kernels.host.dtypes import INTEGERS, WHOLE_NUMBERS
 from .kernels.modes import (
     MOST_PIXELS,
     MOST_SAMPLES,
@@ -25,7 +25,6 @@ from .kernels.modes import (
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _IMAGES = DTYPES | INTEGERS
-WHOLE_NUMBERS = INTEGERS | {torch.int8, torch.int32, torch.int64}
 # Codes as plain integers, as operators take them; Python compares and hashes them sooner than enum members.
 INTERPOLATIONS = {
     "bilinear": int(Interpolation.BILINEAR),
@@ -35,29 +34,6 @@ INTERPOLATIONS = {
 PADDINGS = {padding.name.lower(): int(padding) for padding in NAMED_PADDINGS}
 # A mode, or one for each axis, x first.
 PaddingMode = str | tuple[str, ...]
-
-
-# What other libraries call them.
-_OTHER_NAMES = {
-    "linear": "bilinear",
-    "trilinear": "bilinear",
-    "cubic": "bicubic",
-    "tricubic": "bicubic",
-    "constant": "zeros",
-    "replicate": "border",
-    "edge": "border",
-    "clamp": "border",
-    "reflect": "reflection",
-    "mirror": "reflection",
-    "symmetric": "reflection",
-    "wrap": "circular",
-    "grid-wrap": "circular",
-    "periodic": "circular",
-    "homography": "projective",
-    "perspective": "projective",
-    "spline": "tps",
-    "thin_plate_spline": "tps",
-}
 
 
 def refuse(kind: type[Exception], name: str, expected: str, got: object, hint: str = "") -> NoReturn:
@@ -70,32 +46,18 @@ def refuse_choice(name: str, value: object, known: Collection[str], more: str = 
     words = value if isinstance(value, tuple) else (value,)
     unknown = [word for word in words if isinstance(word, str) and word not in known]
     size = to_size(value)
-    hint = _nearest(unknown[0], known) if unknown else f"size={size}" if size else ""
+    hint = hints.nearest_option(unknown[0], known) if unknown else f"size={size}" if size else ""
     refuse(ValueError, name, f"one of {', '.join(map(repr, known))}{more}", repr(value), hint)
 
 
 def refuse_type(name: str, value: object, expected: str = "a tensor") -> NoReturn:
     """For what is no tensor; of arrays and lists the message says how to make one."""
-    refuse(TypeError, name, expected, type(value).__name__, _to_tensor(name, value))
-
-
-def _to_tensor(name: str, value: object) -> str:
-    """How a tensor is made of an array or a list; "" for all else."""
-    if isinstance(value, (tuple, list)):
-        return f"torch.as_tensor({name})"
-    if name == "input" and getattr(value, "ndim", 0) == 3 and _as_tensor(name, value):
-        return "one image (H, W, C) is torch.from_numpy(input).permute(2, 0, 1)[None]"
-    return _as_tensor(name, value)
+    refuse(TypeError, name, expected, type(value).__name__, hints.to_tensor(name, value))
 
 
 def refuse_numbers(name: str, value: object, expected: str) -> NoReturn:
     """For what is neither a tensor nor the tuple or list of numbers that may stand for it."""
-    refuse(TypeError, name, expected, repr(value), _as_tensor(name, value))
-
-
-def _as_tensor(name: str, value: object) -> str:
-    """For an array."""
-    return f"torch.as_tensor({name})" if type(value).__module__ == "numpy" else ""
+    refuse(TypeError, name, expected, repr(value), hints.as_tensor(name, value))
 
 
 def check_tensor(name: str, value: object, integers: Collection[torch.dtype] = ()) -> None:
@@ -191,7 +153,7 @@ def check_size(size: object, expected: str, length: int, name: str = "size") -> 
 def _nearest_size(size: object, length: int, name: str) -> str:
     """What to write for a size that is no tuple of ints; "" if nobody knows."""
     if isinstance(size, str):
-        return _option(size)
+        return hints.option_of(size)
     if getattr(size, "ndim", 0) == 1 and "int" in str(getattr(size, "dtype", "")):  # a tensor or an array
         return f"{name}.tolist()"
     side = to_int(size)
@@ -207,20 +169,6 @@ def check_spatial_size(size: object, dims: int, name: str = "size") -> tuple[int
     return check_size(size, "(H, W)" if dims == 2 else "(D, H, W)", dims, name)
 
 
-def _nearest(value: str, known: Collection[str]) -> str:
-    import difflib
-
-    near = _OTHER_NAMES.get(value.lower(), value)
-    close = [near] if near in known else difflib.get_close_matches(value.lower(), known, 1)
-    return f"did you mean {close[0]!r}?" if close else _option(near)
-
-
-def _option(word: str) -> str:
-    """The option that the word is a value of; "" if of none."""
-    options = {"mode": INTERPOLATIONS, "padding_mode": PADDINGS}
-    return "".join(f"{name}={word!r}" for name, known in options.items() if word in known)
-
-
 def batch_of(n: int) -> str:
     """The batch that parameters of n images may have, in words."""
     return "1" if n == 1 else f"{n} or 1"
@@ -234,52 +182,6 @@ def refuse_parameter(name: str, value: Tensor, inner: str, input: Tensor, hint: 
     refuse(
         ValueError, name, f"{expected} for this {input.dim()}-D input", f"shape {tuple(value.shape)}", hint
     )
-
-
-def nearest_parameter(name: str, value: Tensor, matrix: tuple[int, int], input: Tensor) -> str:
-    """For a matrix of another shape than (N, [T,] *matrix): what would be taken, "" if nobody knows."""
-    shape = tuple(value.shape)
-    if shape == matrix:
-        return f"a batch of one is {name}[None]"
-    if len(shape) in (4, 5) and input.shape[-2:] == matrix:
-        return swapped(name)
-    if len(shape) == input.dim() == shape[-1] + 2:
-        return "grid_sample takes grids"
-    if shape[-2:] == (3, 3) and matrix == (2, 3):
-        return "projective_grid_sample takes homographies"
-    if shape[-2:] == (2, 3) and matrix == (3, 3):
-        return "affine_grid_sample takes affine maps"
-    if shape[-2:] in ((2, 3), (3, 4)) and shape[-2:] != matrix:
-        images = "images, (N, C, H, W)" if shape[-1] == 3 else "volumes, (N, C, D, H, W)"
-        return f"that is a map for {images}"
-    if len(shape) in (3, 4) and shape[-2:] == matrix:
-        return _other_batch(name, value, input)
-    if shape[-2:] == (4, 4) and matrix == (3, 4):
-        return f"without the last row {name}[..., :3, :]"
-    numbers = matrix[0] * matrix[1]
-    if len(shape) == 2 and shape[1] == numbers:
-        return f"{name}.view(-1, {matrix[0]}, {matrix[1]})"
-    if len(shape) == 2 and matrix == (3, 3) and shape[1] == numbers - 1:
-        return f"torch.nn.functional.pad({name}, (0, 1), value=1.0).view(-1, 3, 3) has the last entry, 1, too"
-    return ""
-
-
-def swapped(name: str) -> str:
-    return f"arguments are (input, {name}): are they swapped?"
-
-
-def _other_batch(name: str, value: Tensor, input: Tensor) -> str:
-    """For parameters that are right but for their batch."""
-    given, batch = value.shape[0], input.shape[0]
-    hint = f"{name} has a batch of {given}, input of {batch}"
-    if batch == 1 and value.dim() == 3:
-        return f"{hint}; {name}[None] takes {given} crops of the one image"
-    return f"{hint}; {_expanded('input', input, given)}" if batch == 1 else hint
-
-
-def _expanded(name: str, value: Tensor, batch: int) -> str:
-    """Of a batch of one."""
-    return f"{name}.expand({batch}{', -1' * (value.dim() - 1)})"
 
 
 def to_padding(padding_mode: object, dims: int) -> int | None:
@@ -299,14 +201,9 @@ def check_padding(padding_mode: object, dims: int) -> int:
         if not isinstance(padding_mode, (str, tuple)):
             expected = f"one of {', '.join(map(repr, PADDINGS))}{more}"
             got = type(padding_mode).__name__
-            refuse(TypeError, "padding_mode", expected, got, _padding_tuple(padding_mode))
+            refuse(TypeError, "padding_mode", expected, got, hints.padding_tuple(padding_mode))
         refuse_choice("padding_mode", padding_mode, PADDINGS, more)
     return padding
-
-
-def _padding_tuple(padding_mode: object) -> str:
-    """For a list that means a padding for each axis."""
-    return f"padding_mode={tuple(padding_mode)}" if isinstance(padding_mode, list) else ""
 
 
 def check_modes(
@@ -334,7 +231,13 @@ def check_fill(fill: object, input: Tensor, padding: int) -> Any:
         if isinstance(numbers, tuple) and len(numbers) != input.shape[1]:
             more = f", or {input.shape[1]} numbers" if input.shape[1] != 1 else ""
             expected = f"a number{more} for this input"
-            refuse(ValueError, "fill", expected, f"{len(numbers)} of them", _channels(input, len(numbers)))
+            refuse(
+                ValueError,
+                "fill",
+                expected,
+                f"{len(numbers)} of them",
+                hints.channels_first(input, len(numbers)),
+            )
         most = torch.finfo(torch.promote_types(input.dtype, torch.float32)).max
         for number in numbers if isinstance(numbers, tuple) else (numbers,):
             if isinstance(number, float) and most < abs(number) < math.inf:
@@ -352,7 +255,7 @@ def check_fill(fill: object, input: Tensor, padding: int) -> Any:
         elif fill.dim() > axes and fill.shape[-1 - axes :] == (channels, *[1] * axes):
             hint = f"fill.flatten({-1 - axes})"  # as a mean that normalises images is often kept: (C, 1, 1)
         else:
-            hint = _channels(input, fill.shape[0]) if fill.dim() == 1 else ""
+            hint = hints.channels_first(input, fill.shape[0]) if fill.dim() == 1 else ""
         refuse(ValueError, "fill", expected, f"shape {tuple(fill.shape)}", hint)
     check_device("fill", fill, "input", input)
     return fill
@@ -362,13 +265,6 @@ def check_fill_numbers(fill: object, padding_mode: PaddingMode, dims: int) -> An
     """A number, or a tuple of them, whose number the first image shows; or None."""
     taken = "a number, or a tuple of one for each channel,"
     return None if fill is None else _to_fill(fill, check_padding(padding_mode, dims), dims, taken)
-
-
-def _channels(input: Tensor, count: int) -> str:
-    """For ``count`` channels, which are last in the input."""
-    channels = input.shape[1]
-    hint = f"the input has {channels} channels: channels first is input.movedim(-1, 1)"
-    return hint if input.shape[-1] == count != channels else ""
 
 
 def _check_fill_padding(fill: object, padding: int, dims: int) -> None:
@@ -383,7 +279,7 @@ def _to_fill(fill: object, padding: int, dims: int, taken: str) -> Any:
     if None in numbers:
         # numbers may be whole, which a tensor that fills an image of floats may not
         listed = getattr(fill, "ndim", 2) < 2
-        hint = "fill.tolist()" if listed else _as_tensor("fill", fill)
+        hint = "fill.tolist()" if listed else hints.as_tensor("fill", fill)
         refuse(TypeError, "fill", taken, _brief(fill), hint)
     return tuple(numbers) if isinstance(fill, (tuple, list)) else numbers[0]
 
@@ -474,49 +370,6 @@ def grid_sample_fits(input: Any, grid: Any, mode: Any, align_corners: Any) -> bo
     )
 
 
-def note_on_grid_sample(input: Any, grid: Any, mode: Any, padding_mode: Any, align_corners: Any) -> str:
-    """What PyTorch's message on such arguments leaves out; "" if nothing."""
-    if not isinstance(input, Tensor) or not isinstance(grid, Tensor):
-        return "; ".join(filter(None, (_to_tensor("input", input), _to_tensor("grid", grid))))
-    if input.dtype in WHOLE_NUMBERS:
-        others = "affine_grid_sample and flow_grid_sample take uint8 and int16 images too"
-        return f"grid_sample takes floats: input.float(). ({others}.)"
-    if isinstance(padding_mode, list):
-        return f"stn_triton takes a padding for each axis as a tuple, x first: {_padding_tuple(padding_mode)}"
-    options = isinstance(mode, str) and isinstance(padding_mode, str)
-    if options and mode in INTERPOLATIONS and padding_mode not in PADDINGS:
-        hint = _nearest(padding_mode, PADDINGS)
-        return f"stn_triton has padding_mode='circular' too{hint and f'; {hint}'}"
-    if isinstance(mode, str) and mode in PADDINGS:
-        return _option(mode)
-    return _nearest_grid(input, grid)
-
-
-def _nearest_grid(input: Tensor, grid: Tensor) -> str:
-    """For a grid that does not go with the input: what would be taken, "" if nobody knows."""
-    shape, axes = tuple(grid.shape), input.dim() - 2
-    if len(shape) in (3, 4) and shape[-2:] in ((2, 3), (3, 4)):
-        return "affine_grid_sample takes theta"
-    if axes not in (2, 3):
-        return ""
-    batch = input.shape[0]
-    if len(shape) in (4, 5) and input.shape[-1] == axes != shape[-1]:
-        return swapped("grid")
-    if len(shape) == 3 and shape[-1] == axes and shape[0] == batch:
-        return f"places (N, P, {axes}) are grid[:, {', '.join(['None'] * (axes - 1))}]"
-    if len(shape) == axes + 1 and shape[-1] == axes:
-        return "a batch of one is grid[None]"
-    if len(shape) != axes + 2:
-        return ""
-    if shape[-1] != axes:
-        last = "grid.movedim(1, -1) puts coordinates last; flow_grid_sample takes displacements in pixels"
-        return last if shape[1] == axes else ""
-    if shape[0] != batch and 1 in (shape[0], batch):
-        one = _expanded("grid", grid, batch) if shape[0] == 1 else _expanded("input", input, shape[0])
-        return f"a batch of one is not broadcast: {one}"
-    return "grid.to(input.dtype)" if grid.dtype != input.dtype else ""
-
-
 def affine_grid_fits(theta: Any, size: tuple[int, ...], align_corners: Any) -> bool:
     """Whether ``affine_grid`` takes them."""
     return (
@@ -545,7 +398,7 @@ def check_image(input: Tensor, name: str, params: object, dims: int | None = Non
         expected = "(N, C, H, W)" if dims == 2 else "(N, C, H, W) or (N, C, D, H, W)"
         hint = "a batch of one is input[None]" if input.dim() == 3 else ""
         if input.dim() in (2, 3) and input.shape[-1] <= 4:  # as parameters have
-            hint = swapped(name) if isinstance(params, Tensor) and params.dim() in (4, 5) else hint
+            hint = hints.swapped(name) if isinstance(params, Tensor) and params.dim() in (4, 5) else hint
         refuse(ValueError, "input", expected, f"shape {tuple(shape)}", hint)
     if 0 in shape[2:]:
         refuse(ValueError, "input", "of non-empty spatial size", f"shape {tuple(shape)}")
@@ -564,7 +417,7 @@ def check_parameter(name: str, value: Tensor, matrix: tuple[int, int], input: Te
         or (shape[0] != input.shape[0] and shape[0] != 1)
     ):
         refuse_parameter(
-            name, value, f"{rows}, {columns}", input, nearest_parameter(name, value, matrix, input)
+            name, value, f"{rows}, {columns}", input, hints.nearest_parameter(name, value, matrix, input)
         )
     if value.device != input.device:
         check_device(name, value, "input", input)
@@ -581,11 +434,11 @@ def check_flow(flow: Tensor, input: Tensor) -> None:
         if shape[:1] == (dims,) and len(shape) == dims + 1:
             hint = "a batch of one is flow[None]"
         elif len(shape) == dims + 2 and shape[1] == dims:
-            hint = _other_batch("flow", flow, input)
+            hint = hints.other_batch("flow", flow, input)
         elif len(shape) == dims + 2 and shape[-1] == dims:
             hint = "flow.movedim(-1, 1) puts components first"
         elif len(shape) == dims + 2 and input.shape[1] == dims:
-            hint = swapped("flow")
+            hint = hints.swapped("flow")
         refuse(ValueError, "flow", expected, f"shape {tuple(flow.shape)}", hint)
     if flow.device != input.device:
         check_device("flow", flow, "input", input)
@@ -597,25 +450,23 @@ def check_points(points: Tensor, input: Tensor) -> None:
         check_tensor("points", points)
     shape = points.shape
     if len(shape) not in (3, 4) or shape[-1] != 2 or (shape[0] != input.shape[0] and shape[0] != 1):
-        hint = nearest_points("points", points)
+        hint = hints.nearest_points("points", points)
         if len(shape) in (3, 4) and shape[-1] == 2:
-            hint = _other_batch("points", points, input)
+            hint = hints.other_batch("points", points, input)
         elif len(shape) == 4 and input.shape[-1] == 2:
-            hint = swapped("points")
+            hint = hints.swapped("points")
         refuse_parameter("points", points, "K, 2", input, hint)
     if points.device != input.device:
         check_device("points", points, "input", input)
 
 
-def nearest_points(name: str, points: Tensor) -> str:
-    """For what is not (N, [T,] K, 2)."""
-    shape = points.shape
-    if len(shape) in (3, 4) and shape[-2] == 2:
-        return f"{name}.mT puts x and y last"
-    if len(shape) != 2:
-        return ""
-    flat = shape[-1] % 2 == 0 and shape[-1] > 2  # as a linear layer makes them
-    return f"{name}.view({shape[0]}, -1, 2)" if flat else f"a batch of one is {name}[None]"
+def check_grid_points(points: Tensor) -> None:
+    """Of a spline's grid: (N, K, 2)."""
+    if not isinstance(points, Tensor) or points.dtype not in DTYPES or points.layout != torch.strided:
+        check_tensor("points", points)
+    if points.dim() != 3 or points.shape[2] != 2:
+        hint = hints.nearest_points("points", points)
+        refuse(ValueError, "points", "(N, K, 2)", f"shape {tuple(points.shape)}", hint)
 
 
 def check_grid_size(size: Sequence[int], params: Tensor, align_corners: bool) -> tuple[int, ...]:

@@ -43,6 +43,7 @@ from .checks import (
     check_dtype,
     check_fill,
     check_flow,
+    check_grid_points,
     check_grid_size,
     check_image,
     check_modes,
@@ -52,12 +53,11 @@ from .checks import (
     check_points,
     check_tensor,
     grid_sample_fits,
-    nearest_points,
-    note_on_grid_sample,
     refuse,
     to_padding,
     to_size,
 )
+from .hints import note_on_grid_sample
 from .kernels.host.dtypes import sample_dtype
 from .kernels.modes import Source
 from .transforms import splines
@@ -583,10 +583,7 @@ def tps_grid(
     """
     if (has_torch_function(points, control_points) or tracing_state()) and is_taken():
         return elsewhere(tps_grid, points, size, control_points, regularization, align_corners)
-    check_tensor("points", points)
-    if points.dim() != 3 or points.shape[2] != 2:
-        hint = nearest_points("points", points)
-        refuse(ValueError, "points", "(N, K, 2)", f"shape {tuple(points.shape)}", hint)
+    check_grid_points(points)
     out_size = check_grid_size(size, points, align_corners)
     matrix, control_points = _spline(points, control_points, regularization)
     coefficients = autograd.spline_product(matrix, points, control_points.dtype)

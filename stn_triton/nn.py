@@ -18,7 +18,6 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from . import calls
 from .backend import without_autocast
 from .checks import (
-    WHOLE_NUMBERS,
     PaddingMode,
     check_antialias,
     check_fill_numbers,
@@ -33,6 +32,7 @@ from .checks import (
     to_number,
 )
 from .functional import affine_grid_sample, projective_grid_sample, tps_grid_sample
+from .kernels.host.dtypes import WHOLE_NUMBERS
 from .transforms import attention, control_lattice, similarity
 from .transforms.matrices import in_rows
 

@@ -4,6 +4,7 @@ import torch
 
 INTEGERS = frozenset((torch.uint8, torch.int16))
 """Of images whose samples may be rounded."""
+WHOLE_NUMBERS = INTEGERS | {torch.int8, torch.int32, torch.int64}
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:

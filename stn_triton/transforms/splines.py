@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import calls, distributed
 from ..calls import elsewhere, has_torch_function, is_taken, plain, public, tracing_state
-from ..checks import check_device, check_int, check_regularization, check_tensor, nearest_points, refuse
+from ..checks import check_device, check_int, check_regularization, check_tensor, refuse
+from ..hints import nearest_points
 from .arguments import check_dtype, check_leading, dtypes
 
 __all__ = ["control_lattice", "tps_coefficients", "tps_evaluate"]
