@@ -54,9 +54,9 @@ def _parameters(source: str, n: int, size: tuple[int, ...], dtype: torch.dtype, 
     In a volume the matrix turns about z, along which it zooms likewise.
     """
     if len(size) == 3:
-        zoom = theta[:, :2].det().abs().sqrt()
-        theta = torch.cat([F.pad(theta[:, :2], (0, 1)), theta[:, 2:]], 1)
-        theta = torch.cat([theta, torch.stack([zoom * 0, zoom * 0, zoom, zoom * 0 + 0.017])[None]])
+        zoom = float(theta[:, :2].det().abs().sqrt())
+        turned = torch.cat([F.pad(theta[:, :2], (0, 1)), theta[:, 2:]], 1)
+        theta = torch.cat([turned, theta.new_tensor([[0.0, 0.0, zoom, 0.017]])])
     if source == "grid":
         return F.affine_grid(theta[None], [1, 1, *size], False).to(dtype).expand(n, *size, 2).contiguous()
     if source == "tps":

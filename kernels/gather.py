@@ -51,7 +51,7 @@ from .device.mild import (
     tile_begins,
 )
 from .device.padding import extends_edges, is_periodic
-from .device.programs import numbers_of_lanes, turns_back
+from .device.programs import numbers_of_lanes
 from .device.tiles import (
     blocks_of,
     box_of,
@@ -510,10 +510,7 @@ def gather_backward_kernel(
     begin = grad_output_ptr + tl.multiple_of(n * stride_output_n, SPEC.vector_output)
     target = Image(grad_input_ptr + tl.multiple_of(n * stride_grad_n, SPEC.vector_grad), grad)
     map, bounds = map_and_bounds(params, n, n * 0, sizes, SPEC)
-    turned = False
-    if SPEC.patches:
-        turned = turns_back(map, sizes, SPEC)
-    numbers = numbers_of_lanes(turned, SPEC)
+    numbers = numbers_of_lanes(map, sizes, SPEC, True)
     left = steps
     if has_mild_way(SPEC):
         mild = mild_map(map, bounds, sizes, SPEC)

@@ -128,9 +128,8 @@ def _need_triton(asked: str, otherwise: str) -> None:
 
 def _need_interpreter() -> None:
     triton = _triton()
-    if isinstance(
-        triton.language.cdiv, triton.runtime.JITFunction
-    ):  # as all of its functions since its import
+    # which its functions are for is settled when it is imported
+    if isinstance(triton.language.cdiv, triton.runtime.JITFunction):
         raise ImportError("Triton was imported to compile: set TRITON_INTERPRET=1 before Python starts")
 
 

@@ -16,7 +16,6 @@ from .kernels.host.dtypes import INTEGERS, WHOLE_NUMBERS
 from .kernels.modes import (
     MOST_PIXELS,
     MOST_SAMPLES,
-    NAMED_PADDINGS,
     Interpolation,
     Padding,
     padding_code,
@@ -26,12 +25,8 @@ from .kernels.modes import (
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _IMAGES = DTYPES | INTEGERS
 # Codes as plain integers, as operators take them; Python compares and hashes them sooner than enum members.
-INTERPOLATIONS = {
-    "bilinear": int(Interpolation.BILINEAR),
-    "nearest": int(Interpolation.NEAREST),
-    "bicubic": int(Interpolation.BICUBIC),
-}
-PADDINGS = {padding.name.lower(): int(padding) for padding in NAMED_PADDINGS}
+INTERPOLATIONS = {name: int(Interpolation[name.upper()]) for name in hints.OPTIONS["mode"]}
+PADDINGS = {name: int(Padding[name.upper()]) for name in hints.OPTIONS["padding_mode"]}
 # A mode, or one for each axis, x first.
 PaddingMode = str | tuple[str, ...]
 

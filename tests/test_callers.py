@@ -526,9 +526,8 @@ def test_jit_trace_of_any_size(name):
 def test_jit_trace_keeps_no_size(padding, align_corners):
     """Each mode, sampler and way of taps, traced at one size or at a pixel, run at others."""
     for dims, mode in itertools.product((2, 3), ("bilinear", "nearest", "bicubic")):
-        options = {"mode": mode, "padding_mode": padding, "align_corners": align_corners}
-        if dims == 3 and padding != "reflection":
-            options["padding_mode"] = (*padding, "border") if isinstance(padding, tuple) else padding
+        paddings = padding if isinstance(padding, str) else (*padding, "border")[:dims]
+        options = {"mode": mode, "padding_mode": paddings, "align_corners": align_corners}
         matrix = torch.eye(dims, dims + 1)[None] * 2.3 + 0.01
 
         def warp(x, theta, options=options):

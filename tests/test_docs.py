@@ -61,7 +61,7 @@ def test_code_runs(page, tmp_path, monkeypatch):
 
 def test_scipy_recipe_is_scipy():
     """The volumes of docs/how/pixels.md, by SciPy's own function."""
-    ndimage = pytest.importorskip("scipy.ndimage")
+    ndimage = pytest.importorskip("scipy.ndimage", reason="compares with SciPy, which is no dependency")
     blocks = [code for _, code in blocks_of(DOCS / "how" / "pixels.md")]
     (begin,) = (k for k, code in enumerate(blocks) if code.startswith("volume ="))
     names = {}

@@ -104,6 +104,17 @@ MILD = {
 }
 
 
+@pytest.fixture
+def took(monkeypatch):
+    """An entry for each block of pixels that takes the mild way."""
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("a device function is replaced: not in compiled code")
+    module, noted = sys.modules[gather_backward.__module__], []
+    write_mild = module.write_mild
+    monkeypatch.setattr(module, "write_mild", lambda *args: (noted.append(1), write_mild(*args))[1])
+    return noted
+
+
 @pytest.mark.parametrize("channels, align_corners", [(2, False), (3, True)])
 def test_mild_maps(device, channels, align_corners):
     """Nine outputs for each pixel, none looked for: tiles as on GPUs, on the image's rim and within it."""
@@ -116,14 +127,8 @@ def test_mild_maps(device, channels, align_corners):
         assert (ours - exact).abs().max() < 3e-6, name
 
 
-@pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="a device function is replaced: not in compiled code"
-)
-def test_which_maps_are_mild(monkeypatch):
+def test_which_maps_are_mild(took):
     """Those of which three outputs along each axis are enough, and there are three."""
-    module, took = sys.modules[gather_backward.__module__], []
-    write_mild = module.write_mild
-    monkeypatch.setattr(module, "write_mild", lambda *args: (took.append(1), write_mild(*args))[1])
     modes = Interpolation.BILINEAR, Padding.ZEROS, False
     tries = [(name, 15, mild) for name, (_, mild) in MILD.items()]
     for name, size, expected in (*tries, ("identity", 3, True), ("identity", 2, False), ("turned", 1, False)):
@@ -189,20 +194,14 @@ def test_mild_volumes(device, tile, padding):
         assert (one - exact).abs().max() < 3e-6 * exact.abs().max().clamp(min=1), name
 
 
-@pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="a device function is replaced: not in compiled code"
-)
 @pytest.mark.parametrize(
     "padding, rows, tiles",
     # rows 4 to 7 lie in two slices of 6; with borders voxels 2 and 3, rows 2 and 3, slices 1 to 4
     [(Padding.ZEROS, 4, 18), (Padding.BORDER, 2, 4)],
     ids=["zeros", "border"],
 )
-def test_which_volumes_are_mild(monkeypatch, padding, rows, tiles):
+def test_which_volumes_are_mild(took, padding, rows, tiles):
     """Tiles that lie in one slice, and with border padding touch no border."""
-    module, took = sys.modules[gather_backward.__module__], []
-    write_mild = module.write_mild
-    monkeypatch.setattr(module, "write_mild", lambda *args: (took.append(1), write_mild(*args))[1])
     modes = Interpolation.BILINEAR, padding, False
     for name, (theta, mild) in MILD_VOLUMES.items():
         if name in ("shifted", "both", "both_far", "just_mild", "just_not"):

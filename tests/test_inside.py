@@ -111,7 +111,7 @@ def told_kernel(
     outputs = sources.outputs_of(b, sizes, SPEC)
     map = sources.map_of(params, outputs[0][0], outputs[0][1], sizes, SPEC)
     told = is_interior(map, column, row, SPEC.rows * STEPS, sizes, SPEC)
-    numbers = programs.numbers_of_lanes(programs.turns(map, sizes, SPEC), SPEC)
+    numbers = programs.numbers_of_lanes(map, sizes, SPEC)
     starts = starts_of(map, column, row, numbers, sizes, SPEC)
     work = Work(params, b, outputs, map, column, row, STEPS, numbers, starts, (0, 1), False, 0, 0, 1)
     at = tl.program_id(0)

@@ -41,29 +41,25 @@ def turns(map, sizes, SPEC: tl.constexpr):
 
 
 @triton.jit
-def turns_back(map, sizes, SPEC: tl.constexpr):
+def turns_back(map, SPEC: tl.constexpr):
     """Whether a step along x of the input is one along y of the output, more than half of that along x.
 
-    Of an inverse (d, -b; -c, a) / det these are c and d.
+    Of an affine map's inverse, (d, -b; -c, a) / det, these are c and d.
     """
     rows = rows_of(map, SPEC)
-    if SPEC.source == PROJECTIVE:
-        along_x, _ = minor(rows[1][0], rows[1][2], rows[2][0], rows[2][2])
-        along_y, _ = minor(rows[1][1], rows[1][2], rows[2][1], rows[2][2])
-        return tl.abs(along_x) * sizes.output[1] * 2 > tl.abs(along_y) * sizes.output[0]
-    else:
-        return tl.abs(rows[1][0]) * 2 > tl.abs(rows[1][1])
+    return tl.abs(rows[1][0]) * 2 > tl.abs(rows[1][1])
 
 
 @triton.jit
-def numbers_of_lanes(turned, SPEC: tl.constexpr):
-    """Which pixel of a block each lane has.
+def numbers_of_lanes(map, sizes, SPEC: tl.constexpr, BACK: tl.constexpr = False):
+    """Which pixel of a block each lane has. BACK: of a block of the input, of an affine map.
 
     Rows of pixels that are turned by 90 degrees are columns elsewhere: 32 pixels of one lie in as many rows
     there, and cache lines. Those of a patch, 8 x 4, lie in 8.
     """
     numbers = row_by_row(SPEC.rows * SPEC.columns)
     if SPEC.patches:
+        turned = turns_back(map, SPEC) if BACK else turns(map, sizes, SPEC)
         numbers = tl.where(turned, patch_by_patch(SPEC.rows, SPEC.columns), numbers)
     return numbers
 
@@ -88,10 +84,7 @@ def work_of(params, sizes, tiling, SPEC: tl.constexpr):
         if interior:
             interior = is_interior(map, column, row, steps * SPEC.rows, sizes, SPEC)
     tiles = tiling.columns * tiling.rows
-    turned = False
-    if SPEC.patches:
-        turned = turns(map, sizes, SPEC)
-    numbers = numbers_of_lanes(turned, SPEC)
+    numbers = numbers_of_lanes(map, sizes, SPEC)
     starts = starts_of(map, column, row, numbers, sizes, SPEC)
     return Work(
         params, group * SPEC.group, outputs, map, column, row, steps, numbers, starts, blocks, interior,
